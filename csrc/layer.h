@@ -1,0 +1,95 @@
+// What every backend shares: the checked arguments of an op, and the gradients that are products
+// over all steps at once.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "cells.h"
+
+namespace fusedrnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+/// The constants of a cell (cells.h) as values.
+struct CellInfo {
+  const char* name;
+  int64_t gates, sums, saved;
+  std::array<int64_t, 4> hidden_sum;
+  bool has_c;
+
+  template <class Cell>
+  static CellInfo of(const char* name) {
+    CellInfo info{name, Cell::kGates, Cell::kSums, Cell::kSaved, {}, !Cell::kStateIsOutput};
+    for (int64_t g = 0; g < Cell::kGates; ++g) {
+      // weight_gradients relies on it: the input's sums come first, in the order of the gates.
+      TORCH_INTERNAL_ASSERT(Cell::input_sum[g] == g);
+      info.hidden_sum[g] = Cell::hidden_sum[g];
+    }
+    return info;
+  }
+};
+
+/// Weights of one direction in the type that the kernels compute in, contiguous; undefined where
+/// absent.
+struct DirectionWeights {
+  Tensor ih, hh, bias_ih, bias_hh, hr;
+};
+
+/// The arguments of an op, checked, in the type that the kernels compute in.
+struct Layer {
+  /// Throws on anything that the contract in ops.cpp does not allow.
+  Layer(const CellInfo& cell, const Tensor& input, const OptionalTensor& h0,
+        const OptionalTensor& c0, at::TensorList weights, bool bidirectional,
+        const OptionalTensor& batch_sizes, const OptionalTensor& lengths);
+
+  CellInfo cell;
+  at::ScalarType type, compute_type;  ///< of the tensors; float32 for the half types
+  int64_t T, B, N, I, H, P, D;
+  bool packed, has_bias, has_projection;
+  Tensor input;  ///< [T, B, I] or [N, I], features contiguous
+  Tensor h0, c0;  ///< [D, B, P], [D, B, H], features contiguous; undefined: zeros
+  std::vector<DirectionWeights> weights;
+  std::vector<int64_t> batch_sizes;  ///< packed only
+  Tensor lengths;                    ///< [B] int64 contiguous; undefined: all T
+
+  int64_t weights_per_direction() const { return 2 + 2 * has_bias + has_projection; }
+  at::TensorOptions options() const { return input.options(); }
+  /// The input as [N, I], contiguous.
+  Tensor flat_input() const;
+  /// The shape of a tensor of `features` for each position: [T, B, features] or [N, features].
+  std::vector<int64_t> shape(int64_t features) const;
+};
+
+/// Gradients of one direction that the recurrence leaves behind, over all N positions.
+struct DirectionGradients {
+  Tensor dsums;       ///< [N, S*H]
+  Tensor h_previous;  ///< [N, P]
+  Tensor dr, h_raw;   ///< [N, P], [N, H]; with a projection
+};
+
+/// Returns the gradients of the weights, in the order of the op, and adds that of the input to
+/// `grad_input` [N, I] if it is wanted. `output_mask`: of the weights.
+std::vector<Tensor> weight_gradients(const Layer& layer,
+                                     const std::vector<DirectionGradients>& directions,
+                                     const std::vector<bool>& output_mask, bool want_input,
+                                     Tensor& grad_input);
+
+/// What the backward op got besides the layer, checked.
+struct OutputGradients {
+  OutputGradients(const Layer& layer, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                  const OptionalTensor& dc_n, const Tensor& output, const Tensor& saved,
+                  const std::vector<bool>& output_mask);
+
+  Tensor dy;          ///< [T, B, D*P] or [N, D*P], contiguous; undefined: zeros. The others too
+  Tensor dh_n, dc_n;  ///< [D, B, P], [D, B, H]
+  Tensor output;      ///< as dy
+  Tensor saved;       ///< [D, N, A, H]
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,125 @@
+// sigmoid and tanh, once, for float, double and SIMD vectors of either.
+//
+// Convention: everything that a vector kernel calls is a template on the value type V and lives in
+// the namespace FUSEDRNN_TARGET, one namespace per instruction set, so that the linker can never
+// merge a function compiled for AVX-512 into code that runs on an older machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#ifndef FUSEDRNN_TARGET
+#define FUSEDRNN_TARGET host
+#endif
+
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+
+namespace fusedrnn::FUSEDRNN_TARGET {
+
+/// Scalar type of V, and the unsigned integers that hold its bits.
+template <class V>
+struct Value {
+  using scalar = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V&>()[0])>>;
+  typedef std::conditional_t<sizeof(scalar) == 4, uint32_t, uint64_t> bits
+      __attribute__((vector_size(sizeof(V))));
+};
+template <>
+struct Value<float> {
+  using scalar = float;
+  using bits = uint32_t;
+};
+template <>
+struct Value<double> {
+  using scalar = double;
+  using bits = uint64_t;
+};
+
+template <class To, class From>
+FUSEDRNN_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V>
+FUSEDRNN_INLINE V broadcast(typename Value<V>::scalar x) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return x;
+  } else {
+    return x - V{};  // x - 0 is x for every x, so this is a plain broadcast
+  }
+}
+
+/// Limits x to [-bound, bound]; NaN stays NaN.
+template <class V>
+FUSEDRNN_INLINE V clamp(V x, typename Value<V>::scalar bound) {
+  const V high = broadcast<V>(bound), low = broadcast<V>(-bound);
+  x = x > high ? high : x;
+  return x < low ? low : x;
+}
+
+// ln 2 is split in two so that n * ln2_high is exact for every n that occurs.
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr int degree = 7, mantissa = 23, bias = 127;
+  static constexpr float limit = 87.0f, tanh_limit = 20.0f;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double ln2_high = 6.93147180369123816490e-01,
+                          ln2_low = 1.90821492927058770002e-10;
+  static constexpr int degree = 13, mantissa = 52, bias = 1023;
+  static constexpr double limit = 708.0, tanh_limit = 40.0;
+};
+
+/// exp(x) = scale * (1 + fraction), fraction = expm1 of the remainder in [-ln2/2, ln2/2].
+template <class V>
+struct Exp {
+  V scale, fraction;
+};
+
+template <class V>
+FUSEDRNN_INLINE Exp<V> split_exp(V x) {
+  using T = typename Value<V>::scalar;
+  using Bits = typename Value<V>::bits;
+  using BitScalar = typename Value<T>::bits;
+  using K = ExpConstants<T>;
+  const V rounded = x * T(1.44269504088896340736) + K::round;
+  const V n = rounded - K::round;
+  const V r = (x - n * K::ln2_high) - n * K::ln2_low;
+  // Taylor: the remainder is small enough for it to be within half a unit in the last place.
+  T inverse_factorial[K::degree + 1] = {1};
+  for (int k = 1; k <= K::degree; ++k) inverse_factorial[k] = inverse_factorial[k - 1] / T(k);
+  V p = broadcast<V>(inverse_factorial[K::degree]);
+  for (int k = K::degree - 1; k >= 2; --k) p = p * r + inverse_factorial[k];
+  const BitScalar offset = BitScalar(K::bias) - bit_cast<BitScalar>(K::round);
+  const Bits exponent = (bit_cast<Bits>(rounded) + offset) << K::mantissa;
+  return {bit_cast<V>(exponent), p * (r * r) + r};
+}
+
+/// 1 / (1 + exp(-x)); relative error within 2 units in the last place.
+template <class V>
+FUSEDRNN_INLINE V sigmoid(V x) {
+  using T = typename Value<V>::scalar;
+  const Exp<V> e = split_exp<V>(clamp<V>(-x, ExpConstants<T>::limit));
+  return T(1) / (T(1) + (e.scale * e.fraction + e.scale));
+}
+
+/// expm1(2x) / (expm1(2x) + 2): accurate near zero, where 1 - 2 / (exp(2x) + 1) is not.
+template <class V>
+FUSEDRNN_INLINE V tanh(V x) {
+  using T = typename Value<V>::scalar;
+  const Exp<V> e = split_exp<V>(clamp<V>(x * T(2), ExpConstants<T>::tanh_limit));
+  const V expm1 = e.scale * e.fraction + (e.scale - T(1));
+  return expm1 / (expm1 + T(2));
+}
+
+}  // namespace fusedrnn::FUSEDRNN_TARGET

@@ -1,0 +1,90 @@
+// One run of a layer, as the kernels see it: sizes, pointers, strides. No torch here.
+//
+// Shapes: T steps, B batch rows, I input_size, H hidden_size, P output size (proj_size or H),
+// G gates, S sums, A saved values of the cell (cells.h). A *position* numbers the (step, row)
+// pairs of a batch: t * B + b when padded, offset[t] + b when packed; there are N of them.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+/// One direction of one layer over some rows of the batch.
+///
+/// Rows come longest sequence first, so those that take part in a step are the first active[t].
+/// The reverse direction starts each row at its own last step.
+template <class T>
+struct Sequence {
+  int64_t steps = 0, rows = 0;
+  int64_t input_size = 0, hidden_size = 0, output_size = 0;
+  bool reverse = false;
+  const int64_t* row = nullptr;       ///< [rows] index in the batch
+  const int64_t* active = nullptr;    ///< [steps] rows that take part, never increasing
+  const int64_t* position = nullptr;  ///< [steps] position of batch row 0
+
+  T* workspace = nullptr;  ///< workspace_size elements, 64-byte aligned
+};
+
+/// Weights of one direction, row-major and contiguous as in torch.nn.LSTM; null where absent.
+template <class T>
+struct Weights {
+  const T* ih = nullptr;   ///< [G*H, I]
+  const T* hh = nullptr;   ///< [G*H, P]
+  const T* bias_ih = nullptr;  ///< [G*H]
+  const T* bias_hh = nullptr;  ///< [G*H]
+  const T* hr = nullptr;   ///< [P, H] the projection
+};
+
+template <class T>
+struct Forward : Sequence<T> {
+  Weights<T> weights;
+  const T* panels = nullptr;             ///< pack_forward's; null: read `weights` as they are
+  const T* projection_panels = nullptr;  ///< pack_product's, of weights.hr transposed
+
+  /// Either the input, whose features are contiguous, ...
+  const T* x = nullptr;
+  const int64_t* x_offset = nullptr;  ///< [steps] elements from x to batch row 0 of the step
+  int64_t x_row_stride = 0;
+  /// ... or, when not null, the product weight_ih x + bias_ih: [N, G*H].
+  const T* x_product = nullptr;
+
+  const T* h0 = nullptr;  ///< [B, P], null: zeros
+  const T* c0 = nullptr;  ///< [B, H], null: zeros
+  int64_t h0_stride = 0, c0_stride = 0;
+
+  T* y = nullptr;  ///< [N, P] with rows y_stride apart
+  int64_t y_stride = 0;
+  T* h_n = nullptr;    ///< [B, P]
+  T* c_n = nullptr;    ///< [B, H], LSTM only
+  T* saved = nullptr;  ///< [N, A, H], null: not wanted
+
+  /// Only the blocks of units [block_begin, block_end): for one step split over threads.
+  int64_t block_begin = 0, block_end = 0;
+};
+
+template <class T>
+struct Backward : Sequence<T> {
+  const T* panels = nullptr;             ///< pack_product's, of weight_hh
+  const T* projection_panels = nullptr;  ///< pack_product's, of weights.hr
+
+  const T* h0 = nullptr;  ///< as in Forward
+  const T* c0 = nullptr;
+  int64_t h0_stride = 0, c0_stride = 0;
+  const T* y = nullptr;  ///< as in Forward
+  int64_t y_stride = 0;
+  const T* saved = nullptr;
+
+  const T* dy = nullptr;  ///< [N, P] with rows dy_stride apart, null: zeros
+  int64_t dy_stride = 0;
+  const T* dh_n = nullptr;  ///< [B, P], null: zeros
+  const T* dc_n = nullptr;  ///< [B, H], null: zeros
+
+  T* dsums = nullptr;       ///< [N, S, H] gradients of the sums
+  T* h_previous = nullptr;  ///< [N, P] output of the step before, for the gradient of weight_hh
+  T* dr = nullptr;          ///< [N, P] gradient of the projected output; projection only
+  T* h_raw = nullptr;       ///< [N, H] output before the projection; projection only
+  T* dh0 = nullptr;         ///< [B, P]
+  T* dc0 = nullptr;         ///< [B, H], LSTM only
+};
+
+}  // namespace fusedrnn

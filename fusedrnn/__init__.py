@@ -1,0 +1,18 @@
+"""Fused LSTM and GRU layers that take the place of torch.nn.LSTM, torch.nn.GRU and their cells."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("fusedrnn needs torch: pip install torch, then install fusedrnn again") from error
+
+from fusedrnn import functional
+from fusedrnn.modules import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell
+
+try:
+    __version__ = version("fusedrnn")
+except PackageNotFoundError:  # run from a checkout that was built in place
+    __version__ = "0+unknown"
+
+__all__ = ["FusedGRU", "FusedGRUCell", "FusedLSTM", "FusedLSTMCell", "__version__", "functional"]

@@ -1,0 +1,236 @@
+"""The only file that touches torch.ops: loading, fake kernels, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from fusedrnn import _reference
+
+REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
+
+
+def _load() -> None:
+    """Loads the binary, or says in one sentence why it can't be and what mends it."""
+    where = Path(__file__).parent
+    binaries = sorted(where.glob("_C.*so")) + sorted(where.glob("_C.*pyd"))
+    mend = f"run `{REBUILD}` in a checkout of fusedrnn"
+    try:
+        from fusedrnn._build import torch_version
+    except ImportError:
+        torch_version = None
+    if torch_version is None or not binaries:
+        raise ImportError(f"fusedrnn has no compiled kernels in {where}: {mend}")
+    running = str(torch.__version__)
+    mismatch = f"fusedrnn was built for torch {torch_version} but torch {running} is running: {mend}"
+    if torch_version != running:
+        raise ImportError(mismatch)
+    try:
+        torch.ops.load_library(binaries[0])
+    except OSError as error:
+        raise ImportError(f"{mismatch} ({error})") from error
+
+
+_load()
+
+# The devices with a kernel: a backend that was not compiled is absent from the dispatcher.
+_DEVICES = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::lstm", key)
+)
+_FORWARD = {
+    "lstm": torch.ops.fusedrnn.lstm.default,
+    "gru": torch.ops.fusedrnn.gru.default,
+}
+_BACKWARD = {
+    "lstm": torch.ops.fusedrnn.lstm_backward.default,
+    "gru": torch.ops.fusedrnn.gru_backward.default,
+}
+
+States = tuple[Tensor, ...]
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels in use: baseline, avx2 or avx512."""
+    return str(torch.ops.fusedrnn._cpu_isa())
+
+
+def devices() -> frozenset[str]:
+    """The device types that have kernels in this build."""
+    return _DEVICES
+
+
+class _Layer(torch.autograd.Function):
+    """One layer with its gradient. Tensors: input, the cell's states, then the weights."""
+
+    @staticmethod
+    def forward(
+        cell: str,
+        states: int,
+        bidirectional: bool,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = _FORWARD[cell](
+            *tensors[: 1 + states],
+            tensors[1 + states :],
+            bidirectional,
+            batch_sizes,
+            lengths,
+            True,
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.cell, ctx.states, ctx.bidirectional, ctx.batch_sizes, lengths = inputs[:5]
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[5:], lengths, output[0], output[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *tensors, lengths, output, saved = ctx.saved_tensors
+        n = 1 + ctx.states
+        needed = ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():
+            gradients = _differentiable_backward(ctx, tensors, lengths, needed, grads[:n])
+            return None, None, None, None, None, *gradients
+        result = _BACKWARD[ctx.cell](
+            *grads[:n],
+            *tensors[:n],
+            tensors[n:],
+            ctx.bidirectional,
+            ctx.batch_sizes,
+            lengths,
+            output,
+            saved,
+            needed,
+        )
+        gradients = (*result[:n], *result[n])
+        return (
+            *(None,) * 5,
+            *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True)),
+        )
+
+
+def _differentiable_backward(
+    ctx: Any,
+    tensors: Sequence[Tensor],
+    lengths: Tensor | None,
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients as differentiable functions of inputs and grads, for create_graph=True."""
+    n = 1 + ctx.states
+    output, states = _reference.layer(
+        ctx.cell,
+        tensors[0],
+        tensors[1:n],
+        tensors[n:],
+        ctx.bidirectional,
+        ctx.batch_sizes,
+        lengths,
+    )
+    used = [(y, g) for y, g in zip((output, *states), grads, strict=True) if g is not None]
+    result: list[Tensor | None] = [None] * len(tensors)
+    wanted = [i for i, need in enumerate(needed) if need]
+    if used and wanted:
+        gradients = torch.autograd.grad(
+            [y for y, _ in used],
+            [tensors[i] for i in wanted],
+            [g for _, g in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+        for i, g in zip(wanted, gradients, strict=True):
+            result[i] = g
+    return result
+
+
+def _is_transformed() -> bool:
+    """Whether a transform is active that the kernels have no rule for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def layer(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, States]:
+    """One layer, all its directions: output and final states. Shapes as in csrc/ops.cpp."""
+    if input.device.type not in _DEVICES or _is_transformed():
+        return _reference.layer(
+            cell, input, states, weights, bidirectional, batch_sizes, lengths
+        )
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or any(w.requires_grad for w in weights)
+        or any(s is not None and s.requires_grad for s in states)
+    ):
+        result = _Layer.apply(  # type: ignore[no-untyped-call]
+            cell, len(states), bidirectional, batch_sizes, lengths, input, *states, *weights
+        )
+    else:
+        result = _FORWARD[cell](
+            input, *states, weights, bidirectional, batch_sizes, lengths, False
+        )
+    return result[0], result[1:-1]
+
+
+def _fake_forward(cell: str, n: int, *args: Any) -> tuple[Tensor, ...]:
+    input, weights = args[0], args[1 + n]
+    bidirectional, batch_sizes, _, save = args[2 + n :]
+    info = {"lstm": (4, 5), "gru": (3, 4)}[cell]
+    directions = 2 if bidirectional else 1
+    hidden, out = weights[1].size(0) // info[0], weights[1].size(1)
+    if batch_sizes is None:
+        positions = input.size(0) * input.size(1)
+        rows = input.size(1)
+    else:
+        positions = input.size(0)
+        states = [s for s in args[1 : 1 + n] if s is not None]
+        # The number of rows is data of batch_sizes; hx, where there is one, knows it.
+        rows = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+    shapes = [(directions, rows, out), (directions, rows, hidden)][:n]
+    saved = (directions, positions, info[1], hidden) if save else (0,)
+    return (
+        input.new_empty((*input.shape[:-1], directions * out)),
+        *(input.new_empty(shape) for shape in shapes),
+        input.new_empty(saved, dtype=compute),
+    )
+
+
+def _fake_backward(n: int, *args: Any) -> tuple[Any, ...]:
+    tensors, weights, mask = args[n : 2 * n], args[2 * n], args[-1]
+    input, directions = tensors[0], 2 if args[2 * n + 1] else 1
+    rows = input.size(1) if args[2 * n + 2] is None else args[2 * n + 2][0].item()
+    gates = 4 if n == 3 else 3
+    widths = (weights[1].size(1), weights[1].size(0) // gates)
+    shapes = [input.shape, *((directions, rows, w) for w in widths[: n - 1])]
+    gradients = [
+        input.new_empty(shape if wanted else (0,))
+        for shape, wanted in zip(shapes, mask[:n], strict=True)
+    ]
+    of_weights = [
+        w.new_empty(w.shape if wanted else (0,)) for w, wanted in zip(weights, mask[n:], strict=True)
+    ]
+    return *gradients, of_weights
+
+
+torch.library.register_fake("fusedrnn::lstm")(lambda *a: _fake_forward("lstm", 2, *a))
+torch.library.register_fake("fusedrnn::gru")(lambda *a: _fake_forward("gru", 1, *a))
+torch.library.register_fake("fusedrnn::lstm_backward")(lambda *a: _fake_backward(3, *a))
+torch.library.register_fake("fusedrnn::gru_backward")(lambda *a: _fake_backward(2, *a))

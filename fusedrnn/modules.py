@@ -1,0 +1,406 @@
+"""FusedLSTM, FusedGRU and their cells: torch.nn's modules on fused kernels.
+
+They derive from nn.RNNBase and nn.RNNCellBase, not from nn.LSTM: torch.compile refuses instances
+of that. Parameters, their order and initial values, state_dict and error messages are nn.LSTM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import _ops
+from fusedrnn.functional import run
+
+__all__ = ["FusedGRU", "FusedGRUCell", "FusedLSTM", "FusedLSTMCell"]
+
+Lengths = Sequence[int] | Tensor
+
+
+def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The weights as they are now: a parametrization or weight_norm may compute them anew."""
+    parameters = module._parameters
+    found = [parameters.get(name) for name in names]
+    return [getattr(module, n) if w is None else w for n, w in zip(names, found, strict=True)]
+
+
+def _check_devices(input: Tensor, states: Sequence[Tensor], weight: Tensor) -> None:
+    for what, tensor in (("input", input), *(("hidden", s) for s in states)):
+        if tensor.device != weight.device:
+            raise RuntimeError(
+                f"Input and parameter tensors are not at the same device, found {what} tensor at "
+                f"{tensor.device} and parameter tensor at {weight.device}"
+                if what == "input"
+                else f"Input and hidden tensors are not at the same device, found input tensor at "
+                f"{input.device} and hidden tensor at {tensor.device}"
+            )
+
+
+class _FusedRNN(nn.RNNBase):
+    """What FusedLSTM and FusedGRU share; a subclass names the cell and unpacks its states."""
+
+    _states: int  # h, or h and c
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read the weights where they are."""
+
+    def _lengths(self, lengths: Lengths, input: Tensor, is_batched: bool) -> Tensor:
+        if not is_batched:
+            raise ValueError("lengths needs batched 3-D input")
+        found = torch.as_tensor(lengths, device=input.device)
+        if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+            raise TypeError(f"lengths should be integers, got: {found.dtype}")
+        rows = input.size(1)
+        if found.shape != (rows,):
+            raise ValueError(
+                f"Expected lengths to have size [{rows}], one for each row of the batch, got "
+                f"{list(found.shape)}"
+            )
+        return found.to(torch.int64)
+
+    def _check_states(self, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)
+        for i, (state, width) in enumerate(zip(states, widths, strict=False)):
+            name = "hidden" if self._states == 1 else f"hidden[{i}]"
+            expected = (layers, rows, width)
+            if state.shape != expected:
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+            if state.dtype != input.dtype:
+                raise ValueError(
+                    f"RNN {name} dtype ({state.dtype}) does not match input dtype ({input.dtype})"
+                )
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        states: Sequence[Tensor] | None,
+        lengths: Lengths | None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+        packed = input if isinstance(input, PackedSequence) else None
+        is_batched = True
+        batch_sizes = sorted_indices = unsorted_indices = None
+        if packed is not None:
+            input, batch_sizes, sorted_indices, unsorted_indices = packed
+            if lengths is not None:
+                raise ValueError("lengths can't be given with a PackedSequence, which has its own")
+            if input.dim() != 2:
+                raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+        else:
+            dim = input.dim()  # type: ignore[union-attr]
+            if dim not in (2, 3):
+                raise ValueError(f"{self.mode}: Expected input to be 2D or 3D, got {dim}D instead")
+            is_batched = dim == 3
+            if not is_batched:
+                input = input.unsqueeze(1)  # type: ignore[union-attr]
+            elif self.batch_first:
+                input = input.transpose(0, 1)  # type: ignore[union-attr]
+        assert isinstance(input, Tensor)
+
+        weights = _weights(self, self._flat_weights_names)
+        weight = weights[0]
+        if input.dtype != weight.dtype:
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+            )
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got "
+                f"{input.size(-1)}"
+            )
+        if states is not None:
+            dims = [s.dim() for s in states]
+            if packed is None and any(d != (3 if is_batched else 2) for d in dims):
+                kind = "batched 3-D" if is_batched else "unbatched 2-D"
+                got = f"({dims[0]}-D, {dims[1]}-D) tensors" if len(dims) == 2 else f"{dims[0]}-D tensor"
+                raise RuntimeError(
+                    f"For {kind} input, {'hx and cx' if len(dims) == 2 else 'hx'} should also be "
+                    f"{3 if is_batched else 2}-D but got {got}"
+                )
+            if not is_batched:
+                states = [s.unsqueeze(1) for s in states]
+            rows = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+            self._check_states(states, input, rows)
+            if sorted_indices is not None:
+                states = [s.index_select(1, sorted_indices) for s in states]
+        if input.device != weight.device or states is not None:
+            _check_devices(input, states or (), weight)
+
+        output, final = run(
+            self.mode.lower(),
+            input,
+            (None,) * self._states if states is None else states,
+            weights,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            batch_sizes,
+            None if lengths is None else self._lengths(lengths, input, is_batched),
+        )
+        if packed is not None:
+            if unsorted_indices is not None:
+                final = tuple(s.index_select(1, unsorted_indices) for s in final)
+            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
+        if not is_batched:
+            return output.squeeze(1), tuple(s.squeeze(1) for s in final)
+        return output.transpose(0, 1) if self.batch_first else output, final
+
+
+class FusedLSTM(_FusedRNN):
+    """An LSTM of one or more layers that takes the place of torch.nn.LSTM.
+
+    Equations, parameters and their initial values are those of torch.nn.LSTM
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html), and so are the arguments
+    and the errors they raise. Shapes: T steps, B batch rows, I input_size, H hidden_size,
+    P = proj_size or H, D directions, L layers.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        num_layers: L.
+        bias: whether there are bias_ih and bias_hh.
+        batch_first: whether input and output are [B, T, ...]; states are not changed by it.
+        dropout: probability of zeroing each output of all layers but the last, while training.
+        bidirectional: whether each layer also runs from the last step to the first.
+        proj_size: size of a linear projection of the output; 0 for none.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: as torch.nn.LSTM.
+    """
+
+    _states = 2
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    @overload  # type: ignore[override]
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Runs all layers over all steps.
+
+        Args:
+            input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence.
+            hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), without B if unbatched, rows in the caller's
+                order; None for zeros.
+            lengths: B integers from 0 to T, in any order, list or tensor on any device: the steps
+                of each row. Padding is not read, and zero in the output; states are those
+                after each row's own last step.
+
+        Returns:
+            output [T, B, D*P] in the layout of the input, (h_n [L*D, B, P], c_n [L*D, B, H]).
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as torch.nn.LSTM, in its words where it has them.
+        """
+        if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+            got = f"{type(hx).__name__}" + (f" of {len(hx)}" if isinstance(hx, (tuple, list)) else "")
+            raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
+        output, (h_n, c_n) = self._forward(input, hx, lengths)
+        return output, (h_n, c_n)
+
+
+class FusedGRU(_FusedRNN):
+    """A GRU of one or more layers that takes the place of torch.nn.GRU.
+
+    Equations, parameters and their initial values are those of torch.nn.GRU
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html). Arguments: as FusedLSTM,
+    without proj_size.
+
+    Raises:
+        TypeError, ValueError: as torch.nn.GRU.
+    """
+
+    _states = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+    @overload  # type: ignore[override]
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Runs all layers over all steps.
+
+        Args:
+            input: as FusedLSTM.
+            hx: h_0 [L*D, B, H], without B if unbatched; None for zeros.
+            lengths: as FusedLSTM.
+
+        Returns:
+            output [T, B, D*H] in the layout of the input, h_n [L*D, B, H].
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as torch.nn.GRU, in its words where it has them.
+        """
+        if hx is not None and not isinstance(hx, Tensor):
+            raise TypeError(f"GRU: Expected hx to be a tensor, got {type(hx).__name__}")
+        output, (h_n,) = self._forward(input, None if hx is None else (hx,), lengths)
+        return output, h_n
+
+
+def _cell(
+    module: nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None, count: int
+) -> tuple[Tensor, ...]:
+    """One step; a dimension of one step, and of one row if unbatched, is added and taken away."""
+    is_batched = input.dim() == 2
+    if input.size(-1) != module.input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
+        )
+    rows = input.size(0) if is_batched else 1
+    if states is not None:
+        states = [s.view(1, -1) if not is_batched and s.dim() == 1 else s for s in states]
+        for i, s in enumerate(states):
+            if s.dim() != 2 or s.size(0) != rows:
+                raise RuntimeError(
+                    f"Input batch size {rows} doesn't match hidden{i} batch size {s.size(0)}"
+                )
+            if s.size(1) != module.hidden_size:
+                raise RuntimeError(
+                    f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected "
+                    f"{module.hidden_size}"
+                )
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    weights = _weights(module, names if module.bias else names[:2])
+    _check_devices(input, states or (), weights[0])
+    _, final = _ops.layer(
+        cell,
+        input.unsqueeze(0) if is_batched else input.view(1, 1, -1),
+        (None,) * count if states is None else [s.unsqueeze(0) for s in states],
+        weights,
+        False,
+        None,
+        None,
+    )
+    return tuple(s[0] if is_batched else s[0, 0] for s in final)
+
+
+class FusedLSTMCell(nn.RNNCellBase):
+    """One step of an LSTM; takes the place of torch.nn.LSTMCell.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        bias: whether there are bias_ih and bias_hh.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one step.
+
+        Args:
+            input: [B, I] or [I].
+            hx: (h [B, H], c [B, H]) or without B; None for zeros.
+
+        Returns:
+            The next (h [B, H], c [B, H]), without B if the input had none.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn.LSTMCell. TypeError: hx is not a pair of tensors.
+        """
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
+        if hx is not None:
+            if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+                raise TypeError(
+                    "LSTMCell: Expected hx to be a tuple of two tensors (h, c), got "
+                    f"{type(hx).__name__}"
+                )
+            for i, value in enumerate(hx):
+                if value.dim() not in (1, 2):
+                    raise ValueError(
+                        f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {value.dim()}D instead"
+                    )
+        h, c = _cell(self, "lstm", input, hx, 2)
+        return h, c
+
+
+class FusedGRUCell(nn.RNNCellBase):
+    """One step of a GRU; takes the place of torch.nn.GRUCell. Arguments: as FusedLSTMCell."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Runs one step.
+
+        Args:
+            input: [B, I] or [I].
+            hx: h [B, H] or [H]; None for zeros.
+
+        Returns:
+            The next h [B, H], without B if the input had none.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn.GRUCell. TypeError: hx is not a tensor.
+        """
+        if input.dim() not in (1, 2):
+            raise ValueError(f"GRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None:
+            if not isinstance(hx, Tensor):
+                raise TypeError(f"GRUCell: Expected hx to be a tensor, got {type(hx).__name__}")
+            if hx.dim() not in (1, 2):
+                raise ValueError(
+                    f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead"
+                )
+        (h,) = _cell(self, "gru", input, None if hx is None else (hx,), 1)
+        return h

@@ -1,0 +1,85 @@
+"""Builds fusedrnn against the torch that is already installed; everything static is in pyproject.toml.
+
+Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan; MAX_JOBS limits compilers.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+INSTALL_TORCH = "pip install torch"
+
+
+def find_torch() -> None:
+    """Makes the user's torch importable from pip's isolated build environment."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        # Behind the isolated environment's own packages, so that those keep precedence.
+        sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            raise SystemExit(
+                f"fusedrnn is built against the torch you have, and there is none: {INSTALL_TORCH}"
+            ) from None
+
+
+def find_compiler() -> None:
+    """Ends with the command that installs a compiler where there is none."""
+    compiler = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++").split()[0]
+    if shutil.which(compiler) is None:
+        raise SystemExit(
+            f"fusedrnn needs a C++ compiler and found no {compiler}: "
+            "apt-get install g++ (Debian, Ubuntu) or xcode-select --install (macOS)"
+        )
+
+
+find_torch()
+find_compiler()
+
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+
+flags = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+link_flags = []
+if sys.platform.startswith("linux"):
+    # Compiled for OpenMP but not linked with it: the calls then go to the OpenMP library that torch
+    # has loaded, so that there is one pool of threads and torch.set_num_threads rules it.
+    flags.append("-fopenmp")
+if os.environ.get("FUSEDRNN_SANITIZE") == "1":
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    flags += [*sanitize, "-O1", "-g", "-fno-omit-frame-pointer"]
+    link_flags += sanitize
+
+
+class Build(BuildExtension):  # type: ignore[misc]
+    """Also writes down which torch the binary was built for."""
+
+    def run(self) -> None:
+        """Builds the extension, then _build.py beside it."""
+        super().run()
+        package = Path(self.get_ext_fullpath("fusedrnn._C")).parent
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.py").write_text(
+            f'"""Written by setup.py: what the binary was built for."""\n\n'
+            f"torch_version = {torch.__version__!r}\n"
+        )
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "fusedrnn._C",
+            sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
+            extra_compile_args=flags,
+            extra_link_args=link_flags,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
