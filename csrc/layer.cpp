@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 
 #include <numeric>
 
@@ -126,55 +125,55 @@ std::vector<int64_t> Layer::shape(int64_t features) const {
 std::vector<Tensor> weight_gradients(const Layer& layer,
                                      const std::vector<DirectionGradients>& directions,
                                      const std::vector<bool>& output_mask, bool want_input,
-                                     Tensor& grad_input) {
+                                     Tensor& grad_input, const Products& products) {
   const CellInfo& cell = layer.cell;
   const int64_t H = layer.H, inputs = cell.gates * H, per = layer.weights_per_direction();
   const Tensor x = layer.flat_input();
-  std::vector<Tensor> gradients(output_mask.size(), at::empty({0}, layer.options()));
+  std::vector<Tensor> gradients(output_mask.size());
+  if (want_input) grad_input = at::empty({layer.N, layer.I}, layer.options());
 
   for (int64_t d = 0; d < layer.D; ++d) {
     const DirectionGradients& g = directions[d];
     const DirectionWeights& w = layer.weights[d];
     const auto wanted = [&](int64_t i) { return output_mask[d * per + i]; };
     Tensor* out = &gradients[d * per];
-    const Tensor dinput = g.dsums.narrow(1, 0, inputs);
-    if (want_input) {
-      if (d == 0) {
-        grad_input = at::mm(dinput, w.ih);
-      } else {
-        grad_input.addmm_(dinput, w.ih);
-      }
-    }
-    if (wanted(0)) out[0] = at::mm(dinput.t(), x);
-
-    // Row blocks of weight_hh whose sums lie next to each other go in one product.
-    const auto hidden_blocks = [&](auto&& product) {
-      for (int64_t gate = 0, end; gate < cell.gates; gate = end) {
-        for (end = gate + 1; end < cell.gates &&
-                             cell.hidden_sum[end] == cell.hidden_sum[end - 1] + 1;) {
-          ++end;
-        }
-        product(gate * H, (end - gate) * H,
-                g.dsums.narrow(1, cell.hidden_sum[gate] * H, (end - gate) * H));
-      }
+    const auto product = [&](const Tensor& a, const Tensor& b) {
+      Tensor result = at::empty({a.size(1), b.size(1)}, layer.options());
+      products.multiply_transposed(a, b, result);
+      return result;
     };
+    const Tensor dinput = g.dsums.narrow(1, 0, inputs);
+    if (want_input) products.multiply(dinput, w.ih, grad_input, d > 0);
+    if (wanted(0)) out[0] = product(dinput, x);
     if (wanted(1)) {
       out[1] = at::empty_like(w.hh);
-      hidden_blocks([&](int64_t row, int64_t rows, const Tensor& dhidden) {
-        Tensor block = out[1].narrow(0, row, rows);
-        at::mm_out(block, dhidden.t(), g.h_previous);
-      });
+      // Row blocks of weight_hh whose sums lie next to each other go in one product.
+      for (int64_t gate = 0, end; gate < cell.gates; gate = end) {
+        for (end = gate + 1;
+             end < cell.gates && cell.hidden_sum[end] == cell.hidden_sum[end - 1] + 1;) {
+          ++end;
+        }
+        const int64_t rows = (end - gate) * H;
+        products.multiply_transposed(g.dsums.narrow(1, cell.hidden_sum[gate] * H, rows),
+                                     g.h_previous, out[1].narrow(0, gate * H, rows));
+      }
     }
-    if (layer.has_bias && wanted(2)) out[2] = dinput.sum(0);
-    if (layer.has_bias && wanted(3)) {
+    if (layer.has_bias && (wanted(2) || wanted(3))) {
+      const Tensor sums = g.dsums.sum(0);
+      out[2] = sums.narrow(0, 0, inputs);
       out[3] = at::empty_like(w.bias_hh);
-      hidden_blocks([&](int64_t row, int64_t rows, const Tensor& dhidden) {
-        out[3].narrow(0, row, rows).copy_(dhidden.sum(0));
-      });
+      for (int64_t gate = 0; gate < cell.gates; ++gate) {
+        out[3].narrow(0, gate * H, H).copy_(sums.narrow(0, cell.hidden_sum[gate] * H, H));
+      }
+      if (cell.sums > cell.gates) out[2] = out[2].clone();  // not a view of more than it shows
     }
-    if (layer.has_projection && wanted(per - 1)) out[per - 1] = at::mm(g.dr.t(), g.h_raw);
+    if (layer.has_projection && wanted(per - 1)) out[per - 1] = product(g.dr, g.h_raw);
   }
-  for (Tensor& t : gradients) t = t.to(layer.type);
+  if (want_input) grad_input = grad_input.view(layer.shape(layer.I));
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    gradients[i] = output_mask[i] ? gradients[i].to(layer.type)
+                                  : at::empty({0}, layer.options().dtype(layer.type));
+  }
   return gradients;
 }
 
@@ -183,7 +182,6 @@ OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_
                                  const Tensor& layer_output, const Tensor& layer_saved,
                                  const std::vector<bool>& output_mask) {
   const CellInfo& cell = layer.cell;
-  const Tensor as_given = layer_output;
   const auto ready = [&](const char* name, const Tensor& t, c10::IntArrayRef shape) {
     TORCH_CHECK(t.scalar_type() == layer.type, "fusedrnn::", cell.name, "_backward: input has type ",
                 layer.type, " but ", name, " has type ", t.scalar_type());

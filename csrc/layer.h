@@ -73,12 +73,21 @@ struct DirectionGradients {
   Tensor dr, h_raw;   ///< [N, P], [N, H]; with a projection
 };
 
-/// Returns the gradients of the weights, in the order of the op, and adds that of the input to
-/// `grad_input` [N, I] if it is wanted. `output_mask`: of the weights.
+/// The products of weight_gradients, which each backend brings. Matrices are row-major.
+struct Products {
+  virtual ~Products() = default;
+  /// out = a b, or += with add.
+  virtual void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const = 0;
+  /// out = transposed a, b.
+  virtual void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const = 0;
+};
+
+/// Returns the gradients of the weights, in the order of the op, and sets that of the input if it
+/// is wanted, in the input's shape. `output_mask`: of the weights.
 std::vector<Tensor> weight_gradients(const Layer& layer,
                                      const std::vector<DirectionGradients>& directions,
                                      const std::vector<bool>& output_mask, bool want_input,
-                                     Tensor& grad_input);
+                                     Tensor& grad_input, const Products& products);
 
 /// What the backward op got besides the layer, checked.
 struct OutputGradients {

@@ -45,8 +45,9 @@ struct Forward : Sequence<T> {
   const T* x = nullptr;
   const int64_t* x_offset = nullptr;  ///< [steps] elements from x to batch row 0 of the step
   int64_t x_row_stride = 0;
-  /// ... or, when not null, the product weight_ih x + bias_ih: [N, G*H].
+  /// ... or, when not null, the product weight_ih x: [N, G*H].
   const T* x_product = nullptr;
+  int64_t x_product_stride = 0;  ///< of its rows
 
   const T* h0 = nullptr;  ///< [B, P], null: zeros
   const T* c0 = nullptr;  ///< [B, H], null: zeros
@@ -57,9 +58,6 @@ struct Forward : Sequence<T> {
   T* h_n = nullptr;    ///< [B, P]
   T* c_n = nullptr;    ///< [B, H], LSTM only
   T* saved = nullptr;  ///< [N, A, H], null: not wanted
-
-  /// Only the blocks of units [block_begin, block_end): for one step split over threads.
-  int64_t block_begin = 0, block_end = 0;
 };
 
 template <class T>

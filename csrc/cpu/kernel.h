@@ -34,6 +34,10 @@ template <class T>
 FUSEDRNN_INLINE int64_t padded(int64_t n) {
   return round_up(n, kLanes<T>);
 }
+template <class T>
+FUSEDRNN_INLINE int64_t blocks_of(int64_t units) {
+  return padded<T>(units) / kLanes<T>;
+}
 
 /// Splits rows into the fewest tiles, of nearly equal size, and calls tile(size, first row).
 template <class F>
@@ -70,10 +74,9 @@ struct Columns {
 template <class T, int R>
 using Tile = Vec<T>[R][kSums];
 
-/// sum[r][at(c)] += a[r][k] * panel[k][c] for k in [0, size).
-template <class To, class T, int R>
-FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, const T* const (&a)[R], int64_t size,
-                                const T* panel) {
+/// sum[r][at(c)] += a(r, k) * panel[k][c] for k in [0, size).
+template <class To, class T, int R, class A>
+FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* panel) {
   constexpr int C = To::count;
   const auto step = [&](Tile<T, R>& into, int64_t k) __attribute__((always_inline)) {
     Vec<T> w[C];
@@ -81,7 +84,7 @@ FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, const T* const (&a)[R], int64_t
       w[c] = load(panel + (k * C + c) * kLanes<T>);
     });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
-      const Vec<T> value = broadcast<Vec<T>>(a[r][k]);
+      const Vec<T> value = broadcast<Vec<T>>(a(r, k));
       unroll<C>([&](auto c) __attribute__((always_inline)) {
         into[r][To::at(decltype(c)::value)] += value * w[c];
       });
@@ -97,6 +100,13 @@ FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, const T* const (&a)[R], int64_t
     unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[0][c] += odd[0][c]; });
   }
   for (; k < size; ++k) step(sum, k);
+}
+
+template <class To, class T, int R>
+FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const T* const (&a)[R], int64_t size,
+                                     const T* panel) {
+  accumulate<To, T, R>(
+      sum, [&](auto r, int64_t k) __attribute__((always_inline)) { return a[r][k]; }, size, panel);
 }
 
 /// Lane u: the product of row u of w [units, size] with a. Reads w along its rows, unpacked.
@@ -204,19 +214,40 @@ void pack_product(const T* matrix, int64_t row_stride, int64_t column_stride, in
   }
 }
 
-/// out(j)[0, columns) = a(j) * matrix for the rows j of [0, rows), in whole vectors. The depth of
-/// the product is that of `segments` stretches of `length` elements, the s-th at a(j) + at(s).
-template <class Segments, class T, class A, class Out>
-FUSEDRNN_INLINE void product(int64_t rows, int64_t length, int64_t columns, const T* panels, A&& a,
-                             Out&& out) {
+// ---- products ---------------------------------------------------------------------------------
+
+/// Rows of a matrix: row j is at base + (index ? offset + index[j] : j) * stride.
+template <class T>
+struct Rows {
+  T* base;
+  int64_t stride;
+  const int64_t* index = nullptr;
+  int64_t offset = 0;
+  T* operator()(int64_t j) const { return base + (index ? offset + index[j] : j) * stride; }
+};
+
+/// Which stretches of a row, in units of their length, a product's depth is made of.
+template <class Cell>
+struct HiddenSegments {
+  static constexpr int count = Cell::kGates;
+  static constexpr int at(int g) { return Cell::hidden_sum[g]; }
+};
+
+/// out(j)[columns] = a(j) * matrix, or += with add, for the rows j of [0, rows) and the columns of
+/// the panel blocks [block_begin, block_end). The depth of the product is that of the segments, of
+/// `length` elements each, the s-th at a(j) + at(s) * length.
+template <class Segments, class T>
+__attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t columns,
+                                       int64_t block_begin, int64_t block_end, const T* panels,
+                                       Rows<const T> a, Rows<T> out, bool add) {
   constexpr int L = kLanes<T>;
   const int64_t depth = Segments::count * length;
-  for (int64_t first = 0; first < columns; first += kSums * L) {
-    const int64_t left = (columns - first + L - 1) / L;
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t first = block * kSums * L, left = columns - first;
     const T* panel = panels + depth * first;
     unroll<kSums>([&](auto i) __attribute__((always_inline)) {
       constexpr int C = decltype(i)::value + 1;
-      if (left != C && !(C == kSums && left > C)) return;
+      if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
       for_tiles(rows, [&](auto R, int64_t j) __attribute__((always_inline)) {
         Tile<T, R> sum = {};
         for (int s = 0; s < Segments::count; ++s) {
@@ -224,15 +255,69 @@ FUSEDRNN_INLINE void product(int64_t rows, int64_t length, int64_t columns, cons
           unroll<R>([&](auto r) __attribute__((always_inline)) {
             row[r] = a(j + r) + Segments::at(s) * length;
           });
-          accumulate<Columns<C>, T, R>(sum, row, length, panel + s * length * C * L);
+          accumulate_rows<Columns<C>, T, R>(sum, row, length, panel + s * length * C * L);
         }
         unroll<R>([&](auto r) __attribute__((always_inline)) {
+          T* to = out(j + r) + first;
           unroll<C>([&](auto c) __attribute__((always_inline)) {
-            store(out(j + r) + first + c * L, sum[r][c]);
+            const int64_t n = left - c * L;
+            store(to + c * L, add ? load(to + c * L, n) + sum[r][c] : sum[r][c], n);
           });
         });
       });
     });
+  }
+}
+
+template <class T>
+void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, const T* a,
+              int64_t a_stride, T* out, int64_t out_stride, bool add) {
+  constexpr int64_t width = kSums * kLanes<T>;
+  product<Columns<1>, T>(rows, depth, columns, 0, (columns + width - 1) / width, panels,
+                         {a, a_stride}, {out, out_stride}, add);
+}
+
+/// out[row, column] = sum over n of a[n, row] * b[n, column], n in blocks whose sums are added in
+/// order: b's block stays in the first cache for all rows, a's in the second for all columns.
+template <class T>
+void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* a,
+                         int64_t a_stride, const T* b, int64_t b_stride, T* out,
+                         int64_t out_stride) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kDepth = 512 / int64_t(sizeof(T)), width = kSums * L;
+  alignas(64) T panel[kDepth * width];
+  for (int64_t n = 0; n < depth || n == 0; n += kDepth) {
+    const int64_t size = depth - n < kDepth ? depth - n : kDepth;
+    for (int64_t first = 0; first < columns; first += width) {
+      const int64_t left = columns - first;
+      unroll<kSums>([&](auto i) __attribute__((always_inline)) {
+        constexpr int C = decltype(i)::value + 1;
+        if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
+        for (int64_t k = 0; k < size; ++k) {
+          unroll<C>([&](auto c) __attribute__((always_inline)) {
+            store(panel + (k * C + c) * L, load(b + (n + k) * b_stride + first + c * L,
+                                                left - c * L));
+          });
+        }
+        for_tiles(rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
+          Tile<T, R> sum = {};
+          const T* from = a + n * a_stride + row;
+          accumulate<Columns<C>, T, R>(
+              sum,
+              [&](auto r, int64_t k) __attribute__((always_inline)) {
+                return from[k * a_stride + r];
+              },
+              size, panel);
+          unroll<R>([&](auto r) __attribute__((always_inline)) {
+            T* to = out + (row + r) * out_stride + first;
+            unroll<C>([&](auto c) __attribute__((always_inline)) {
+              const int64_t m = left - c * L;
+              store(to + c * L, n ? load(to + c * L, m) + sum[r][c] : sum[r][c], m);
+            });
+          });
+        });
+      });
+    }
   }
 }
 
@@ -264,11 +349,18 @@ FUSEDRNN_INLINE const T* row_of(const T* base, int64_t row, int64_t stride) {
   return base ? base + row * stride : nullptr;
 }
 
-/// What a forward call keeps of its rows between steps.
+/// What a forward run keeps of its rows between steps, in its workspace.
 template <class T>
 struct ForwardState {
+  explicit ForwardState(const Forward<T>& s)
+      : h_size(padded<T>(s.output_size)),
+        state_size(padded<T>(s.hidden_size)),
+        h{s.workspace, s.workspace + s.rows * h_size},
+        state(h[1] + s.rows * h_size),
+        raw(s.projection_panels ? state + s.rows * state_size : nullptr) {}
+
   int64_t h_size, state_size;  ///< padded row lengths
-  T *h, *h_next;               ///< [rows, h_size] output of the last step and of this one
+  T* h[2];                     ///< [rows, h_size] outputs; step i reads h[i % 2] and writes the other
   T* state;                    ///< [rows, state_size]
   T* raw;                      ///< [rows, state_size] output before the projection
 };
@@ -279,12 +371,12 @@ int64_t forward_workspace(const Sequence<T>& s) {
 }
 
 template <class Cell, int R, class T>
-FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m, int64_t t,
-                                  int64_t block, int64_t first) {
+FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m, int64_t i,
+                                  int64_t t, int64_t block, int64_t first) {
   constexpr int L = kLanes<T>, G = Cell::kGates;
   const int64_t H = s.hidden_size, unit = block * L, units = H - unit < L ? H - unit : L;
   const T* h[R];
-  unroll<R>([&](auto r) __attribute__((always_inline)) { h[r] = m.h + (first + r) * m.h_size; });
+  unroll<R>([&](auto r) __attribute__((always_inline)) { h[r] = m.h[i % 2] + (first + r) * m.h_size; });
 
   Tile<T, R> sum;
   {
@@ -303,7 +395,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     });
     if (s.x_product) {
       unroll<R>([&](auto r) __attribute__((always_inline)) {
-        const T* x = s.x_product + (s.position[t] + s.row[first + r]) * G * H + unit;
+        const T* x = s.x_product + (s.position[t] + s.row[first + r]) * s.x_product_stride + unit;
         unroll<G>([&](auto g) __attribute__((always_inline)) {
           sum[r][Cell::input_sum[g]] += load(x + g * H, units);
         });
@@ -314,7 +406,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
         x[r] = s.x + s.x_offset[t] + s.row[first + r] * s.x_row_stride;
       });
       if (panel) {
-        accumulate<InputColumns<Cell>, T, R>(sum, x, s.input_size, panel);
+        accumulate_rows<InputColumns<Cell>, T, R>(sum, x, s.input_size, panel);
         panel += s.input_size * G * L;
       } else {
         accumulate_unpacked<InputColumns<Cell>, T, R>(sum, x, s.input_size, s.weights.ih, H, unit,
@@ -322,7 +414,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
       }
     }
     if (panel) {
-      accumulate<HiddenColumns<Cell>, T, R>(sum, h, s.output_size, panel);
+      accumulate_rows<HiddenColumns<Cell>, T, R>(sum, h, s.output_size, panel);
     } else {
       accumulate_unpacked<HiddenColumns<Cell>, T, R>(sum, h, s.output_size, s.weights.hh, H, unit,
                                                      units);
@@ -343,7 +435,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     if (m.raw) {
       store(m.raw + j * m.state_size + unit, out);
     } else {
-      store(m.h_next + j * m.h_size + unit, out);
+      store(m.h[(i + 1) % 2] + j * m.h_size + unit, out);
       store(s.y + position * s.y_stride + unit, out, units);
     }
     if (s.saved) {
@@ -355,159 +447,197 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
   }
 }
 
+/// Writes the final states of rows [begin, end), of the units that these blocks own.
 template <class Cell, class T>
-void forward(const Forward<T>& s) {
+FUSEDRNN_INLINE void finish_rows(const Forward<T>& s, const ForwardState<T>& m, const T* h,
+                                 int64_t begin, int64_t end, int64_t block_begin,
+                                 int64_t block_end) {
   constexpr int L = kLanes<T>;
-  const int64_t H = s.hidden_size, P = s.output_size;
-  ForwardState<T> m;
-  m.h_size = padded<T>(P);
-  m.state_size = padded<T>(H);
-  m.h = s.workspace;
-  m.h_next = m.h + s.rows * m.h_size;
-  m.state = m.h_next + s.rows * m.h_size;
-  m.raw = s.projection_panels ? m.state + s.rows * m.state_size : nullptr;
-  const int64_t unit = s.block_begin * L;
-  const int64_t units = (s.block_end * L < H ? s.block_end * L : H) - unit;
-  const int64_t out = s.projection_panels ? 0 : unit, outs = s.projection_panels ? P : units;
-
-  const auto finish = [&](int64_t begin, int64_t end, const T* h) {
-    for (int64_t j = begin; j < end; ++j) {
-      copy_row(s.h_n + s.row[j] * P + out, h + j * m.h_size + out, outs, outs);
-      if constexpr (!Cell::kStateIsOutput) {
-        copy_row(s.c_n + s.row[j] * H + unit, m.state + j * m.state_size + unit, units, units);
-      }
+  const int64_t H = s.hidden_size, P = s.output_size, unit = block_begin * L;
+  const int64_t units = (block_end * L < H ? block_end * L : H) - unit;
+  const int64_t out = m.raw ? 0 : unit, outs = m.raw ? P : units;
+  for (int64_t j = begin; j < end; ++j) {
+    copy_row(s.h_n + s.row[j] * P + out, h + j * m.h_size + out, outs, outs);
+    if constexpr (!Cell::kStateIsOutput) {
+      copy_row(s.c_n + s.row[j] * H + unit, m.state + j * m.state_size + unit, units, units);
     }
-  };
-
-  for (int64_t j = 0; j < s.rows; ++j) {
-    const T* h0 = row_of(s.h0, s.row[j], s.h0_stride);
-    copy_row(m.h + j * m.h_size, h0, P, m.h_size);
-    copy_row(m.h_next + j * m.h_size, h0, P, m.h_size);
-    copy_row(m.state + j * m.state_size,
-             Cell::kStateIsOutput ? h0 : row_of(s.c0, s.row[j], s.c0_stride), H, m.state_size);
-  }
-  finish(s.steps ? s.active[0] : 0, s.rows, m.h);  // rows of length zero
-
-  for (int64_t i = 0; i < s.steps; ++i) {
-    const int64_t t = s.reverse ? s.steps - 1 - i : i, rows = s.active[t];
-    for (int64_t block = s.block_begin; block < s.block_end; ++block) {
-      for_tiles(rows, [&](auto R, int64_t first) __attribute__((always_inline)) {
-        forward_tile<Cell, R>(s, m, t, block, first);
-      });
-    }
-    if (m.raw) {
-      product<Columns<1>>(
-          rows, H, P, s.projection_panels,
-          [&](int64_t j) __attribute__((always_inline)) { return m.raw + j * m.state_size; },
-          [&](int64_t j) __attribute__((always_inline)) { return m.h_next + j * m.h_size; });
-      for (int64_t j = 0; j < rows; ++j) {
-        copy_row(s.y + (s.position[t] + s.row[j]) * s.y_stride, m.h_next + j * m.h_size, P, P);
-      }
-    }
-    const int64_t next = step_after(s, t);
-    finish(next < 0 ? 0 : s.active[next], rows, m.h_next);
-    std::swap(m.h, m.h_next);
   }
 }
 
+template <class Cell, class T>
+void forward_begin(const Forward<T>& s) {
+  const ForwardState<T> m(s);
+  for (int64_t j = 0; j < s.rows; ++j) {
+    const T* h0 = row_of(s.h0, s.row[j], s.h0_stride);
+    copy_row(m.h[0] + j * m.h_size, h0, s.output_size, m.h_size);
+    copy_row(m.h[1] + j * m.h_size, h0, s.output_size, m.h_size);
+    copy_row(m.state + j * m.state_size,
+             Cell::kStateIsOutput ? h0 : row_of(s.c0, s.row[j], s.c0_stride), s.hidden_size,
+             m.state_size);
+  }
+  // Rows of length zero.
+  finish_rows<Cell>(s, m, m.h[0], s.active[0], s.rows, 0, blocks_of<T>(s.hidden_size));
+}
+
+/// The i-th step of the run for the units of blocks [block_begin, block_end), all of them with a
+/// projection. Steps follow one another; the blocks of one step may run at the same time.
+template <class Cell, class T>
+void forward_step(const Forward<T>& s, int64_t i, int64_t block_begin, int64_t block_end) {
+  const ForwardState<T> m(s);
+  const int64_t P = s.output_size, t = s.reverse ? s.steps - 1 - i : i, rows = s.active[t];
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    for_tiles(rows, [&](auto R, int64_t first) __attribute__((always_inline)) {
+      forward_tile<Cell, R>(s, m, i, t, block, first);
+    });
+  }
+  T* h = m.h[(i + 1) % 2];
+  if (m.raw) {
+    multiply<T>(rows, s.hidden_size, P, s.projection_panels, m.raw, m.state_size, h, m.h_size,
+                false);
+    for (int64_t j = 0; j < rows; ++j) {
+      copy_row(s.y + (s.position[t] + s.row[j]) * s.y_stride, h + j * m.h_size, P, P);
+    }
+  }
+  const int64_t next = step_after(s, t);
+  finish_rows<Cell>(s, m, h, next < 0 ? 0 : s.active[next], rows, block_begin, block_end);
+}
+
 // ---- backward ---------------------------------------------------------------------------------
+
+/// What a backward run keeps of its rows between steps, in its workspace.
+template <class T>
+struct BackwardState {
+  explicit BackwardState(const Backward<T>& s)
+      : dh_size(padded<T>(s.output_size)),
+        state_size(padded<T>(s.hidden_size)),
+        dh(s.workspace),
+        dstate(dh + s.rows * dh_size),
+        draw(dstate + s.rows * state_size) {}
+
+  int64_t dh_size, state_size;  ///< padded row lengths
+  T* dh;                        ///< [rows, dh_size] of the output
+  T* dstate;                    ///< [rows, state_size]
+  T* draw;                      ///< [rows, state_size] of the output before the projection
+};
 
 template <class T>
 int64_t backward_workspace(const Sequence<T>& s) {
   return s.rows * (padded<T>(s.output_size) + 2 * padded<T>(s.hidden_size));
 }
 
-/// Gradients of the sums, the state and h0 from those of the outputs; the weights' are products
-/// over all steps and belong to the caller.
 template <class Cell, class T>
-void backward(const Backward<T>& s) {
+void backward_begin(const Backward<T>& s) {
+  const BackwardState<T> m(s);
+  const int64_t H = s.hidden_size, P = s.output_size;
+  for (int64_t j = 0; j < s.rows; ++j) {
+    copy_row(m.dh + j * m.dh_size, row_of(s.dh_n, s.row[j], P), P, m.dh_size);
+    copy_row(m.dstate + j * m.state_size, row_of(s.dc_n, s.row[j], H), H, m.state_size);
+  }
+}
+
+/// Gradients of the sums of step t, for the units [begin, end), from those of its output.
+template <class Cell, class T>
+FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>& m, int64_t t,
+                                    int64_t begin, int64_t end, const T* dout, int64_t dout_size) {
   constexpr int L = kLanes<T>;
   const int64_t H = s.hidden_size, P = s.output_size;
-  const int64_t dh_size = padded<T>(P), state_size = padded<T>(H);
-  T* const dh = s.workspace;                           // [rows, dh_size]
-  T* const dstate = dh + s.rows * dh_size;             // [rows, state_size]
-  T* const draw = dstate + s.rows * state_size;        // [rows, state_size] projection only
-  for (int64_t j = 0; j < s.rows; ++j) {
-    copy_row(dh + j * dh_size, row_of(s.dh_n, s.row[j], P), P, dh_size);
-    copy_row(dstate + j * state_size, row_of(s.dc_n, s.row[j], H), H, state_size);
-  }
-
-  for (int64_t i = 0; i < s.steps; ++i) {
-    const int64_t t = s.reverse ? i : s.steps - 1 - i, rows = s.active[t];
-    const int64_t before = step_before(s, t), continued = before < 0 ? 0 : s.active[before];
-    const auto position = [&](int64_t j) __attribute__((always_inline)) {
-      return s.position[t] + s.row[j];
-    };
-
-    if (s.dy) {
-      for (int64_t j = 0; j < rows; ++j) {
-        const T* dy = s.dy + position(j) * s.dy_stride;
-        T* to = dh + j * dh_size;
-        for (int64_t u = 0; u < P; u += L) store(to + u, load(to + u) + load(dy + u, P - u));
-      }
+  // A row that starts at t has no step before, although the batch may.
+  const int64_t before = step_before(s, t), continued = before < 0 ? 0 : s.active[before];
+  const int64_t out_end = s.projection_panels ? P : end;
+  for (int64_t j = 0; j < s.active[t]; ++j) {
+    const int64_t b = s.row[j], at = s.position[t] + b;
+    const int64_t from = j < continued ? s.position[before] + b : -1;
+    const T* h_previous = from < 0 ? row_of(s.h0, b, s.h0_stride) : s.y + from * s.y_stride;
+    const T* previous = h_previous;
+    if constexpr (!Cell::kStateIsOutput) {
+      previous = from < 0 ? row_of(s.c0, b, s.c0_stride)
+                          : s.saved + (from * Cell::kSaved + Cell::kSavedState) * H;
     }
-    const T* output_gradient = dh;
-    int64_t output_gradient_size = dh_size;
-    if (s.projection_panels) {
-      for (int64_t j = 0; j < rows; ++j) copy_row(s.dr + position(j) * P, dh + j * dh_size, P, P);
-      product<Columns<1>>(
-          rows, P, H, s.projection_panels,
-          [&](int64_t j) __attribute__((always_inline)) { return dh + j * dh_size; },
-          [&](int64_t j) __attribute__((always_inline)) { return draw + j * state_size; });
-      output_gradient = draw;
-      output_gradient_size = state_size;
-    }
-
-    for (int64_t j = 0; j < rows; ++j) {
-      const int64_t at = position(j), b = s.row[j];
-      // A reverse row that starts at t has no step before although t + 1 exists.
-      const int64_t from = j < continued ? s.position[before] + b : -1;
-      const T* h_previous =
-          from < 0 ? row_of(s.h0, b, s.h0_stride) : s.y + from * s.y_stride;
-      const T* previous = h_previous;
+    copy_row(s.h_previous + at * P + begin, h_previous ? h_previous + begin : nullptr,
+             out_end - begin, 0);
+    const T* saved_row = s.saved + at * Cell::kSaved * H;
+    T* dsums = s.dsums + at * kSums * H;
+    for (int64_t u = begin; u < end; u += L) {
+      const int64_t n = H - u;
+      Vec<T> saved[Cell::kSaved], dsum[kSums];
+      unroll<Cell::kSaved>([&](auto a) __attribute__((always_inline)) {
+        saved[a] = load(saved_row + a * H + u, n);
+      });
+      Vec<T> d = load(m.dstate + j * m.state_size + u);
+      Cell::backward(saved, previous ? load(previous + u, n) : Vec<T>{},
+                     load(dout + j * dout_size + u), d, dsum);
+      store(m.dstate + j * m.state_size + u, d);
+      unroll<kSums>([&](auto c) __attribute__((always_inline)) {
+        store(dsums + c * H + u, dsum[c], n);
+      });
       if constexpr (!Cell::kStateIsOutput) {
-        previous = from < 0 ? row_of(s.c0, b, s.c0_stride)
-                            : s.saved + (from * Cell::kSaved + Cell::kSavedState) * H;
-      }
-      copy_row(s.h_previous + at * P, h_previous, P, P);
-      const T* saved_row = s.saved + at * Cell::kSaved * H;
-      const T* dout = output_gradient + j * output_gradient_size;
-      T* dstate_row = dstate + j * state_size;
-      T* dsums = s.dsums + at * kSums * H;
-      for (int64_t u = 0; u < H; u += L) {
-        const int64_t n = H - u;
-        Vec<T> saved[Cell::kSaved], dsum[kSums];
-        unroll<Cell::kSaved>([&](auto a) __attribute__((always_inline)) {
-          saved[a] = load(saved_row + a * H + u, n);
-        });
-        Vec<T> d = load(dstate_row + u);
-        Cell::backward(saved, previous ? load(previous + u, n) : Vec<T>{}, load(dout + u), d, dsum);
-        store(dstate_row + u, d);
-        unroll<kSums>([&](auto c) __attribute__((always_inline)) {
-          store(dsums + c * H + u, dsum[c], n);
-        });
-        if constexpr (!Cell::kStateIsOutput) {
-          if (s.h_raw) store(s.h_raw + at * H + u, Cell::output(saved), n);
-        }
+        if (s.h_raw) store(s.h_raw + at * H + u, Cell::output(saved), n);
       }
     }
-    product<HiddenColumns<Cell>>(
-        rows, H, P, s.panels,
-        [&](int64_t j) __attribute__((always_inline)) { return s.dsums + position(j) * kSums * H; },
-        [&](int64_t j) __attribute__((always_inline)) { return dh + j * dh_size; });
+  }
+}
+
+/// The i-th step back, for the units of the product blocks [block_begin, block_end), all of them
+/// with a projection: takes the gradients of step i - 1's sums back to the output of step i, then
+/// computes those of step i's sums. i runs to s.steps, which leaves the gradients of h0 and c0.
+/// Steps follow one another; the blocks of one step may run at the same time. The weights'
+/// gradients are products over all steps and belong to the caller.
+template <class Cell, class T>
+void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t block_end) {
+  constexpr int L = kLanes<T>;
+  const BackwardState<T> m(s);
+  const int64_t H = s.hidden_size, P = s.output_size;
+  const auto time = [&](int64_t step) { return s.reverse ? step : s.steps - 1 - step; };
+  const int64_t begin = block_begin * kSums * L;
+  const auto end_of = [&](int64_t size) {
+    return block_end * kSums * L < size ? block_end * kSums * L : size;
+  };
+  const int64_t blocks = (P + kSums * L - 1) / (kSums * L);
+  if (i > 0) {
+    const int64_t t = time(i - 1);
+    const Rows<const T> dsums{s.dsums, kSums * H, s.row, s.position[t]};
+    const Rows<T> dh{m.dh, m.dh_size};
+    const int64_t last = block_end < blocks ? block_end : blocks;
+    if constexpr (Cell::kGates == kSums) {  // the sums of the hidden part are all of them, in order
+      product<Columns<1>, T>(s.active[t], kSums * H, P, block_begin, last, s.panels, dsums, dh,
+                             false);
+    } else {
+      product<HiddenSegments<Cell>, T>(s.active[t], H, P, block_begin, last, s.panels, dsums, dh,
+                                       false);
+    }
+  }
+  if (i == s.steps) {
+    for (int64_t j = 0; j < s.rows; ++j) {
+      T* dh = m.dh + j * m.dh_size;
+      T* dstate = m.dstate + j * m.state_size;
+      if constexpr (Cell::kStateIsOutput) {
+        for (int64_t u = begin; u < end_of(P); u += L) store(dh + u, load(dh + u) + load(dstate + u));
+      } else {
+        copy_row(s.dc0 + s.row[j] * H + begin, dstate + begin, end_of(H) - begin, 0);
+      }
+      copy_row(s.dh0 + s.row[j] * P + begin, dh + begin, end_of(P) - begin, 0);
+    }
+    return;
   }
 
-  for (int64_t j = 0; j < s.rows; ++j) {
-    if constexpr (Cell::kStateIsOutput) {
-      for (int64_t u = 0; u < P; u += L) {
-        T* at = dh + j * dh_size + u;
-        store(at, load(at) + load(dstate + j * state_size + u));
+  const int64_t t = time(i), rows = s.active[t];
+  if (s.dy) {
+    for (int64_t j = 0; j < rows; ++j) {
+      const T* dy = s.dy + (s.position[t] + s.row[j]) * s.dy_stride;
+      T* dh = m.dh + j * m.dh_size;
+      for (int64_t u = begin; u < end_of(P); u += L) {
+        store(dh + u, load(dh + u) + load(dy + u, P - u));
       }
-    } else {
-      copy_row(s.dc0 + s.row[j] * H, dstate + j * state_size, H, H);
     }
-    copy_row(s.dh0 + s.row[j] * P, dh + j * dh_size, P, P);
   }
+  if (!s.projection_panels) {
+    return backward_units<Cell>(s, m, t, begin, end_of(H), m.dh, m.dh_size);
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    copy_row(s.dr + (s.position[t] + s.row[j]) * P, m.dh + j * m.dh_size, P, P);
+  }
+  multiply<T>(rows, P, H, s.projection_panels, m.dh, m.dh_size, m.draw, m.state_size, false);
+  backward_units<Cell>(s, m, t, 0, H, m.draw, m.state_size);
 }
 
 // ---- the table --------------------------------------------------------------------------------
@@ -515,13 +645,16 @@ void backward(const Backward<T>& s) {
 template <class Cell, class T>
 constexpr cpu::Kernel<T> kernel_of() {
   static_assert(Cell::kSums == kSums);
-  return {forward_panel_size<Cell, T>, forward_workspace<T>, backward_workspace<T>,
-          pack_forward<Cell, T>,       forward<Cell, T>,     backward<Cell, T>};
+  return {forward_panel_size<Cell, T>, forward_workspace<T>,    backward_workspace<T>,
+          pack_forward<Cell, T>,       forward_begin<Cell, T>,  forward_step<Cell, T>,
+          backward_begin<Cell, T>,     backward_step<Cell, T>};
 }
 
 template <class T>
 constexpr cpu::KernelsOf<T> kernels_of() {
-  return {{kLanes<T>, kSums * kLanes<T>, pack_product<T>}, kernel_of<Lstm, T>(), kernel_of<Gru, T>()};
+  return {{kLanes<T>, kSums * kLanes<T>, kRows, pack_product<T>, multiply<T>, multiply_transposed<T>},
+          kernel_of<Lstm, T>(),
+          kernel_of<Gru, T>()};
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

@@ -5,33 +5,45 @@
 
 namespace fusedrnn::cpu {
 
-/// One cell and value type. Every function is pure: it touches what its arguments name.
+/// One cell and value type. A run (sequence.h) is a call of *_begin, then one of *_step for each
+/// step in order; a step may be shared out by blocks of units.
 template <class T>
 struct Kernel {
-  /// Elements of one block of forward panels, and of the whole workspace of a call.
+  /// Elements of the panel of one block of units, and of a run's workspace.
   int64_t (*forward_panel_size)(int64_t input_size, int64_t output_size);
   int64_t (*forward_workspace)(const Sequence<T>&);
   int64_t (*backward_workspace)(const Sequence<T>&);
   /// Packs the weights of one block of units. weights.ih null: without the input's part.
   void (*pack_forward)(const Weights<T>& weights, int64_t input_size, int64_t hidden_size,
                        int64_t output_size, int64_t block, T* panel);
-  void (*forward)(const Forward<T>&);
-  void (*backward)(const Backward<T>&);
+  void (*forward_begin)(const Forward<T>&);
+  void (*forward_step)(const Forward<T>&, int64_t i, int64_t block_begin, int64_t block_end);
+  void (*backward_begin)(const Backward<T>&);
+  void (*backward_step)(const Backward<T>&, int64_t i, int64_t block_begin, int64_t block_end);
 };
 
-/// Panels for the product of rows with a matrix [depth, columns], shared by all cells.
+/// What all cells share: sizes, and products of matrices. Matrices are row-major; strides are of
+/// rows unless named otherwise.
 template <class T>
-struct Packing {
-  int64_t lanes;         ///< units in a block of forward panels
-  int64_t block_columns;  ///< columns in a block of product panels
-  /// Packs columns [block * block_columns, ...) of the matrix with the given strides.
+struct Common {
+  int64_t lanes;          ///< units in a block of the forward pass
+  int64_t block_columns;  ///< columns in a block of product panels, units in one of the backward pass
+  int64_t tile_rows;      ///< batch rows that a tile holds
+  /// Packs one block of columns of a matrix [depth, columns]; panels hold whole vectors of columns.
   void (*pack_product)(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t depth,
                        int64_t columns, int64_t block, T* panels);
+  /// out [rows, columns] = a [rows, depth] * the packed matrix, or += with add.
+  void (*multiply)(int64_t rows, int64_t depth, int64_t columns, const T* panels, const T* a,
+                   int64_t a_stride, T* out, int64_t out_stride, bool add);
+  /// out [rows, columns] = transposed a [depth, rows] * b [depth, columns].
+  void (*multiply_transposed)(int64_t depth, int64_t rows, int64_t columns, const T* a,
+                              int64_t a_stride, const T* b, int64_t b_stride, T* out,
+                              int64_t out_stride);
 };
 
 template <class T>
 struct KernelsOf {
-  Packing<T> packing;
+  Common<T> common;
   Kernel<T> lstm, gru;
 };
 

@@ -2,12 +2,12 @@
 // kernels.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../layer.h"
 #include "kernels.h"
+#include "team.h"
 
 namespace fusedrnn::cpu {
 namespace {
@@ -46,46 +46,72 @@ struct Plan {
   }
 };
 
-/// The part of a layer that one thread runs: a direction, and some of its rows or unit blocks.
-struct Task {
-  int64_t direction;
-  std::vector<int64_t> row, active;
-  int64_t block_begin, block_end;
-};
-
-/// Work that takes less than this many multiplications is done at once rather than shared.
-constexpr int64_t kSharedWork = 1 << 19;
-
-std::vector<Task> share(const Layer& layer, const Plan& plan, int64_t blocks, bool by_unit) {
-  const int64_t work = layer.N * layer.D * layer.cell.gates * layer.H * (layer.I + layer.P);
-  const int64_t threads = work < kSharedWork || at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t limit = by_unit ? blocks : std::max<int64_t>(layer.B, 1);
-  const int64_t parts = std::clamp<int64_t>(threads / layer.D, 1, limit);
-  std::vector<Task> tasks;
-  for (int64_t d = 0; d < layer.D; ++d) {
-    for (int64_t part = 0; part < parts; ++part) {
-      if (by_unit) {
-        tasks.push_back({d, plan.order, plan.active, blocks * part / parts,
-                         blocks * (part + 1) / parts});
-        continue;
-      }
-      // Every parts-th row, so that rows of all lengths go to each thread.
-      Task task{d, {}, {}, 0, blocks};
-      for (int64_t j = part; j < layer.B; j += parts) task.row.push_back(plan.order[j]);
-      for (int64_t n : plan.active) {
-        task.active.push_back(n > part ? (n - part + parts - 1) / parts : 0);
-      }
-      tasks.push_back(std::move(task));
-    }
-  }
-  return tasks;
-}
-
-void run(int64_t count, const std::function<void(int64_t)>& task) {
+/// Calls task(0), ..., task(count - 1) on torch's threads.
+template <class F>
+void in_parallel(int64_t count, const F& task) {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);
   });
 }
+
+/// Work of fewer multiplications than this is done at once rather than shared, ...
+constexpr int64_t kSharedWork = 1 << 19;
+/// ... and so is a step of fewer than this for each thread.
+constexpr int64_t kSharedStep = 1 << 15;
+
+/// How a layer is shared out: runs, each a direction and some of its rows, and the threads that
+/// share each run's steps by blocks of units.
+struct Shares {
+  struct Run {
+    int64_t direction;
+    std::vector<int64_t> row, active;
+  };
+  std::vector<Run> runs;
+  int64_t members = 1;  ///< of each run
+
+  Shares(const Layer& layer, const Plan& plan, int64_t tile_rows, int64_t blocks) {
+    const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
+    int64_t threads = 1, rows = 1;
+    if (step * layer.T * layer.D >= kSharedWork && !at::in_parallel_region()) {
+      threads = std::max<int64_t>(at::get_num_threads() / layer.D, 1);
+    }
+    // Few rows leave a tile's weights too little used: then all threads run all rows, each with
+    // its part of the weights. The steps of a projection can't be shared so.
+    if (layer.B < threads * tile_rows && !layer.has_projection && step >= threads * kSharedStep) {
+      members = std::min(threads, blocks);
+    }
+    if (members == 1) rows = std::clamp<int64_t>(threads, 1, std::max<int64_t>(layer.B, 1));
+    for (int64_t d = 0; d < layer.D; ++d) {
+      for (int64_t part = 0; part < rows; ++part) {
+        // Every rows-th row, so that rows of all lengths go to each thread.
+        Run run{d, {}, {}};
+        for (int64_t j = part; j < layer.B; j += rows) run.row.push_back(plan.order[j]);
+        for (int64_t n : plan.active) {
+          run.active.push_back(n > part ? (n - part + rows - 1) / rows : 0);
+        }
+        runs.push_back(std::move(run));
+      }
+    }
+  }
+
+  /// Runs every step of every run: step(run, i, block_begin, block_end).
+  template <class F>
+  void execute(int64_t steps, int64_t blocks, const F& step) const {
+    if (members == 1) {
+      return in_parallel(int64_t(runs.size()), [&](int64_t r) {
+        for (int64_t i = 0; i < steps; ++i) step(r, i, 0, blocks);
+      });
+    }
+    std::vector<Team> teams;
+    for (size_t r = 0; r < runs.size(); ++r) teams.emplace_back(members);
+    in_parallel(int64_t(runs.size()) * members, [&](int64_t item) {
+      const int64_t r = item / members;
+      teams[r].run(item % members, steps, [&](int64_t i, int64_t part) {
+        step(r, i, blocks * part / members, blocks * (part + 1) / members);
+      });
+    });
+  }
+};
 
 template <class T>
 T* data(const Tensor& t) {
@@ -112,7 +138,7 @@ const Kernel<T>& kernel(const Layer& layer) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// One tensor cut into aligned pieces, one a task.
+/// One tensor cut into aligned pieces, one a run.
 template <class T>
 struct Workspace {
   Workspace(const Layer& layer, int64_t pieces, int64_t size)
@@ -123,38 +149,109 @@ struct Workspace {
 };
 
 template <class T>
-void set_sequence(Sequence<T>& s, const Layer& layer, const Plan& plan, const Task& task) {
+void set_sequence(Sequence<T>& s, const Layer& layer, const Plan& plan, const Shares::Run& run) {
   s.steps = layer.T;
-  s.rows = int64_t(task.row.size());
+  s.rows = int64_t(run.row.size());
   s.input_size = layer.I;
   s.hidden_size = layer.H;
   s.output_size = layer.P;
-  s.reverse = task.direction == 1;
-  s.row = task.row.data();
-  s.active = task.active.data();
+  s.reverse = run.direction == 1;
+  s.row = run.row.data();
+  s.active = run.active.data();
   s.position = plan.position.data();
 }
 
-/// Packs the product panels of a matrix [depth, columns] for every direction: [D, depth, columns'].
-template <class T>
-Tensor pack_products(const Layer& layer, int64_t depth, int64_t columns, int64_t row_stride,
-                     int64_t column_stride, Tensor DirectionWeights::* matrix) {
-  const Packing<T>& packing = table<T>().packing;
-  const int64_t blocks = divide_up(columns, packing.block_columns);
-  const int64_t width = divide_up(columns, packing.lanes) * packing.lanes;
-  Tensor panels = at::empty({layer.D, depth, width}, layer.options());
-  const auto pack = [&](int64_t i) {
-    packing.pack_product((layer.weights[i / blocks].*matrix).template const_data_ptr<T>(), row_stride,
-                         column_stride, depth, columns, i % blocks,
-                         panels.data_ptr<T>() + (i / blocks) * depth * width);
-  };
-  if (layer.D * depth * columns < kSharedWork / 8) {
-    for (int64_t i = 0; i < layer.D * blocks; ++i) pack(i);
-  } else {
-    run(layer.D * blocks, pack);
+/// The states that a run of direction d starts from.
+template <class Run>
+void set_initial(Run& s, const Layer& layer, int64_t d) {
+  using T = std::remove_const_t<std::remove_pointer_t<decltype(s.h0)>>;
+  if (layer.h0.defined()) {
+    s.h0 = layer.h0.const_data_ptr<T>() + d * layer.h0.stride(0);
+    s.h0_stride = layer.h0.stride(1);
   }
+  if (layer.c0.defined()) {
+    s.c0 = layer.c0.const_data_ptr<T>() + d * layer.c0.stride(0);
+    s.c0_stride = layer.c0.stride(1);
+  }
+}
+
+/// Calls pack(i) for every panel, in parallel if there is much to pack.
+template <class F>
+void pack_all(int64_t panels, int64_t elements, const F& pack) {
+  if (elements < kSharedWork / 8) {
+    for (int64_t i = 0; i < panels; ++i) pack(i);
+  } else {
+    in_parallel(panels, pack);
+  }
+}
+
+/// Packs matrices [depth, columns], `stride` elements apart: [count, depth, whole vectors].
+template <class T>
+Tensor pack_products(const std::vector<const T*>& matrices, int64_t depth, int64_t columns,
+                     int64_t row_stride, int64_t column_stride, const at::TensorOptions& options) {
+  const Common<T>& common = table<T>().common;
+  const int64_t blocks = divide_up(columns, common.block_columns);
+  const int64_t width = divide_up(columns, common.lanes) * common.lanes;
+  const int64_t count = int64_t(matrices.size());
+  const Tensor panels = at::empty({count, depth, width}, options);
+  T* to = panels.data_ptr<T>();
+  pack_all(count * blocks, count * depth * columns, [&](int64_t i) {
+    common.pack_product(matrices[i / blocks], row_stride, column_stride, depth, columns, i % blocks,
+                        to + (i / blocks) * depth * width);
+  });
   return panels;
 }
+
+template <class T>
+Tensor pack_products(const Layer& layer, Tensor DirectionWeights::* weight, int64_t depth,
+                     int64_t columns, int64_t row_stride, int64_t column_stride) {
+  std::vector<const T*> matrices;
+  for (const DirectionWeights& w : layer.weights) {
+    matrices.push_back((w.*weight).template const_data_ptr<T>());
+  }
+  return pack_products<T>(matrices, depth, columns, row_stride, column_stride, layer.options());
+}
+
+/// out = a b, or += with add; b given by its packed panels.
+template <class T>
+void multiply(int64_t rows, int64_t depth, int64_t columns, const Tensor& panels, const T* a,
+              int64_t a_stride, T* out, int64_t out_stride, bool add) {
+  const Common<T>& common = table<T>().common;
+  const int64_t parts = rows * depth * columns < kSharedWork
+                            ? 1
+                            : std::clamp<int64_t>(rows / common.tile_rows, 1, at::get_num_threads());
+  in_parallel(parts, [&](int64_t part) {
+    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+    common.multiply(end - begin, depth, columns, panels.const_data_ptr<T>(), a + begin * a_stride,
+                    a_stride, out + begin * out_stride, out_stride, add);
+  });
+}
+
+/// The products of weight_gradients on this backend's own tiles.
+template <class T>
+struct OwnProducts : Products {
+  void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
+    const int64_t depth = b.size(0), columns = b.size(1);
+    const Tensor panels =
+        pack_products<T>({b.const_data_ptr<T>()}, depth, columns, b.stride(0), 1, b.options());
+    cpu::multiply<T>(a.size(0), depth, columns, panels, a.const_data_ptr<T>(), a.stride(0),
+                     out.data_ptr<T>(), out.stride(0), add);
+  }
+  void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const override {
+    const Common<T>& common = table<T>().common;
+    const int64_t depth = a.size(0), rows = a.size(1), columns = b.size(1);
+    const int64_t parts =
+        depth * rows * columns < kSharedWork
+            ? 1
+            : std::clamp<int64_t>(rows / common.tile_rows, 1, at::get_num_threads());
+    in_parallel(parts, [&](int64_t part) {
+      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+      common.multiply_transposed(depth, end - begin, columns, a.const_data_ptr<T>() + begin,
+                                 a.stride(0), b.const_data_ptr<T>(), b.stride(0),
+                                 out.data_ptr<T>() + begin * out.stride(0), out.stride(0));
+    });
+  }
+};
 
 struct Output {
   Tensor y, h_n, c_n, saved;
@@ -169,94 +266,87 @@ Output forward(const Layer& layer, bool save) {
                                   : at::empty(layer.shape(D * P), options);
   out.h_n = at::empty({D, layer.B, P}, options);
   if (layer.cell.has_c) out.c_n = at::empty({D, layer.B, H}, options);
-  // Zeroed where padding leaves gaps, so that the backward op never sees what was in memory.
-  if (save) {
-    out.saved = at::empty({D, layer.N, layer.cell.saved, H}, options);
-  } else {
-    out.saved = at::empty({0}, options);
-  }
+  out.saved = save ? at::empty({D, layer.N, layer.cell.saved, H}, options) : at::empty({0}, options);
 
+  const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
-  const int64_t blocks = divide_up(H, table<T>().packing.lanes);
+  const int64_t blocks = divide_up(H, common.lanes);
   const Plan plan(layer);
+  const Shares shares(layer, plan, common.tile_rows, blocks);
   // Packing costs as much as reading the weights about eight times: not for a call that reads
   // them less often. The input's part of the step is a product over all steps at once where the
-  // batch is too small to fill the tile.
-  const bool packs = layer.T > 4 || layer.B > 8;
-  const bool projects_input = packs && layer.B < 8;
-  const bool by_unit = layer.T == 1 && !packs && !layer.has_projection;
-  const std::vector<Task> tasks = share(layer, plan, blocks, by_unit);
+  // batch is too small to fill a tile.
+  const bool packs = layer.T > 4 || layer.B > common.tile_rows;
+  const bool projects_input = packs && layer.B < common.tile_rows;
 
-  Tensor panels, projection_panels;
-  const int64_t panel = k.forward_panel_size(projects_input ? 0 : layer.I, P);
-  std::vector<Tensor> x_product(D);
   std::vector<Weights<T>> weights(D);
   for (int64_t d = 0; d < D; ++d) {
     const DirectionWeights& w = layer.weights[d];
-    weights[d] = {const_data<T>(w.ih), const_data<T>(w.hh), const_data<T>(w.bias_ih),
-                  const_data<T>(w.bias_hh), const_data<T>(w.hr)};
-    if (!projects_input) continue;
-    x_product[d] = at::linear(layer.flat_input(), w.ih, w.bias_ih);
-    weights[d].ih = weights[d].bias_ih = nullptr;
+    weights[d] = {projects_input ? nullptr : const_data<T>(w.ih), const_data<T>(w.hh),
+                  const_data<T>(w.bias_ih), const_data<T>(w.bias_hh), const_data<T>(w.hr)};
   }
-  if (packs) {
-    panels = at::empty({D, blocks, panel}, options);
-    const auto pack = [&](int64_t i) {
-      k.pack_forward(weights[i / blocks], layer.I, H, P, i % blocks,
-                     panels.data_ptr<T>() + i * panel);
-    };
-    if (D * blocks * panel < kSharedWork / 8) {
-      for (int64_t i = 0; i < D * blocks; ++i) pack(i);
-    } else {
-      run(D * blocks, pack);
+  Tensor x_product;
+  const int64_t x_product_stride = divide_up(G * H, common.lanes) * common.lanes;
+  if (projects_input) {
+    const Tensor x = layer.flat_input();
+    const Tensor panels =
+        pack_products<T>(layer, &DirectionWeights::ih, layer.I, G * H, 1, layer.I);
+    x_product = at::empty({D, layer.N, x_product_stride}, options);
+    for (int64_t d = 0; d < D; ++d) {
+      multiply<T>(layer.N, layer.I, G * H, panels[d], x.const_data_ptr<T>(), layer.I,
+                  x_product[d].data_ptr<T>(), x_product_stride, false);
     }
   }
+  Tensor panels, projection_panels;
+  const int64_t panel = k.forward_panel_size(projects_input ? 0 : layer.I, P);
+  if (packs) {
+    panels = at::empty({D, blocks * panel}, options);
+    T* to = panels.data_ptr<T>();
+    pack_all(D * blocks, panels.numel(), [&](int64_t i) {
+      k.pack_forward(weights[i / blocks], layer.I, H, P, i % blocks, to + i * panel);
+    });
+  }
   if (layer.has_projection) {
-    projection_panels = pack_products<T>(layer, H, P, 1, H, &DirectionWeights::hr);
+    projection_panels = pack_products<T>(layer, &DirectionWeights::hr, H, P, 1, H);
   }
 
   std::vector<int64_t> x_offset(layer.T);
   for (int64_t t = 0; t < layer.T; ++t) {
     x_offset[t] = (layer.packed ? plan.position[t] : t) * layer.input.stride(0);
   }
-
-  std::vector<Forward<T>> runs(tasks.size());
+  std::vector<Forward<T>> runs(shares.runs.size());
   int64_t workspace_size = 0;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    const Task& task = tasks[i];
-    const int64_t d = task.direction;
-    Forward<T>& s = runs[i];
-    set_sequence(s, layer, plan, task);
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const int64_t d = shares.runs[r].direction;
+    const auto part = [d](const Tensor& t) {
+      return t.defined() ? t.data_ptr<T>() + d * t.stride(0) : nullptr;
+    };
+    Forward<T>& s = runs[r];
+    set_sequence(s, layer, plan, shares.runs[r]);
     workspace_size = std::max(workspace_size, k.forward_workspace(s));
     s.weights = weights[d];
-    if (packs) s.panels = panels.const_data_ptr<T>() + d * blocks * panel;
-    if (layer.has_projection) s.projection_panels = projection_panels[d].const_data_ptr<T>();
+    s.panels = part(panels);
+    s.projection_panels = part(projection_panels);
     s.x = layer.input.const_data_ptr<T>();
     s.x_offset = x_offset.data();
     s.x_row_stride = layer.input.stride(layer.packed ? 0 : 1);
-    s.x_product = const_data<T>(x_product[d]);
-    if (layer.h0.defined()) {
-      s.h0 = layer.h0.const_data_ptr<T>() + d * layer.h0.stride(0);
-      s.h0_stride = layer.h0.stride(1);
-    }
-    if (layer.c0.defined()) {
-      s.c0 = layer.c0.const_data_ptr<T>() + d * layer.c0.stride(0);
-      s.c0_stride = layer.c0.stride(1);
-    }
+    s.x_product = part(x_product);
+    s.x_product_stride = x_product_stride;
+    set_initial(s, layer, d);
     s.y = out.y.data_ptr<T>() + d * P;
     s.y_stride = D * P;
-    s.h_n = out.h_n.data_ptr<T>() + d * layer.B * P;
-    if (layer.cell.has_c) s.c_n = out.c_n.data_ptr<T>() + d * layer.B * H;
-    if (save) s.saved = out.saved.data_ptr<T>() + d * layer.N * layer.cell.saved * H;
-    s.block_begin = task.block_begin;
-    s.block_end = task.block_end;
+    s.h_n = part(out.h_n);
+    s.c_n = part(out.c_n);
+    if (save) s.saved = part(out.saved);
   }
-  const Workspace<T> workspace(layer, int64_t(tasks.size()), workspace_size);
-  run(int64_t(tasks.size()), [&](int64_t i) {
-    runs[i].workspace = workspace[i];
-    k.forward(runs[i]);
+  const Workspace<T> workspace(layer, int64_t(runs.size()), workspace_size);
+  for (size_t r = 0; r < runs.size(); ++r) {
+    runs[r].workspace = workspace[r];
+    k.forward_begin(runs[r]);
+  }
+  shares.execute(layer.T, blocks, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
+    k.forward_step(runs[r], i, begin, end);
   });
-  (void)G;
   return out;
 }
 
@@ -270,9 +360,11 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
                    const std::vector<bool>& output_mask) {
   const auto options = layer.options();
   const int64_t D = layer.D, N = layer.N, H = layer.H, P = layer.P, S = layer.cell.sums;
+  const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
+  const int64_t blocks = divide_up(H, common.block_columns);
   const Plan plan(layer);
-  const std::vector<Task> tasks = share(layer, plan, 0, false);
+  const Shares shares(layer, plan, common.tile_rows, blocks);
   const auto positions = [&](int64_t features) {  // padding must not reach the products
     return layer.lengths.defined() ? at::zeros({D, N, features}, options)
                                    : at::empty({D, N, features}, options);
@@ -282,35 +374,27 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   if (layer.has_projection) {
     dr = positions(P);
     h_raw = positions(H);
-    projection_panels = pack_products<T>(layer, P, H, H, 1, &DirectionWeights::hr);
+    projection_panels = pack_products<T>(layer, &DirectionWeights::hr, P, H, H, 1);
   }
   const Tensor panels =
-      pack_products<T>(layer, layer.cell.gates * H, P, P, 1, &DirectionWeights::hh);
+      pack_products<T>(layer, &DirectionWeights::hh, layer.cell.gates * H, P, P, 1);
   Gradients out;
   out.h0 = at::empty({D, layer.B, P}, options);
   if (layer.cell.has_c) out.c0 = at::empty({D, layer.B, H}, options);
 
-  std::vector<Backward<T>> runs(tasks.size());
+  std::vector<Backward<T>> runs(shares.runs.size());
   int64_t workspace_size = 0;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    const Task& task = tasks[i];
-    const int64_t d = task.direction;
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const int64_t d = shares.runs[r].direction;
     const auto part = [d](const Tensor& t) {
       return t.defined() ? t.data_ptr<T>() + d * t.stride(0) : nullptr;
     };
-    Backward<T>& s = runs[i];
-    set_sequence(s, layer, plan, task);
+    Backward<T>& s = runs[r];
+    set_sequence(s, layer, plan, shares.runs[r]);
     workspace_size = std::max(workspace_size, k.backward_workspace(s));
     s.panels = part(panels);
     s.projection_panels = part(projection_panels);
-    if (layer.h0.defined()) {
-      s.h0 = layer.h0.const_data_ptr<T>() + d * layer.h0.stride(0);
-      s.h0_stride = layer.h0.stride(1);
-    }
-    if (layer.c0.defined()) {
-      s.c0 = layer.c0.const_data_ptr<T>() + d * layer.c0.stride(0);
-      s.c0_stride = layer.c0.stride(1);
-    }
+    set_initial(s, layer, d);
     s.y = g.output.const_data_ptr<T>() + d * P;
     s.y_stride = s.dy_stride = D * P;
     s.saved = part(g.saved);
@@ -324,10 +408,14 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     s.dh0 = part(out.h0);
     s.dc0 = part(out.c0);
   }
-  const Workspace<T> workspace(layer, int64_t(tasks.size()), workspace_size);
-  run(int64_t(tasks.size()), [&](int64_t i) {
-    runs[i].workspace = workspace[i];
-    k.backward(runs[i]);
+  const Workspace<T> workspace(layer, int64_t(runs.size()), workspace_size);
+  for (size_t r = 0; r < runs.size(); ++r) {
+    runs[r].workspace = workspace[r];
+    k.backward_begin(runs[r]);
+  }
+  // One step more than the layer has: it takes the gradients back to h0.
+  shares.execute(layer.T + 1, blocks, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
+    k.backward_step(runs[r], i, begin, end);
   });
 
   std::vector<DirectionGradients> directions(D);
@@ -336,13 +424,11 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
                      layer.has_projection ? h_raw[d] : Tensor()};
   }
   const size_t states = layer.cell.has_c ? 3 : 2;
-  out.input = at::empty({0}, options);
   out.weights = weight_gradients(
       layer, directions, std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-      output_mask[0], out.input);
-  if (output_mask[0]) out.input = out.input.view(layer.shape(layer.I));
+      output_mask[0], out.input, OwnProducts<T>());
   const auto wanted = [&](Tensor& t, size_t i) {
-    t = output_mask[i] ? t.to(layer.type) : at::empty({0}, options);
+    t = output_mask[i] ? t.to(layer.type) : at::empty({0}, options.dtype(layer.type));
   };
   wanted(out.input, 0);
   wanted(out.h0, 1);

@@ -1,0 +1,75 @@
+// Threads that share the steps of one run, where each step needs all of the step before.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fusedrnn::cpu {
+
+/// Every member calls run; together they do each (step, part) once, steps in order.
+///
+/// A member does its own part of a step, then waits for the others'. A thread that was told to
+/// start can take milliseconds to arrive, or never come while another's call is served, so nobody
+/// waits for a part that nobody has begun: after a short while the waiting member does it. A part
+/// gives the same result whoever does it.
+class Team {
+ public:
+  explicit Team(int64_t parts) : size_(parts), parts_(new Part[size_t(parts)]) {}
+
+  int64_t size() const { return size_; }
+
+  template <class Step>
+  void run(int64_t member, int64_t steps, Step&& step) {
+    int patience = kPatience;
+    for (int64_t i = 0; i < steps; ++i) {
+      work(member, i, step);
+      for (int64_t p = 0; p < size_; ++p) {
+        for (int spins = 0; parts_[p].done.load(std::memory_order_acquire) <= i; ++spins) {
+          // An absent member is not waited for again until it has shown up.
+          if (spins >= patience && work(p, i, step)) {
+            patience = 0;
+          } else if (spins >= patience && spins < patience + 2) {
+            patience = kPatience;  // someone else has begun it
+          }
+          pause();
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kPatience = 64;  // pauses: about a microsecond
+
+  struct alignas(64) Part {
+    std::atomic<int64_t> begun{0}, done{0};  // steps
+  };
+
+  template <class Step>
+  bool work(int64_t p, int64_t i, Step&& step) {
+    int64_t expected = i;
+    if (!parts_[p].begun.compare_exchange_strong(expected, i + 1, std::memory_order_acq_rel)) {
+      return false;
+    }
+    step(i, p);
+    parts_[p].done.store(i + 1, std::memory_order_release);
+    return true;
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  int64_t size_;
+  std::unique_ptr<Part[]> parts_;
+};
+
+}  // namespace fusedrnn::cpu
