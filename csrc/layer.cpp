@@ -1,5 +1,6 @@
 #include "layer.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -128,7 +129,11 @@ std::vector<Tensor> weight_gradients(const Layer& layer,
                                      Tensor& grad_input, const Products& products) {
   const CellInfo& cell = layer.cell;
   const int64_t H = layer.H, inputs = cell.gates * H, per = layer.weights_per_direction();
-  const Tensor x = layer.flat_input();
+  Tensor x = layer.flat_input();
+  if (layer.lengths.defined()) {  // zero gradients don't undo NaN or infinity in the padding
+    const Tensor steps = at::arange(layer.T, layer.lengths.options()).unsqueeze(1);
+    x = x.masked_fill(steps.ge(layer.lengths).view({layer.N, 1}), 0);
+  }
   std::vector<Tensor> gradients(output_mask.size());
   if (want_input) grad_input = at::empty({layer.N, layer.I}, layer.options());
 

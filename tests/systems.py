@@ -1,0 +1,305 @@
+"""Small systems around a recurrent layer; each takes the layer's class: nn.LSTM, nn.GRU or a like.
+
+Shapes: T steps, B batch rows, V words, E embedding size, H hidden size, L layers, D directions.
+`state` is what the layer takes and returns: (h, c) of an LSTM, h of a GRU, each [L*D, B, H].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import (
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+    pad_sequence,
+)
+
+Layer = Callable[..., nn.RNNBase]
+State = Tensor | tuple[Tensor, Tensor]
+
+# Ways to make one vector of a row out of its last states [D, B, H], one for each direction.
+MERGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "join": lambda states: torch.cat(states.unbind(), -1),  # [B, D*H]
+    "sum": lambda states: states.sum(0),  # [B, H], as the rest
+    "mean": lambda states: states.mean(0),
+    "product": lambda states: states.prod(0),
+}
+
+
+def hidden(state: State) -> Tensor:
+    """The h [L*D, B, H] of a state."""
+    return state if isinstance(state, Tensor) else state[0]
+
+
+def detached(state: State) -> State:
+    """The same values as constants: what is computed from them has no gradient to their past."""
+    return state.detach() if isinstance(state, Tensor) else (state[0].detach(), state[1].detach())
+
+
+def zero_state(layer: nn.RNNBase, rows: int) -> State:
+    """The state of a layer that has read nothing, written out."""
+    h = layer.weight_hh_l0.new_zeros(
+        layer.num_layers * (2 if layer.bidirectional else 1), rows, layer.hidden_size
+    )
+    return (h, torch.zeros_like(h)) if layer.mode == "LSTM" else h
+
+
+class WordRegressor(nn.Module):
+    """A score for every word of a sentence, or one for the sentence.
+
+    words [T] -> embedded [T, 1, E] -> output [T, 1, D*H], h_n [L*D, 1, H] -> scores [T, 1], or
+    [1, 1] if one vector is read. The state is kept from call to call until `reset`.
+
+    Output and h_n hold the same kind of vector, the layer's h, cut along different axes: output is
+    every step of the last layer, h_n is every layer and direction after its last step. To score
+    each word, read output. To score the sentence, read the vectors that have seen all of it:
+
+    - one layer, one direction: output[-1] and h_n[0] are the same vector; either will do.
+    - more layers: output[-1] is h_n[-1]; the layers below are in h_n only.
+    - two directions: the backward half of output[-1] has read only the last word, as the backward
+      direction begins there. It ends at the first word: its last state is in output[0] and h_n[-1].
+      h_n[-2:] has both last states, so it is the one to read, joined, or summed to keep the size H.
+    - rows padded to one length: output[-1] of a shorter row belongs to its padding (zeros, if the
+      batch was packed), while h_n of a packed batch is from each row's own last step.
+
+    Args:
+        layer: class of the recurrent layer.
+        words: V.
+        size: E and H.
+        layers: L.
+        bidirectional: whether D is 2.
+        read: what the head reads: "words" (all of output), "output" (output[-1]) or "state" (h_n).
+        merge: how the directions' states become one vector, if read is "state".
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        words: int,
+        size: int = 6,
+        layers: int = 1,
+        bidirectional: bool = False,
+        read: str = "words",
+        merge: str = "join",
+    ) -> None:
+        super().__init__()
+        self.directions = 2 if bidirectional else 1
+        self.read = read
+        self.merge = MERGES[merge]
+        self.embedding = nn.Embedding(words, size)
+        self.layer = layer(size, size, num_layers=layers, bidirectional=bidirectional)
+        self.head = nn.Linear(size * (self.directions if merge == "join" else 1), 1)
+        self.state: State | None = None
+
+    def reset(self) -> None:
+        """Forgets what was read."""
+        self.state = None
+
+    def forward(self, words: Tensor) -> Tensor:
+        state = zero_state(self.layer, 1) if self.state is None else self.state
+        output, state = self.layer(self.embedding(words).unsqueeze(1), state)
+        # A sentence's gradient ends at its own first word: the graph before it is gone by then.
+        self.state = detached(state)
+        vectors = {
+            "words": lambda: output.squeeze(1),
+            "output": lambda: output[-1],
+            "state": lambda: self.merge(hidden(state)[-self.directions :]),
+        }[self.read]()
+        return F.relu(self.head(vectors))
+
+
+class SentenceClassifier(nn.Module):
+    """A class for a sentence from the last states of both directions.
+
+    words [B, T], 0 for padding -> embedded [B, T, E] -> h_n [2, B, H] -> merged [B, 2*H] or [B, H]
+    -> log-probabilities [B, classes].
+    """
+
+    def __init__(
+        self, layer: Layer, words: int, size: int, width: int, classes: int, merge: str = "join"
+    ) -> None:
+        super().__init__()
+        self.merge = MERGES[merge]
+        self.embedding = nn.Embedding(words, size, padding_idx=0)
+        self.layer = layer(size, width, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * width if merge == "join" else width, classes)
+
+    def forward(self, words: Tensor) -> Tensor:
+        _, state = self.layer(self.embedding(words))
+        return F.log_softmax(self.head(self.merge(hidden(state))), 1)
+
+
+class DocumentClassifier(nn.Module):
+    """A class for a document that comes as any number of chunks, each a vector of features.
+
+    B documents [chunks of each, features] -> padded [T, B, features], packed in the caller's order
+    -> h_n [L, B, H] -> h_n[-1], the last layer's -> logits [B, classes].
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        features: int = 768,
+        width: int = 100,
+        layers: int = 1,
+        classes: int = 2,
+        padding: float = -91,
+    ) -> None:
+        super().__init__()
+        self.padding = padding
+        self.layer = layer(features, width, num_layers=layers)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, documents: Sequence[Tensor]) -> Tensor:
+        lengths = [len(d) for d in documents]
+        padded = pad_sequence(list(documents), padding_value=self.padding)
+        packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
+        _, state = self.layer(packed)
+        # Not view(-1, H): with two layers that would make two rows of every document.
+        return self.head(hidden(state)[-1])
+
+
+class ConvolutionalRegressor(nn.Module):
+    """A number for an image of time and frequency: a convolution over frequency, then over time.
+
+    images [B, 1, T, F] -> [B, C, T, G], where G is what convolution and pooling leave of F
+    -> [B, T, C*G] -> output [B, T, H] -> output[:, -1] -> [B, 1].
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        frequencies: int,
+        channels: int = 3,
+        kernel: int = 4,
+        width: int = 5,
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        # One step wide, so that no step's features know of another step. No bias: the
+        # normalization takes it away again, and its gradient would be rounding and nothing else.
+        self.convolution = nn.Sequential(
+            nn.Conv2d(1, channels, (1, kernel), bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.MaxPool2d((1, 2)),
+        )
+        features = channels * ((frequencies - kernel + 1) // 2)
+        self.layer = layer(features, width, num_layers=layers, batch_first=True)
+        self.head = nn.Linear(width, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        # Time must come next to the batch before the rest is flattened: a bare reshape would keep
+        # the shape and mix the steps.
+        return self.convolution(images).transpose(1, 2).flatten(2)
+
+    def forward(self, images: Tensor, state: State) -> tuple[Tensor, State]:
+        output, state = self.layer(self.features(images), state)
+        return self.head(output[:, -1]), state
+
+
+class SequenceAutoencoder(nn.Module):
+    """A sequence through one vector and back.
+
+    sequences [T, B, *sample], S numbers in a sample -> [T, B, S] -> encoder's h_n[-1] [B, H], the
+    code -> the same at every step [T, B, H] -> decoder's output [T, B, S] -> [T, B, *sample].
+    Or a list of B sequences [T of each, *sample] -> the same list, packed in between.
+    """
+
+    def __init__(self, layer: Layer, sample: Sequence[int], width: int, layers: int = 1) -> None:
+        super().__init__()
+        size = math.prod(sample)
+        self.encoder = layer(size, width, num_layers=layers)
+        self.decoder = layer(width, size, num_layers=layers)
+
+    def forward(self, sequences: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(sequences, Tensor):
+            _, state = self.encoder(sequences.flatten(2))
+            decoded, _ = self.decoder(hidden(state)[-1].expand(len(sequences), -1, -1))
+            return decoded.reshape(sequences.shape)
+        packed = pack_sequence([s.flatten(1) for s in sequences], enforce_sorted=False)
+        _, state = self.encoder(packed)
+        lengths = [len(s) for s in sequences]
+        repeated = hidden(state)[-1].expand(max(lengths), -1, -1)
+        packed = pack_padded_sequence(repeated, lengths, enforce_sorted=False)
+        decoded, _ = pad_packed_sequence(self.decoder(packed)[0])
+        return [decoded[: len(s), b].reshape(s.shape) for b, s in enumerate(sequences)]
+
+
+class StreamClassifier(nn.Module):
+    """A class for what was read so far, of sentences that come in parts.
+
+    words [T, B], or [B, T] if batch_first -> output [T, B, H] or [B, T, H] -> its last step
+    [B, H] -> log-probabilities [B, classes], and the state, detached, for the next call.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        words: int,
+        size: int,
+        width: int,
+        classes: int,
+        batch_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.embedding = nn.Embedding(words, size)
+        self.layer = layer(size, width, batch_first=batch_first)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, words: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        output, state = self.layer(self.embedding(words), state)
+        last = output[:, -1] if self.batch_first else output[-1]
+        return F.log_softmax(self.head(last), 1), detached(state)
+
+
+class Tagger(nn.Module):
+    """A tag for every word.
+
+    words [T] -> embedded [T, 1, E] -> output [T, 1, H] -> log-probabilities [T, tags].
+    """
+
+    def __init__(self, layer: Layer, words: int, tags: int, size: int = 6) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, size)
+        self.layer = layer(size, size)
+        self.head = nn.Linear(size, tags)
+
+    def forward(self, words: Tensor) -> Tensor:
+        output, _ = self.layer(self.embedding(words).unsqueeze(1))
+        return F.log_softmax(self.head(output.squeeze(1)), 1)
+
+
+class ForwardPass(NamedTuple):
+    """What one forward pass of NextWord computes, in order."""
+
+    embedded: Tensor  # [B, T, E]
+    output: Tensor  # [B, T, H]: the last layer after each word
+    state: State  # h and c [L, B, H]: each layer after the last word; batch_first or not
+    weights: Tensor  # [B, T, V]
+    probabilities: Tensor  # [B, T, V]: [b, t] is of the word that follows words[b, : t + 1]
+
+
+class NextWord(nn.Module):
+    """A left-to-right language model that shows its parts: words [B, T] -> ForwardPass."""
+
+    def __init__(
+        self, layer: Layer, words: int = 8, size: int = 3, width: int = 4, layers: int = 2
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, size)
+        self.layer = layer(size, width, num_layers=layers, batch_first=True)
+        self.head = nn.Linear(width, words)
+
+    def forward(self, words: Tensor) -> ForwardPass:
+        embedded = self.embedding(words)
+        output, state = self.layer(embedded)
+        weights = self.head(output)
+        return ForwardPass(embedded, output, state, weights, weights.softmax(2))

@@ -1,0 +1,311 @@
+"""Random configurations: values and gradients of every module against torch's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from parity import assert_as_exact, double, fused_like
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fusedrnn
+
+# Odd sizes, sizes around the vector widths, and one unit.
+SIZES = st.one_of(st.integers(1, 130), st.sampled_from([1, 3, 8, 16, 17, 31, 32, 33, 63, 64, 65]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    cell: str
+    dtype: torch.dtype
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bidirectional: bool
+    bias: bool
+    batch_first: bool
+    layout: str
+    lengths: tuple[int, ...]
+    hx: str
+    strided: bool
+    scale: float
+    used: tuple[bool, bool, bool]
+    seed: int
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> Configuration:
+    cell = draw(st.sampled_from(["LSTM", "GRU"]))
+    hidden = draw(SIZES)
+    layout = draw(st.sampled_from(["padded", "padded", "packed", "unsorted", "unbatched"]))
+    steps = draw(st.integers(1, 9))
+    rows = 1 if layout == "unbatched" else draw(st.sampled_from([1, 1, 2, 3, 5, 6, 7, 8, 13, 20]))
+    lengths = [steps] * rows
+    if layout in ("packed", "unsorted"):
+        lengths = draw(st.lists(st.integers(1, steps), min_size=rows, max_size=rows))
+        if layout == "packed":
+            lengths.sort(reverse=True)
+    used = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+    return Configuration(
+        cell=cell,
+        dtype=draw(
+            st.sampled_from(
+                [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
+            )
+        ),
+        input_size=draw(SIZES),
+        hidden_size=hidden,
+        proj_size=draw(st.sampled_from([0, 0, 1, hidden // 2, hidden - 1]))
+        if cell == "LSTM" and hidden > 2
+        else 0,
+        num_layers=draw(st.sampled_from([1, 1, 2, 3])),
+        bidirectional=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        batch_first=draw(st.booleans()),
+        layout=layout,
+        lengths=tuple(lengths),
+        hx=draw(st.sampled_from(["none", "given", "expanded", "strided"])),
+        strided=draw(st.booleans()),
+        scale=draw(st.sampled_from([1.0, 1.0, 30.0])),
+        used=used if any(used) else (True, True, True),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def states_of(c: Configuration, generator: torch.Generator) -> list[Tensor] | None:
+    if c.hx == "none":
+        return None
+    layers = c.num_layers * (2 if c.bidirectional else 1)
+    widths = [c.proj_size or c.hidden_size, c.hidden_size][: 2 if c.cell == "LSTM" else 1]
+    rows = len(c.lengths)
+    states = []
+    for width in widths:
+        if c.hx == "expanded":
+            state = torch.randn(layers, 1, width, generator=generator).expand(layers, rows, width)
+        elif c.hx == "strided":
+            state = torch.randn(layers, width, rows * 2, generator=generator)[..., ::2]
+            state = state.transpose(1, 2)
+        else:
+            state = torch.randn(layers, rows, width, generator=generator)
+        states.append(state.squeeze(1) if c.layout == "unbatched" else state)
+    return states
+
+
+def run(c: Configuration, module: nn.Module, dtype: torch.dtype) -> list[Tensor | None]:
+    """Output, states and all gradients of a loss of the outputs that are used."""
+    generator = torch.Generator().manual_seed(c.seed)
+    steps, rows = max(c.lengths), len(c.lengths)
+    x = torch.randn(steps, rows, c.input_size, generator=generator) * c.scale
+    # The values that the storage type can hold, in every type.
+    x = x.to(c.dtype).to(dtype)
+    if c.strided:
+        x = torch.stack((x, x), -1)[..., 0]
+    if c.batch_first:
+        x = x.transpose(0, 1)
+    if c.layout == "unbatched":
+        x = x.squeeze(0 if c.batch_first else 1)
+    x = x.detach().requires_grad_()
+    states = states_of(c, generator)
+    leaves = [x]
+    if states is not None:
+        states = [s.to(c.dtype).to(dtype).detach().requires_grad_() for s in states]
+        leaves += states
+    hx = None if states is None else tuple(states) if c.cell == "LSTM" else states[0]
+    if c.layout in ("packed", "unsorted"):
+        packed = pack_padded_sequence(
+            x, torch.tensor(c.lengths), c.batch_first, enforce_sorted=c.layout == "packed"
+        )
+        y, final = module(packed, hx)
+        assert isinstance(y, PackedSequence)
+        output = pad_packed_sequence(y, c.batch_first)[0]
+    else:
+        output, final = module(x, hx)
+    outputs = [output, *(final if c.cell == "LSTM" else [final])]
+    used = [y for y, use in zip(outputs, c.used, strict=False) if use] or outputs
+    weights = [torch.randn(y.shape, generator=generator).to(c.dtype).to(dtype) for y in used]
+    loss = sum((y * w).sum() for y, w in zip(used, weights, strict=True))
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
+    # A gradient of nothing may be None or zero.
+    filled = [
+        torch.zeros_like(p) if g is None else g
+        for g, p in zip(gradients, [*leaves, *parameters], strict=True)
+    ]
+    return [*outputs, *filled]
+
+
+def check(c: Configuration) -> None:
+    torch.manual_seed(c.seed)
+    arguments = {
+        "num_layers": c.num_layers,
+        "bias": c.bias,
+        "batch_first": c.batch_first,
+        "bidirectional": c.bidirectional,
+        "dtype": c.dtype,
+    }
+    if c.proj_size:
+        arguments["proj_size"] = c.proj_size
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+        theirs = getattr(nn, c.cell)(c.input_size, c.hidden_size, **arguments)
+        results = [run(c, m, c.dtype) for m in (fused_like(theirs), theirs)]
+        exact = run(c, double(theirs), torch.float64)
+    depth = max(c.lengths) * len(c.lengths) + c.input_size + 4 * c.hidden_size
+    assert_as_exact(results[0], results[1], exact, c.dtype, depth, amplitude=4 * c.scale)
+
+
+@settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(configurations())
+def test_random_configurations(c: Configuration) -> None:
+    check(c)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "steps", "hidden"), [(1, 40, 256), (3, 30, 200), (33, 12, 130), (64, 20, 192)]
+)
+def test_shared_between_threads(
+    cell: str, bidirectional: bool, rows: int, steps: int, hidden: int
+) -> None:
+    """Sizes at which a layer is split by rows, by units or by directions over several threads."""
+    for layout in ("padded", "unsorted"):
+        check(
+            Configuration(
+                cell=cell,
+                dtype=torch.float32,
+                input_size=hidden - 3,
+                hidden_size=hidden,
+                proj_size=0,
+                num_layers=1,
+                bidirectional=bidirectional,
+                bias=True,
+                batch_first=False,
+                layout=layout,
+                lengths=tuple(max(1, (steps * (7 * b + 5)) % (steps + 1)) for b in range(rows)),
+                hx="given",
+                strided=False,
+                scale=1.0,
+                used=(True, True, True),
+                seed=rows,
+            )
+        )
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_are_a_packed_batch(cell: str, bidirectional: bool, batch_first: bool) -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 7, 1, 7, 5])
+    module = getattr(fusedrnn, f"Fused{cell}")(
+        5,
+        19,
+        num_layers=2,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        dtype=torch.float64,
+    )
+    x = torch.randn(5, 7, 5, dtype=torch.float64)
+    x = x if batch_first else x.transpose(0, 1).contiguous()
+    results = []
+    for form in ("packed", "lengths", "list"):
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        if form == "packed":
+            packed = pack_padded_sequence(leaf, lengths, batch_first, enforce_sorted=False)
+            y, final = module(packed)
+            y = pad_packed_sequence(y, batch_first)[0]
+        else:
+            y, final = module(leaf, lengths=lengths if form == "lengths" else lengths.tolist())
+        final = final if cell == "LSTM" else (final,)
+        loss = y.square().sum() + sum(s.square().sum() for s in final)
+        loss.backward()
+        results.append([y, *final, leaf.grad, *(p.grad.clone() for p in module.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lengths_of_zero_and_padding(cell: str, bidirectional: bool) -> None:
+    """A row of no steps keeps its state, and what stands in the padding changes nothing."""
+    torch.manual_seed(0)
+    module = getattr(fusedrnn, f"Fused{cell}")(4, 6, bidirectional=bidirectional)
+    x = torch.randn(5, 3, 4)
+    x[3:, 0] = float("nan")
+    x[:, 1] = float("inf")
+    x.requires_grad_()
+    directions = 2 if bidirectional else 1
+    h0 = torch.randn(directions, 3, 6, requires_grad=True)
+    c0 = torch.randn(directions, 3, 6, requires_grad=True)
+    y, final = module(x, (h0, c0) if cell == "LSTM" else h0, lengths=[3, 0, 5])
+    h_n = final[0] if cell == "LSTM" else final
+    assert torch.equal(h_n[:, 1], h0[:, 1])
+    assert torch.equal(y[:, 1], torch.zeros(5, 6 * directions))
+    assert torch.equal(y[3:, 0], torch.zeros(2, 6 * directions))
+    (y.sum() + 2 * h_n.sum()).backward()
+    assert torch.equal(x.grad[3:, 0], torch.zeros(2, 4))
+    assert torch.equal(x.grad[:, 1], torch.zeros(5, 4))
+    assert torch.equal(h0.grad[:, 1], torch.full((directions, 6), 2.0))
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_dropout_between_layers_draws_what_torch_draws() -> None:
+    torch.manual_seed(0)
+    theirs = nn.LSTM(5, 8, num_layers=3, dropout=0.4)
+    ours = fused_like(theirs)
+    x = torch.randn(6, 4, 5)
+    for training in (True, False):
+        results = []
+        for module in (theirs.train(training), ours.train(training)):
+            torch.manual_seed(1)
+            results.append(module(x))
+        torch.testing.assert_close(results[0], results[1])
+    ours.train().dropout = 1.0
+    top = {n: p for n, p in ours.named_parameters() if n.endswith("l2")}
+    alone = fusedrnn.FusedLSTM(8, 8)
+    alone.load_state_dict({n.replace("l2", "l0"): p for n, p in top.items()})
+    torch.testing.assert_close(ours(x)[0], alone(torch.zeros(6, 4, 8))[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (40,)])
+def test_cells(
+    kind: type[nn.RNNCellBase], dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    theirs = kind(11, 35, bias, dtype=dtype)
+    states = [torch.randn(*shape, 35, dtype=dtype) for _ in range(2)]
+    x = torch.randn(*shape, 11, dtype=dtype)
+    for given in (True, False):
+
+        def run(module: nn.Module, dtype: torch.dtype, given: bool = given) -> list[Tensor]:
+            leaves = [t.to(dtype).detach().requires_grad_() for t in (x, *states)]
+            hx = None
+            if given:
+                hx = tuple(leaves[1:]) if kind is nn.LSTMCell else leaves[1]
+            out = module(leaves[0], hx)
+            out = out if kind is nn.LSTMCell else (out,)
+            loss = sum((i + 1) * t.square().sum() for i, t in enumerate(out))
+            wanted = [*(leaves if given else leaves[:1]), *module.parameters()]
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+            return [*out, *(g for g in grads if g is not None)]
+
+        ours = run(fused_like(theirs), dtype)
+        assert_as_exact(ours, run(theirs, dtype), run(double(theirs), torch.float64), dtype, 200)
