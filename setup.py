@@ -1,4 +1,4 @@
-"""Builds fusedrnn against the torch that is already installed; everything static is in pyproject.toml.
+"""Builds fusedrnn against the torch that is already installed; what is static: pyproject.toml.
 
 Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan; MAX_JOBS limits compilers.
 """
@@ -17,7 +17,7 @@ INSTALL_TORCH = "pip install torch"
 def find_torch() -> None:
     """Makes the user's torch importable from pip's isolated build environment."""
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         # Behind the isolated environment's own packages, so that those keep precedence.
         sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
@@ -57,7 +57,7 @@ if os.environ.get("FUSEDRNN_SANITIZE") == "1":
     link_flags += sanitize
 
 
-class Build(BuildExtension):  # type: ignore[misc]
+class Build(BuildExtension):
     """Also writes down which torch the binary was built for."""
 
     def run(self) -> None:
@@ -73,7 +73,7 @@ class Build(BuildExtension):  # type: ignore[misc]
 
 setup(
     ext_modules=[
-        CppExtension(
+        CppExtension(  # type: ignore[no-untyped-call]
             "fusedrnn._C",
             sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),

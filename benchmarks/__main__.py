@@ -32,7 +32,7 @@ class Case:
     name: str
     B: int
     T: int
-    I: int  # noqa: E741
+    I: int
     H: int
     layers: int = 1
     bidirectional: bool = False

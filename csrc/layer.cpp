@@ -33,9 +33,9 @@ Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h
     : cell(cell_info), type(x.scalar_type()), D(bidirectional ? 2 : 1) {
   packed = sizes.has_value();
   compute_type = type == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-              "fusedrnn::", cell.name,
-              ": input must be float32, float64, bfloat16 or float16, got ", type);
+  TORCH_CHECK(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "fusedrnn::", cell.name, ": input must be float32, float64, bfloat16 or float16, got ", type);
   TORCH_CHECK(x.dim() == (packed ? 2 : 3), "fusedrnn::", cell.name, ": Expected input to be ",
               packed ? "2D" : "3D", packed ? " with batch_sizes" : "", ", got ", x.dim(), "D");
   I = x.size(-1);
@@ -51,7 +51,8 @@ Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h
                        flat.const_data_ptr<int64_t>() + flat.numel());
     for (size_t t = 0; t < batch_sizes.size(); ++t) {
       TORCH_CHECK(batch_sizes[t] > 0 && (t == 0 || batch_sizes[t] <= batch_sizes[t - 1]),
-                  "fusedrnn::", cell.name, ": batch_sizes must be positive and never increase, got ",
+                  "fusedrnn::", cell.name,
+                  ": batch_sizes must be positive and never increase, got ",
                   c10::IntArrayRef(batch_sizes));
       // One by one, so that no sum can overflow.
       TORCH_CHECK(batch_sizes[t] <= x.size(0), "fusedrnn::", cell.name,
@@ -70,10 +71,10 @@ Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h
   TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
   if (row_lengths) {
     const Tensor& l = *row_lengths;
-    TORCH_CHECK(l.device() == x.device() && l.scalar_type() == at::kLong && l.dim() == 1 &&
-                    l.size(0) == B,
-                "fusedrnn::", cell.name, ": lengths must be an int64 tensor of size [", B,
-                "] on the device of input");
+    TORCH_CHECK(
+        l.device() == x.device() && l.scalar_type() == at::kLong && l.dim() == 1 && l.size(0) == B,
+        "fusedrnn::", cell.name, ": lengths must be an int64 tensor of size [", B,
+        "] on the device of input");
     lengths = l.contiguous();
   }
 
@@ -188,8 +189,9 @@ OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_
                                  const std::vector<bool>& output_mask) {
   const CellInfo& cell = layer.cell;
   const auto ready = [&](const char* name, const Tensor& t, c10::IntArrayRef shape) {
-    TORCH_CHECK(t.scalar_type() == layer.type, "fusedrnn::", cell.name, "_backward: input has type ",
-                layer.type, " but ", name, " has type ", t.scalar_type());
+    TORCH_CHECK(t.scalar_type() == layer.type, "fusedrnn::", cell.name,
+                "_backward: input has type ", layer.type, " but ", name, " has type ",
+                t.scalar_type());
     TORCH_CHECK(t.device() == layer.input.device(), "fusedrnn::", cell.name,
                 "_backward: input is on ", layer.input.device(), " but ", name, " is on ",
                 t.device());
@@ -204,8 +206,7 @@ OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_
   if (grad_c_n) dc_n = ready("grad_c_n", *grad_c_n, {layer.D, layer.B, layer.H});
   TORCH_CHECK(layer_saved.scalar_type() == layer.compute_type &&
                   layer_saved.device() == layer.input.device() &&
-                  layer_saved.sizes() ==
-                      c10::IntArrayRef({layer.D, layer.N, cell.saved, layer.H}),
+                  layer_saved.sizes() == c10::IntArrayRef({layer.D, layer.N, cell.saved, layer.H}),
               "fusedrnn::", cell.name,
               "_backward: saved must be what the forward op returned with save=True");
   saved = layer_saved.contiguous();

@@ -52,7 +52,7 @@ struct Layer {
   at::ScalarType type, compute_type;  ///< of the tensors; float32 for the half types
   int64_t T, B, N, I, H, P, D;
   bool packed, has_bias, has_projection;
-  Tensor input;  ///< [T, B, I] or [N, I], features contiguous
+  Tensor input;   ///< [T, B, I] or [N, I], features contiguous
   Tensor h0, c0;  ///< [D, B, P], [D, B, H], features contiguous; undefined: zeros
   std::vector<DirectionWeights> weights;
   std::vector<int64_t> batch_sizes;  ///< packed only

@@ -20,6 +20,7 @@
 // strides. No op writes to its inputs. Gradients are those of the whole call: None for a gradient
 // of an output that was not used. output_mask has an entry for input, h0, c0 (LSTM only) and each
 // weight; where it is false an empty tensor is returned and its work left out.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(fusedrnn, m) {
@@ -42,4 +43,11 @@ TORCH_LIBRARY(fusedrnn, m) {
       "-> (Tensor grad_input, Tensor grad_h0, Tensor[] grad_weights)");
   // The CPU instruction set that the kernels of this process use.
   m.def("_cpu_isa() -> str");
+}
+
+// The derivatives are fusedrnn/_ops.py's; a direct call of an op has none, and says so.
+TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
+  for (const char* op : {"lstm", "lstm_backward", "gru", "gru_backward"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
 }

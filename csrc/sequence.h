@@ -28,11 +28,11 @@ struct Sequence {
 /// Weights of one direction, row-major and contiguous as in torch.nn.LSTM; null where absent.
 template <class T>
 struct Weights {
-  const T* ih = nullptr;   ///< [G*H, I]
-  const T* hh = nullptr;   ///< [G*H, P]
+  const T* ih = nullptr;       ///< [G*H, I]
+  const T* hh = nullptr;       ///< [G*H, P]
   const T* bias_ih = nullptr;  ///< [G*H]
   const T* bias_hh = nullptr;  ///< [G*H]
-  const T* hr = nullptr;   ///< [P, H] the projection
+  const T* hr = nullptr;       ///< [P, H] the projection
 };
 
 template <class T>

@@ -48,7 +48,7 @@ UNKNOWN_WORD = "<unk>"  # has id 0, which is the padding too: packing never read
 NO_LABEL = -100  # counts neither in the loss nor in the accuracy
 UNKNOWN_LABEL = -1  # not seen in training: no loss, and always wrong
 SPLIT_SEED = 0  # not --seed: accuracies of different seeds are of the same words
-CMUDICT_TRAIN, CMUDICT_DEV = 20_000, 4_000
+CMUDICT_TRAIN, CMUDICT_DEV = 30_000, 4_000
 TURN = 10  # steps that one tagger makes before it is the other's turn
 
 Sequences = list[tuple[list[str], list[str | None]]]  # words and their labels, None for no label
@@ -758,7 +758,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--embedding", type=count, default=64)
     add("--hidden", type=count, default=128)
     add("--layers", type=count, default=2)
-    add("--lr", type=_number(float, 1e-9, 100), default=2e-3)
+    add("--lr", type=_number(float, 1e-9, 100), default=3e-3)
     add("--seed", type=_number(int, 0, 2**31), default=0)
     add("--threads", type=_number(int, 1, 1024), help="of the CPU; torch's choice if not given")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")

@@ -21,17 +21,18 @@ def _load() -> None:
     binaries = sorted(where.glob("_C.*so")) + sorted(where.glob("_C.*pyd"))
     mend = f"run `{REBUILD}` in a checkout of fusedrnn"
     try:
-        from fusedrnn._build import torch_version
+        from fusedrnn import _build
     except ImportError:
-        torch_version = None
-    if torch_version is None or not binaries:
+        binaries = []
+    if not binaries:
         raise ImportError(f"fusedrnn has no compiled kernels in {where}: {mend}")
     running = str(torch.__version__)
-    mismatch = f"fusedrnn was built for torch {torch_version} but torch {running} is running: {mend}"
-    if torch_version != running:
+    built = _build.torch_version
+    mismatch = f"fusedrnn was built for torch {built} but torch {running} is running: {mend}"
+    if built != running:
         raise ImportError(mismatch)
     try:
-        torch.ops.load_library(binaries[0])
+        torch.ops.load_library(binaries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(f"{mismatch} ({error})") from error
 
@@ -52,6 +53,10 @@ _BACKWARD = {
     "lstm": torch.ops.fusedrnn.lstm_backward.default,
     "gru": torch.ops.fusedrnn.gru_backward.default,
 }
+
+# kGates and kSaved of csrc/cells.h, for the shapes that the fake kernels tell.
+_GATES = {"lstm": 4, "gru": 3}
+_SAVED = {"lstm": 5, "gru": 4}
 
 States = tuple[Tensor, ...]
 
@@ -114,10 +119,10 @@ class _Layer(torch.autograd.Function):
             saved,
             needed,
         )
-        gradients = (*result[:n], *result[n])
+        found = (*result[:n], *result[n])
         return (
             *(None,) * 5,
-            *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True)),
+            *(g if wanted else None for g, wanted in zip(found, needed, strict=True)),
         )
 
 
@@ -171,9 +176,7 @@ def layer(
 ) -> tuple[Tensor, States]:
     """One layer, all its directions: output and final states. Shapes as in csrc/ops.cpp."""
     if input.device.type not in _DEVICES or _is_transformed():
-        return _reference.layer(
-            cell, input, states, weights, bidirectional, batch_sizes, lengths
-        )
+        return _reference.layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
     if torch.is_grad_enabled() and (
         input.requires_grad
         or any(w.requires_grad for w in weights)
@@ -183,18 +186,25 @@ def layer(
             cell, len(states), bidirectional, batch_sizes, lengths, input, *states, *weights
         )
     else:
-        result = _FORWARD[cell](
-            input, *states, weights, bidirectional, batch_sizes, lengths, False
-        )
+        result = _FORWARD[cell](input, *states, weights, bidirectional, batch_sizes, lengths, False)
     return result[0], result[1:-1]
+
+
+def _check_devices(op: str, args: Sequence[Any]) -> None:
+    """Where a meta or fake tensor is among real ones, the fake kernel is called for all."""
+    tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
+    found = {t.device for t in tensors if isinstance(t, Tensor)}
+    if len(found) > 1:
+        names = " and ".join(sorted(map(str, found)))
+        raise RuntimeError(f"fusedrnn::{op}: Expected all tensors on one device, found {names}")
 
 
 def _fake_forward(cell: str, n: int, *args: Any) -> tuple[Tensor, ...]:
     input, weights = args[0], args[1 + n]
+    _check_devices(cell, args[: 2 + n])
     bidirectional, batch_sizes, _, save = args[2 + n :]
-    info = {"lstm": (4, 5), "gru": (3, 4)}[cell]
     directions = 2 if bidirectional else 1
-    hidden, out = weights[1].size(0) // info[0], weights[1].size(1)
+    hidden, out = weights[1].size(0) // _GATES[cell], weights[1].size(1)
     if batch_sizes is None:
         positions = input.size(0) * input.size(1)
         rows = input.size(1)
@@ -205,7 +215,7 @@ def _fake_forward(cell: str, n: int, *args: Any) -> tuple[Tensor, ...]:
         rows = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     shapes = [(directions, rows, out), (directions, rows, hidden)][:n]
-    saved = (directions, positions, info[1], hidden) if save else (0,)
+    saved = (directions, positions, _SAVED[cell], hidden) if save else (0,)
     return (
         input.new_empty((*input.shape[:-1], directions * out)),
         *(input.new_empty(shape) for shape in shapes),
@@ -213,24 +223,25 @@ def _fake_forward(cell: str, n: int, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_backward(n: int, *args: Any) -> tuple[Any, ...]:
+def _fake_backward(cell: str, n: int, *args: Any) -> tuple[Any, ...]:
+    _check_devices(f"{cell}_backward", args[: 2 * n + 1])
     tensors, weights, mask = args[n : 2 * n], args[2 * n], args[-1]
     input, directions = tensors[0], 2 if args[2 * n + 1] else 1
     rows = input.size(1) if args[2 * n + 2] is None else args[2 * n + 2][0].item()
-    gates = 4 if n == 3 else 3
-    widths = (weights[1].size(1), weights[1].size(0) // gates)
+    widths = (weights[1].size(1), weights[1].size(0) // _GATES[cell])
     shapes = [input.shape, *((directions, rows, w) for w in widths[: n - 1])]
     gradients = [
         input.new_empty(shape if wanted else (0,))
         for shape, wanted in zip(shapes, mask[:n], strict=True)
     ]
     of_weights = [
-        w.new_empty(w.shape if wanted else (0,)) for w, wanted in zip(weights, mask[n:], strict=True)
+        w.new_empty(w.shape if wanted else (0,))
+        for w, wanted in zip(weights, mask[n:], strict=True)
     ]
     return *gradients, of_weights
 
 
 torch.library.register_fake("fusedrnn::lstm")(lambda *a: _fake_forward("lstm", 2, *a))
 torch.library.register_fake("fusedrnn::gru")(lambda *a: _fake_forward("gru", 1, *a))
-torch.library.register_fake("fusedrnn::lstm_backward")(lambda *a: _fake_backward(3, *a))
-torch.library.register_fake("fusedrnn::gru_backward")(lambda *a: _fake_backward(2, *a))
+torch.library.register_fake("fusedrnn::lstm_backward")(lambda *a: _fake_backward("lstm", 3, *a))
+torch.library.register_fake("fusedrnn::gru_backward")(lambda *a: _fake_backward("gru", 2, *a))

@@ -57,7 +57,7 @@ def _direction(
     bias_ih, bias_hh = weights[2:4] if len(weights) >= 4 else (None, None)
     weight_hr = weights[-1] if len(weights) % 2 else None
     sums = F.linear(input, weight_ih, bias_ih)
-    steps = list(sums.split(list(sizes)) if sizes is not None else sums.unbind(0))
+    steps = torch.split(sums, list(sizes)) if sizes is not None else sums.unbind(0)
     outputs: list[Tensor] = []
     order = range(len(steps))
     for t in reversed(order) if reverse else order:

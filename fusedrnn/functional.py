@@ -54,7 +54,9 @@ def run(
     return input, tuple(torch.cat(s) for s in zip(*finals, strict=True))
 
 
-def _check_count(cell: str, weights: Sequence[Tensor], num_layers: int, bidirectional: bool) -> None:
+def _check_count(
+    cell: str, weights: Sequence[Tensor], num_layers: int, bidirectional: bool
+) -> None:
     directions = 2 if bidirectional else 1
     per = {"lstm": (2, 3, 4, 5), "gru": (2, 4)}[cell]
     if num_layers < 1:

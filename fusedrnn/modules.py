@@ -106,7 +106,8 @@ class _FusedRNN(nn.RNNBase):
         if input.dtype != weight.dtype:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+                f"Convert input: input.to({weight.dtype}), or convert model: "
+                f"model.to({input.dtype})"
             )
         if input.size(-1) != self.input_size:
             raise RuntimeError(
@@ -117,7 +118,11 @@ class _FusedRNN(nn.RNNBase):
             dims = [s.dim() for s in states]
             if packed is None and any(d != (3 if is_batched else 2) for d in dims):
                 kind = "batched 3-D" if is_batched else "unbatched 2-D"
-                got = f"({dims[0]}-D, {dims[1]}-D) tensors" if len(dims) == 2 else f"{dims[0]}-D tensor"
+                got = (
+                    f"({dims[0]}-D, {dims[1]}-D) tensors"
+                    if len(dims) == 2
+                    else f"{dims[0]}-D tensor"
+                )
                 raise RuntimeError(
                     f"For {kind} input, {'hx and cx' if len(dims) == 2 else 'hx'} should also be "
                     f"{3 if is_batched else 2}-D but got {got}"
@@ -181,7 +186,7 @@ class FusedLSTM(_FusedRNN):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    @overload  # type: ignore[override]
+    @overload
     def forward(
         self,
         input: Tensor,
@@ -217,7 +222,9 @@ class FusedLSTM(_FusedRNN):
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, in its words where it has them.
         """
         if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-            got = f"{type(hx).__name__}" + (f" of {len(hx)}" if isinstance(hx, (tuple, list)) else "")
+            got = f"{type(hx).__name__}" + (
+                f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
+            )
             raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
         output, (h_n, c_n) = self._forward(input, hx, lengths)
         return output, (h_n, c_n)
@@ -241,7 +248,7 @@ class FusedGRU(_FusedRNN):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
 
-    @overload  # type: ignore[override]
+    @overload
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
     ) -> tuple[Tensor, Tensor]: ...
@@ -349,9 +356,7 @@ class FusedLSTMCell(nn.RNNCellBase):
             ValueError, RuntimeError: as torch.nn.LSTMCell. TypeError: hx is not a pair of tensors.
         """
         if input.dim() not in (1, 2):
-            raise ValueError(
-                f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:
             if not isinstance(hx, (tuple, list)) or len(hx) != 2:
                 raise TypeError(

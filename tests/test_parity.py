@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 
 import pytest
@@ -161,7 +162,7 @@ def check(c: Configuration) -> None:
 
 
 @settings(
-    max_examples=2000,
+    max_examples=int(os.environ.get("FUSEDRNN_TEST_EXAMPLES", "2000")),
     deadline=None,
     derandomize=True,
     database=None,
@@ -293,17 +294,17 @@ def test_cells(
     theirs = kind(11, 35, bias, dtype=dtype)
     states = [torch.randn(*shape, 35, dtype=dtype) for _ in range(2)]
     x = torch.randn(*shape, 11, dtype=dtype)
-    for given in (True, False):
+    for with_hx in (True, False):
 
-        def run(module: nn.Module, dtype: torch.dtype, given: bool = given) -> list[Tensor]:
+        def run(module: nn.Module, dtype: torch.dtype, with_hx: bool = with_hx) -> list[Tensor]:
             leaves = [t.to(dtype).detach().requires_grad_() for t in (x, *states)]
             hx = None
-            if given:
+            if with_hx:
                 hx = tuple(leaves[1:]) if kind is nn.LSTMCell else leaves[1]
             out = module(leaves[0], hx)
             out = out if kind is nn.LSTMCell else (out,)
             loss = sum((i + 1) * t.square().sum() for i, t in enumerate(out))
-            wanted = [*(leaves if given else leaves[:1]), *module.parameters()]
+            wanted = [*(leaves if with_hx else leaves[:1]), *module.parameters()]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
             return [*out, *(g for g in grads if g is not None)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -46,6 +46,15 @@ TRAINED = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-11},
 }
 EXACT = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, which would wait for each other at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())
@@ -104,8 +113,8 @@ def check(
     step: Step,
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    updates: int = 5,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    lr: float = 0.1,
     **settings: float,
 ) -> None:
     """Results, loss and every gradient are torch's, and still are after a few updates."""
@@ -116,8 +125,8 @@ def check(
     assert_close(found[:2], expected[:2], **FORWARD[dtype])
     assert_close(found[2], expected[2], **GRADIENT[dtype])
     for model in models:
-        rule = optimizer(model.parameters(), **settings)
-        for _ in range(updates):
+        rule = optimizer(model.parameters(), lr=lr, **settings)
+        for _ in range(5):
             run(model, step, inputs)
             rule.step()
     assert_close(ours.state_dict(), theirs.state_dict(), **TRAINED[dtype])
@@ -130,8 +139,8 @@ def check(
 # A regressor of sentences.
 
 SENTENCES = [
-    ("the dog ate the apple".split(), 0.25),
-    ("everybody read that book".split(), 0.78),
+    (["the", "dog", "ate", "the", "apple"], 0.25),
+    (["everybody", "read", "that", "book"], 0.78),
 ]
 
 
@@ -145,6 +154,12 @@ def indices(words: Sequence[Any], table: dict[Any, int] | None = None) -> Tensor
 FIRST, SECOND = (indices(words) for words, _ in SENTENCES)
 FORMS = [(1, False), (2, False), (1, True), (2, True)]
 FORM_IDS = ["plain", "layers", "bidirectional", "layers-bidirectional"]
+
+
+def regressor(layer: Layer, **settings: Any) -> WordRegressor:
+    model = WordRegressor(layer, 8, **settings)
+    nn.init.constant_(model.head.bias, 0.5)  # no score is at the flat side of the ReLU
+    return model
 
 
 @pytest.mark.parametrize(("layers", "bidirectional"), FORMS, ids=FORM_IDS)
@@ -165,13 +180,9 @@ def test_regressor(
         return results, sum(losses)
 
     def make(layer: Layer) -> nn.Module:
-        model = WordRegressor(
-            layer, 8, layers=layers, bidirectional=bidirectional, read=read, merge=merge
-        )
-        nn.init.constant_(model.head.bias, 0.5)  # no score is at the flat side of the ReLU
-        return model
+        return regressor(layer, layers=layers, bidirectional=bidirectional, read=read, merge=merge)
 
-    check(pair, make, step, [FIRST, SECOND], dtype, lr=0.01)
+    check(pair, make, step, [FIRST, SECOND], dtype, torch.optim.Adam, lr=0.01)
 
 
 def test_regressor_as_published() -> None:
@@ -197,13 +208,13 @@ def test_regressor_as_published() -> None:
 
 
 def test_regressor_carries_its_state_until_reset(fused: Layer) -> None:
-    model = seeded(lambda: WordRegressor(fused, 8))
+    model = seeded(lambda: regressor(fused))
     whole = model(torch.cat((FIRST, SECOND)))
     model.reset()
     assert_close(torch.cat((model(FIRST), model(SECOND))), whole, **FORWARD[torch.float64])
     carried = model(SECOND)
     model.reset()
-    assert not torch.equal(model(SECOND), carried)
+    assert (model(SECOND) - carried).abs().amin() > 1e-9
     model.reset()
     assert_close(model(FIRST), whole[: len(FIRST)], **FORWARD[torch.float64])
 
@@ -323,7 +334,6 @@ def test_sentence_classifier(pair: Pair, dtype: torch.dtype, merge: str) -> None
         step,
         [PADDED_SENTENCES],
         dtype,
-        lr=0.01,
     )
 
 
@@ -359,7 +369,25 @@ def test_document_classifier(pair: Pair, dtype: torch.dtype, layers: int) -> Non
     def make(layer: Layer) -> nn.Module:
         return DocumentClassifier(layer, layers=layers)
 
+    # Not Adam: its first step divides a gradient by its own size, and of 300,000 some are so small
+    # that they are rounding for the most part.
     check(pair, make, step, documents(), dtype)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_documents_on_two_threads(fused: Layer, dtype: torch.dtype, layers: int) -> None:
+    """These layers are wide enough for threads to share a step."""
+
+    def step(model: DocumentClassifier, *documents: Tensor) -> tuple[Any, Tensor]:
+        logits = model(documents)
+        return logits, logits.square().sum()
+
+    model = seeded(lambda: DocumentClassifier(fused, layers=layers), dtype)
+    logits, _, gradients = run(model, step, documents())
+    torch.set_num_threads(2)
+    found, _, of_found = run(model, step, documents())
+    assert_close(found, logits, **FORWARD[dtype])
+    assert_close(of_found, gradients, **GRADIENT[dtype])
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -370,7 +398,6 @@ def test_documents_padding_is_not_read(fused: Layer, layers: int) -> None:
 
     model = seeded(lambda: DocumentClassifier(fused, layers=layers))
     logits, _, gradients = run(model, step, documents())
-    gradients = {name: g.clone() for name, g in gradients.items()}
     for padding in (0.0, 1e30, float("nan")):
         model.padding = padding
         found, _, of_found = run(model, step, documents())
@@ -411,7 +438,6 @@ def test_convolutional_regressor(pair: Pair, dtype: torch.dtype, layers: int) ->
         step,
         [random(4, 1, 7, 12), *states[: 2 if pair[0] is nn.LSTM else 1]],
         dtype,
-        lr=0.01,
     )
 
 
@@ -457,7 +483,7 @@ def test_autoencoder(pair: Pair, dtype: torch.dtype, sample: tuple[int, ...], la
     def make(layer: Layer) -> nn.Module:
         return SequenceAutoencoder(layer, sample, 7, layers)
 
-    check(pair, make, step, [random(5, 3, *sample).sigmoid()], dtype, lr=0.01)
+    check(pair, make, step, [random(5, 3, *sample).sigmoid()], dtype)
 
 
 LENGTHS = (3, 5, 1, 5)
@@ -477,7 +503,7 @@ def test_autoencoder_of_lengths(
         return SequenceAutoencoder(layer, sample, 7, layers)
 
     sequences = [random(n, *sample, seed=i).sigmoid() for i, n in enumerate(LENGTHS)]
-    check(pair, make, step, sequences, dtype, lr=0.01)
+    check(pair, make, step, sequences, dtype)
 
 
 def test_autoencoder_of_lengths_is_that_of_each(fused: Layer) -> None:
@@ -533,8 +559,6 @@ def test_stream_classifier(pair: Pair, dtype: torch.dtype, batch_first: bool) ->
         step,
         [PARTS.transpose(1, 2) if batch_first else PARTS],
         dtype,
-        torch.optim.SGD,
-        lr=0.1,
         momentum=0.9,
     )
 
@@ -606,8 +630,8 @@ def test_tutorial(layer: Layer) -> None:
 
 TAGS = {"DET": 0, "NN": 1, "V": 2}
 TAGGED = [
-    ("The dog ate the apple".split(), "DET NN V DET NN".split()),
-    ("Everybody read that book".split(), "NN V DET NN".split()),
+    (["The", "dog", "ate", "the", "apple"], ["DET", "NN", "V", "DET", "NN"]),
+    (["Everybody", "read", "that", "book"], ["NN", "V", "DET", "NN"]),
 ]
 
 
@@ -623,7 +647,7 @@ def test_tagger(pair: Pair) -> None:
     def make(layer: Layer) -> nn.Module:
         return Tagger(layer, 9, 3)
 
-    check(pair, make, step, [w for w, _ in data], torch.float32, torch.optim.SGD, lr=0.1)
+    check(pair, make, step, [w for w, _ in data], torch.float32)
 
     theirs, ours = twins(pair, make, torch.float32)
     for model in (theirs, ours):
@@ -658,7 +682,7 @@ def test_next_word(pair: Pair, dtype: torch.dtype) -> None:
         loss = F.cross_entropy(found.weights[:, :-1].flatten(0, 1), following, ignore_index=PAD)
         return tuple(found), loss
 
-    check(pair, NextWord, step, [BATCH], dtype, lr=0.01)
+    check(pair, NextWord, step, [BATCH], dtype)
 
 
 def test_next_word_shapes(fused: Layer) -> None:

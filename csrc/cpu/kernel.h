@@ -80,9 +80,8 @@ FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* p
   constexpr int C = To::count;
   const auto step = [&](Tile<T, R>& into, int64_t k) __attribute__((always_inline)) {
     Vec<T> w[C];
-    unroll<C>([&](auto c) __attribute__((always_inline)) {
-      w[c] = load(panel + (k * C + c) * kLanes<T>);
-    });
+    unroll<C>([&](auto c)
+                  __attribute__((always_inline)) { w[c] = load(panel + (k * C + c) * kLanes<T>); });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       const Vec<T> value = broadcast<Vec<T>>(a(r, k));
       unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -281,9 +280,8 @@ void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, con
 /// out[row, column] = sum over n of a[n, row] * b[n, column], n in blocks whose sums are added in
 /// order: b's block stays in the first cache for all rows, a's in the second for all columns.
 template <class T>
-void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* a,
-                         int64_t a_stride, const T* b, int64_t b_stride, T* out,
-                         int64_t out_stride) {
+void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* a, int64_t a_stride,
+                         const T* b, int64_t b_stride, T* out, int64_t out_stride) {
   constexpr int L = kLanes<T>;
   constexpr int64_t kDepth = 512 / int64_t(sizeof(T)), width = kSums * L;
   alignas(64) T panel[kDepth * width];
@@ -296,8 +294,8 @@ void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* 
         if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
         for (int64_t k = 0; k < size; ++k) {
           unroll<C>([&](auto c) __attribute__((always_inline)) {
-            store(panel + (k * C + c) * L, load(b + (n + k) * b_stride + first + c * L,
-                                                left - c * L));
+            store(panel + (k * C + c) * L,
+                  load(b + (n + k) * b_stride + first + c * L, left - c * L));
           });
         }
         for_tiles(rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
@@ -305,9 +303,8 @@ void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* 
           const T* from = a + n * a_stride + row;
           accumulate<Columns<C>, T, R>(
               sum,
-              [&](auto r, int64_t k) __attribute__((always_inline)) {
-                return from[k * a_stride + r];
-              },
+              [&](auto r, int64_t k)
+                  __attribute__((always_inline)) { return from[k * a_stride + r]; },
               size, panel);
           unroll<R>([&](auto r) __attribute__((always_inline)) {
             T* to = out + (row + r) * out_stride + first;
@@ -361,9 +358,9 @@ struct ForwardState {
         raw(s.projection_panels ? state + s.rows * state_size : nullptr) {}
 
   int64_t h_size, state_size;  ///< padded row lengths
-  T* h[2];                     ///< [rows, h_size] outputs; step i reads h[i % 2] and writes the other
-  T* state;                    ///< [rows, state_size]
-  T* raw;                      ///< [rows, state_size] output before the projection
+  T* h[2];   ///< [rows, h_size] outputs; step i reads h[i % 2] and writes the other
+  T* state;  ///< [rows, state_size]
+  T* raw;    ///< [rows, state_size] output before the projection
 };
 
 template <class T>
@@ -377,7 +374,8 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
   constexpr int L = kLanes<T>, G = Cell::kGates;
   const int64_t H = s.hidden_size, unit = block * L, units = H - unit < L ? H - unit : L;
   const T* h[R];
-  unroll<R>([&](auto r) __attribute__((always_inline)) { h[r] = m.h[i % 2] + (first + r) * m.h_size; });
+  unroll<R>([&](auto r)
+                __attribute__((always_inline)) { h[r] = m.h[i % 2] + (first + r) * m.h_size; });
 
   Tile<T, R> sum;
   {
@@ -441,9 +439,8 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     }
     if (s.saved) {
       T* to = s.saved + position * Cell::kSaved * H + unit;
-      unroll<Cell::kSaved>([&](auto a) __attribute__((always_inline)) {
-        store(to + a * H, saved[a], units);
-      });
+      unroll<Cell::kSaved>(
+          [&](auto a) __attribute__((always_inline)) { store(to + a * H, saved[a], units); });
     }
   }
 }
@@ -568,9 +565,8 @@ FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>
       Cell::backward(saved, previous ? load(previous + u, n) : Vec<T>{},
                      load(dout + j * dout_size + u), d, dsum);
       store(m.dstate + j * m.state_size + u, d);
-      unroll<kSums>([&](auto c) __attribute__((always_inline)) {
-        store(dsums + c * H + u, dsum[c], n);
-      });
+      unroll<kSums>([&](auto c)
+                        __attribute__((always_inline)) { store(dsums + c * H + u, dsum[c], n); });
       if constexpr (!Cell::kStateIsOutput) {
         if (s.h_raw) store(s.h_raw + at * H + u, Cell::output(saved), n);
       }
@@ -612,7 +608,8 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
       T* dh = m.dh + j * m.dh_size;
       T* dstate = m.dstate + j * m.state_size;
       if constexpr (Cell::kStateIsOutput) {
-        for (int64_t u = begin; u < end_of(P); u += L) store(dh + u, load(dh + u) + load(dstate + u));
+        for (int64_t u = begin; u < end_of(P); u += L)
+          store(dh + u, load(dh + u) + load(dstate + u));
       } else {
         copy_row(s.dc0 + s.row[j] * H + begin, dstate + begin, end_of(H) - begin, 0);
       }
@@ -646,16 +643,17 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
 template <class Cell, class T>
 constexpr cpu::Kernel<T> kernel_of() {
   static_assert(Cell::kSums == kSums);
-  return {forward_panel_size<Cell, T>, forward_workspace<T>,    backward_workspace<T>,
-          pack_forward<Cell, T>,       forward_begin<Cell, T>,  forward_step<Cell, T>,
+  return {forward_panel_size<Cell, T>, forward_workspace<T>,   backward_workspace<T>,
+          pack_forward<Cell, T>,       forward_begin<Cell, T>, forward_step<Cell, T>,
           backward_begin<Cell, T>,     backward_step<Cell, T>};
 }
 
 template <class T>
 constexpr cpu::KernelsOf<T> kernels_of() {
-  return {{kLanes<T>, kSums * kLanes<T>, kRows, pack_product<T>, multiply<T>, multiply_transposed<T>},
-          kernel_of<Lstm, T>(),
-          kernel_of<Gru, T>()};
+  return {
+      {kLanes<T>, kSums * kLanes<T>, kRows, pack_product<T>, multiply<T>, multiply_transposed<T>},
+      kernel_of<Lstm, T>(),
+      kernel_of<Gru, T>()};
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

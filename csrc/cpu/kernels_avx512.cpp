@@ -3,7 +3,10 @@
 #include "standard.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), apply_to = function)
+#pragma clang attribute push(                                                            \
+    __attribute__((                                                                      \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
@@ -12,7 +15,8 @@
 #include "kernel.h"
 
 namespace fusedrnn::cpu {
-extern const KernelTable avx512_kernels{"avx512", avx512::kernels_of<float>(), avx512::kernels_of<double>()};
+extern const KernelTable avx512_kernels{"avx512", avx512::kernels_of<float>(),
+                                        avx512::kernels_of<double>()};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

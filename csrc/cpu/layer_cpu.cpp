@@ -18,8 +18,7 @@ struct Plan {
   std::vector<int64_t> active;    ///< [T] rows in each step: a prefix of order
   std::vector<int64_t> position;  ///< [T] of batch row 0
 
-  explicit Plan(const Layer& layer)
-      : order(layer.B), active(layer.T, layer.B), position(layer.T) {
+  explicit Plan(const Layer& layer) : order(layer.B), active(layer.T, layer.B), position(layer.T) {
     for (int64_t t = 0, at = 0; t < layer.T; ++t) {
       position[t] = at;
       if (layer.packed) active[t] = layer.batch_sizes[t];
@@ -217,9 +216,10 @@ template <class T>
 void multiply(int64_t rows, int64_t depth, int64_t columns, const Tensor& panels, const T* a,
               int64_t a_stride, T* out, int64_t out_stride, bool add) {
   const Common<T>& common = table<T>().common;
-  const int64_t parts = rows * depth * columns < kSharedWork
-                            ? 1
-                            : std::clamp<int64_t>(rows / common.tile_rows, 1, at::get_num_threads());
+  const int64_t parts =
+      rows * depth * columns < kSharedWork
+          ? 1
+          : std::clamp<int64_t>(rows / common.tile_rows, 1, at::get_num_threads());
   in_parallel(parts, [&](int64_t part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
     common.multiply(end - begin, depth, columns, panels.const_data_ptr<T>(), a + begin * a_stride,
@@ -266,7 +266,8 @@ Output forward(const Layer& layer, bool save) {
                                   : at::empty(layer.shape(D * P), options);
   out.h_n = at::empty({D, layer.B, P}, options);
   if (layer.cell.has_c) out.c_n = at::empty({D, layer.B, H}, options);
-  out.saved = save ? at::empty({D, layer.N, layer.cell.saved, H}, options) : at::empty({0}, options);
+  out.saved =
+      save ? at::empty({D, layer.N, layer.cell.saved, H}, options) : at::empty({0}, options);
 
   const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
@@ -424,9 +425,9 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
                      layer.has_projection ? h_raw[d] : Tensor()};
   }
   const size_t states = layer.cell.has_c ? 3 : 2;
-  out.weights = weight_gradients(
-      layer, directions, std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-      output_mask[0], out.input, OwnProducts<T>());
+  out.weights = weight_gradients(layer, directions,
+                                 std::vector<bool>(output_mask.begin() + states, output_mask.end()),
+                                 output_mask[0], out.input, OwnProducts<T>());
   const auto wanted = [&](Tensor& t, size_t i) {
     t = output_mask[i] ? t.to(layer.type) : at::empty({0}, options.dtype(layer.type));
   };
@@ -453,10 +454,11 @@ Gradients backward_any(const Layer& layer, const OutputGradients& g,
 
 std::vector<bool> to_vector(const c10::List<bool>& list) { return {list.begin(), list.end()}; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm(
-    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    bool bidirectional, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-    bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& input, const OptionalTensor& h0,
+                                                const OptionalTensor& c0, at::TensorList weights,
+                                                bool bidirectional,
+                                                const OptionalTensor& batch_sizes,
+                                                const OptionalTensor& lengths, bool save) {
   const Layer layer(CellInfo::of<host::Lstm>("lstm"), input, h0, c0, weights, bidirectional,
                     batch_sizes, lengths);
   Output out = forward_any(layer, save);

@@ -1,0 +1,276 @@
+"""Derivatives: numerically, of second order, from any subset of outputs, under torch.func."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import pytest
+import torch
+from parity import FUSED, fused_like
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import fusedrnn
+from fusedrnn import functional
+
+MODES = [
+    (cell, layers, bidirectional, bias, proj, layout, states)
+    for cell, layers, bidirectional, bias, proj, layout, states in itertools.product(
+        ["lstm", "gru"],
+        [1, 2],
+        [False, True],
+        [False, True],
+        [0, 2],
+        ["padded", "packed", "lengths"],
+        [False, True],
+    )
+    if not (cell == "gru" and proj)
+]
+# Pairs of every two settings, in a twelfth of the modes.
+COVERING = MODES[::13] + MODES[5::29]
+
+
+def problem(mode: tuple) -> tuple:
+    """A function of tensors, all of them, and the tensors."""
+    cell, layers, bidirectional, bias, proj, layout, states = mode
+    torch.manual_seed(0)
+    T, B, I, H = 3, 3, 2, 3
+    P, D, G = proj or H, 2 if bidirectional else 1, 4 if cell == "lstm" else 3
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+    batch_sizes = torch.tensor([3, 2, 1]) if layout == "packed" else None
+    lengths = torch.tensor([2, 0, 3]) if layout == "lengths" else None
+    x = tensor(6, I) if layout == "packed" else tensor(T, B, I)
+    hx = [tensor(layers * D, B, P), tensor(layers * D, B, H)][: 2 if cell == "lstm" else 1]
+    weights = []
+    for layer, _ in itertools.product(range(layers), range(D)):
+        weights += [tensor(G * H, I if layer == 0 else D * P), tensor(G * H, P)]
+        weights += [tensor(G * H), tensor(G * H)] if bias else []
+        weights += [tensor(P, H)] if proj else []
+    n = len(hx) if states else 0
+
+    def call(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        given = None if not n else rest[0] if cell == "gru" else (rest[0], rest[1])
+        return getattr(functional, cell)(
+            x,
+            given,
+            rest[n:],
+            num_layers=layers,
+            bidirectional=bidirectional,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+        )
+
+    return call, (x, *hx[:n], *weights)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: "-".join(map(str, m)))
+def test_gradcheck(mode: tuple) -> None:
+    assert torch.autograd.gradcheck(*problem(mode), fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", COVERING, ids=lambda m: "-".join(map(str, m)))
+def test_gradcheck_every_element(mode: tuple) -> None:
+    assert torch.autograd.gradcheck(*problem(mode))
+
+
+@pytest.mark.parametrize("mode", COVERING, ids=lambda m: "-".join(map(str, m)))
+def test_gradgradcheck(mode: tuple) -> None:
+    assert torch.autograd.gradgradcheck(*problem(mode), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("cell", "used"),
+    [
+        *(("LSTM", used) for used in itertools.product((0, 1), repeat=3) if any(used)),
+        *(("GRU", used) for used in itertools.product((0, 1), repeat=2) if any(used)),
+    ],
+)
+def test_any_subset_of_outputs_in_eval_mode(cell: str, used: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    theirs = getattr(nn, cell)(3, 5, num_layers=2, bidirectional=True).double().eval()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    results = []
+    for module in (theirs, fused_like(theirs)):
+        leaf = x.clone().requires_grad_()
+        y, final = module(leaf)
+        outputs = [y, *(final if cell == "LSTM" else [final])]
+        loss = sum(t.square().sum() for t, use in zip(outputs, used, strict=False) if use)
+        results.append(
+            torch.autograd.grad(loss, [leaf, *module.parameters()], materialize_grads=True)
+        )
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("frozen", ["all", "weight_ih", "weight_hh", "bias", "reverse"])
+def test_frozen_weights_let_the_gradient_through(frozen: str) -> None:
+    torch.manual_seed(0)
+    theirs = nn.LSTM(3, 5, num_layers=2, bidirectional=True).double()
+    for name, p in theirs.named_parameters():
+        p.requires_grad_(not (frozen == "all" or frozen in name))
+    results = []
+    for module in (theirs, fused_like(theirs)):
+        x = torch.randn(4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        module(x)[0].square().sum().backward()
+        results.append([x.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_only_what_requires_grad_is_computed() -> None:
+    """Frozen weights and a constant input: the backward op is told, and no graph is kept."""
+    module = fusedrnn.FusedLSTM(3, 5)
+    for p in module.parameters():
+        p.requires_grad_(False)
+    y, (h, c) = module(torch.randn(4, 2, 3))
+    assert not any(t.requires_grad for t in (y, h, c))
+    with torch.no_grad():
+        assert fusedrnn.FusedLSTM(3, 5)(torch.randn(4, 2, 3))[0].grad_fn is None
+
+
+@pytest.mark.parametrize("kind", list(FUSED))
+def test_batch_of_zero(kind: type[nn.Module]) -> None:
+    theirs = kind(4, 6)
+    ours = fused_like(theirs)
+    for module in (theirs, ours):
+        is_cell = isinstance(module, nn.RNNCellBase)
+        x = torch.randn((0, 4) if is_cell else (5, 0, 4), requires_grad=True)
+        result = module(x)
+        flat = [t for r in result for t in (r if isinstance(r, tuple) else (r,))]
+        if kind is nn.GRUCell:
+            flat = [result]
+        assert all(t.shape == ((0, 6) if is_cell else (t.size(0), 0, 6)) for t in flat)
+        sum(t.sum() for t in flat).backward()
+        for p in (x, *module.parameters()):
+            assert p.grad is not None
+            assert torch.equal(p.grad, torch.zeros_like(p))
+
+
+def test_retain_graph_and_accumulation() -> None:
+    module = fusedrnn.FusedLSTM(3, 5).double()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    loss = module(x)[0].square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in module.parameters()]
+    loss.backward()
+    for a, p in zip(once, module.parameters(), strict=True):
+        torch.testing.assert_close(2 * a, p.grad)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_gradient_penalty() -> None:
+    """Second derivatives through a whole module, as in WGAN-GP."""
+    torch.manual_seed(0)
+    theirs = nn.GRU(3, 4, num_layers=2, bidirectional=True).double()
+    results = []
+    for module in (theirs, fused_like(theirs)):
+        x = torch.randn(
+            5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
+        y = module(x)[0].square().sum()
+        (g,) = torch.autograd.grad(y, x, create_graph=True)
+        (g.norm(2, -1) - 1).square().mean().backward()
+        results.append([x.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_torch_func(cell: str) -> None:
+    """functional_call, grad, vmap(grad), jvp and hessian give what the plain calls give."""
+    torch.manual_seed(0)
+    module = FUSED[getattr(nn, cell)](3, 4).double()
+    parameters = {k: v.detach() for k, v in module.named_parameters()}
+    x = torch.randn(6, 5, 3, dtype=torch.float64)  # [samples, T, I]
+
+    def loss(p: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(module, p, (sample,))[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(len(x)):
+        module.zero_grad()
+        module(x[i])[0].square().sum().backward()
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(each[name][i], p.grad)
+    tangents = {k: torch.randn_like(v) for k, v in parameters.items()}
+    _, directional = torch.func.jvp(lambda p: loss(p, x[0]), (parameters,), (tangents,))
+    gradient = torch.func.grad(loss)(parameters, x[0])
+    expected = sum((gradient[k] * tangents[k]).sum() for k in parameters)
+    torch.testing.assert_close(directional, expected)
+    hessian = torch.func.hessian(lambda s: loss(parameters, s))(x[0, :2])
+    assert hessian.shape == (2, 3, 2, 3)
+    torch.testing.assert_close(hessian, hessian.permute(2, 3, 0, 1))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_nan_propagates(cell: str) -> None:
+    """From the step and row where it enters, and nowhere else; from weights, everywhere."""
+    module = FUSED[getattr(nn, cell)](3, 20)
+    x = torch.randn(5, 3, 3)
+    x[2, 1, 0] = float("nan")
+    y = module(x)[0]
+    assert y[2:, 1].isnan().all()
+    assert y[:2].isfinite().all()
+    assert y[:, ::2].isfinite().all()
+    for name, p in module.named_parameters():
+        changed = FUSED[getattr(nn, cell)](3, 20)
+        changed.load_state_dict(module.state_dict())
+        with torch.no_grad():
+            dict(changed.named_parameters())[name].fill_(float("nan"))
+        assert changed(torch.randn(2, 7, 3))[0].isnan().all(), (name, p.shape)
+    huge = module(torch.full((2, 2, 3), 1e30))[0]
+    assert huge.isfinite().all()
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_same_bits_on_a_second_run(cell: str) -> None:
+    """Forward and backward, with threads sharing rows, units or directions."""
+    torch.manual_seed(0)
+    for rows, hidden, bidirectional in [(1, 256, False), (3, 200, False), (40, 96, True)]:
+        module = FUSED[getattr(nn, cell)](50, hidden, bidirectional=bidirectional)
+        x = torch.randn(30, rows, 50)
+        runs = []
+        for _ in range(4):
+            module.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y, final = module(leaf)
+            y.square().sum().backward()
+            final = final if cell == "LSTM" else (final,)
+            runs.append([y, *final, leaf.grad, *(p.grad.clone() for p in module.parameters())])
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_no_tensor_outlives_its_graph() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        module = fusedrnn.FusedLSTM(3, 5, num_layers=2)
+
+        def live() -> int:
+            return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+        module(torch.randn(4, 2, 3))[0].sum().backward()
+        before = live()
+        for _ in range(5):
+            module(torch.randn(4, 2, 3))[0].sum().backward()
+        assert live() == before
+    finally:
+        gc.enable()
+
+
+def test_packed_input_gets_its_gradient() -> None:
+    data = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    packed = PackedSequence(data, torch.tensor([3, 2, 1]))
+    y, _ = fusedrnn.FusedGRU(3, 5).double()(packed)
+    y.data.sum().backward()
+    assert data.grad.shape == (6, 3)
+    assert (data.grad != 0).all()
