@@ -59,8 +59,9 @@ def test_built_for_another_torch(tmp_path: Path) -> None:
     build = copy(tmp_path) / "_build.py"
     build.write_text('torch_version = "1.0.0"\n')
     assert last_line(run("import fusedrnn", tmp_path)) == (
-        "ImportError: fusedrnn was built for torch 1.0.0 but torch "
-        f"{torch.__version__} is running: run `pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of fusedrnn"
+        f"ImportError: fusedrnn was built for torch 1.0.0 but torch {torch.__version__} is "
+        "running: run `pip install --force-reinstall --no-deps --no-cache-dir .` in a checkout of "
+        "fusedrnn"
     )
 
 
