@@ -45,7 +45,7 @@ find_compiler()
 import torch  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
-flags = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 link_flags = []
 if sys.platform.startswith("linux"):
     # Compiled for OpenMP but not linked with it: the calls then go to the OpenMP library that torch

@@ -181,7 +181,7 @@ def load_data(args: argparse.Namespace) -> Data:
     words = [UNKNOWN_WORD, *sorted(w for w, n in counts.items() if n > 1 and w != UNKNOWN_WORD)]
     labels = sorted({tag for _, tags in train for tag in tags if tag is not None})
     if not labels:  # --limit may leave sentences without tags
-        raise UserError(f"{args.conllu}: no tags in the first {args.limit} sentences")
+        raise UserError(f"no labels in the first {args.limit} sequences: try a larger --limit")
     if not any(tag in labels for _, tags in dev for tag in tags):
         raise UserError(f"{args.dev}: none of its tags is in {args.conllu}")
     return Data(
@@ -384,6 +384,7 @@ class Side:
     tagger: Tagger
     workers: Workers
     lr: float
+    steps: int  # of the whole run
     losses: list[float] = field(default_factory=list)  # of each step
     history: list[dict[str, float]] = field(default_factory=list)  # of each epoch
 
@@ -393,6 +394,9 @@ class Side:
         if self.workers.count > 1:
             self.model = DistributedDataParallel(self.tagger)
         self.optimizer = torch.optim.Adam(self.tagger.parameters(), lr=self.lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 1 - step / self.steps
+        )
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -419,6 +423,7 @@ class Side:
         for batch in batches:
             losses.append(self.backward(batch))
             self.optimizer.step()
+            self.schedule.step()
         self.seconds["train"] += self.workers.clock() - start
         self.tokens["train"] += sum(batch.tokens for batch in batches)
         self.epoch_losses += torch.stack(losses).tolist()
@@ -480,8 +485,14 @@ def make_sides(args: argparse.Namespace, data: Data, workers: Workers) -> tuple[
         sizes = {"words": len(data.words), "labels": len(data.labels), **model_sizes(args)}
         tagger = Tagger(**sizes, fused=fused).to(workers.device)
         name = f"Fused{args.cell.upper()}" if fused else f"nn.{args.cell.upper()}"
-        sides.append(Side(name, tagger, workers, args.lr))
+        steps = args.epochs * steps_per_epoch(args, data)
+        sides.append(Side(name, tagger, workers, args.lr, steps))
     return sides[0], sides[1]
+
+
+def steps_per_epoch(args: argparse.Namespace, data: Data) -> int:
+    """The last step of an epoch may have a smaller batch."""
+    return math.ceil(len(data.train) / args.batch_size)
 
 
 def model_sizes(args: argparse.Namespace) -> dict[str, Any]:
@@ -501,9 +512,12 @@ def train(
     for side in sides:  # the first call of a layer allocates and is not timed
         side.backward(dev[0])
     shuffle = random.Random(args.seed)
-    steps = math.ceil(len(data.train) / args.batch_size)
+    say(
+        f"{describe(args, data, workers)}\n{len(data.train):,} sequences to train on, "
+        f"{len(data.dev):,} to test on, {len(data.words):,} words, {len(data.labels)} labels\n"
+    )
     say(header(sides))
-    with tqdm(total=args.epochs * steps, unit="step", disable=workers.rank > 0) as bar:
+    with tqdm(total=sides[0].steps, unit="step", disable=workers.rank > 0) as bar:
         for epoch in range(args.epochs):
             order = shuffle.sample(data.train, len(data.train))
             batches = list(chunks(order, args.batch_size))
@@ -673,7 +687,7 @@ def same_predictions(path: Path, data: Data, args: argparse.Namespace) -> tuple[
 
 def write_results(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]) -> None:
     """Writes the three files, the checkpoint last, and prints the report."""
-    title = describe(args, data, sides[0])
+    title = describe(args, data, sides[0].workers)
     files = [args.output / name for name in ("curves.png", "metrics.json", "model.pt")]
     text = json.dumps(metrics(args, data, sides), indent=1) + "\n"
     try:
@@ -686,30 +700,29 @@ def write_results(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]
         raise UserError(f"can't write to {args.output}: {str(error).splitlines()[0]}") from error
     same, total = same_predictions(files[2], data, args)
     differences = loss_differences(sides)
-    first = math.ceil(len(data.train) / args.batch_size)
+    first = steps_per_epoch(args, data)
     print(f"\n{table(sides)}\n")
     print(
         f"largest difference of the two losses at a step: {max(differences[:first]):.1e} in the "
-        f"first epoch, {max(differences):.1e} in all"
+        f"first epoch, {max(differences):.1e} in all (training amplifies rounding)"
     )
     names = " and ".join(side.name for side in sides)
     print(f"{files[2].name} loaded into {names}: {same:,} of {total:,} dev labels are the same")
     print(f"wrote {', '.join(map(str, files))}")
 
 
-def describe(args: argparse.Namespace, data: Data, side: Side) -> str:
-    """One line on the model and where it runs."""
-    count = side.workers.count
-    where = str(side.workers.device)
-    if side.workers.device.type == "cpu":
+def describe(args: argparse.Namespace, data: Data, workers: Workers) -> str:
+    """One line on the task, the model and where it runs."""
+    where = str(workers.device)
+    if workers.device.type == "cpu":
         threads = torch.get_num_threads()
         where += f", {threads} thread{'s' * (threads > 1)}"
-    if count > 1:
-        where = f"{count} processes on {where} each"
+    if workers.count > 1:
+        where = f"{workers.count} processes on {where} each"
+    task = {"upos": "UPOS of words", "stress": "Stress of phonemes"}[data.task]
     return (
-        f"{'UPOS tags' if data.task == 'upos' else 'Stress of phonemes'}, {args.layers}-layer "
-        f"bidirectional {args.cell.upper()}, hidden {args.hidden}, batches of {args.batch_size}, "
-        f"{where}"
+        f"{task}: {args.layers}-layer bidirectional {args.cell.upper()}, hidden {args.hidden}, "
+        f"batches of {args.batch_size}, {where}"
     )
 
 
@@ -812,7 +825,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as failure:
         message, code = str(failure), failure.code
     except KeyboardInterrupt:
-        message, code = "interrupted; nothing was written", 130
+        message, code = "interrupted", 130
     else:
         return 0
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would say the same

@@ -47,11 +47,12 @@ def main() -> int:
     print(f"python     {platform.python_version()}, {platform.system()} {platform.machine()}")
     print(f"kernels    {', '.join(devices)}")
     print(f"CPU ISA    {_ops.cpu_isa()}")
-    cuda = torch.version.cuda
-    print(f"CUDA       {'torch has none' if cuda is None else f'torch has {cuda}'}; ", end="")
-    print(
-        "kernels built" if "cuda" in devices else "no kernels: layers there run on torch's own ops"
-    )
+    if torch.version.cuda is None:
+        print("CUDA       none: this torch is a CPU build")
+    elif "cuda" in devices:
+        print(f"CUDA       {torch.version.cuda}, arch {' '.join(torch.cuda.get_arch_list())}")
+    else:
+        print(f"CUDA       {torch.version.cuda}, no kernels: layers there run on torch's own ops")
     problems = self_check()
     for problem in problems:
         print(f"self-check FAILED: {problem}")
