@@ -3,8 +3,9 @@
 // A cell is constants and functions of one unit. The linear part of a step is summed into
 // kSums values a unit; `input_sum[g]` and `hidden_sum[g]` say to which of them the g-th row block
 // of weight_ih and weight_hh contributes (GRU keeps the hidden part of its candidate apart).
-// kSaved values a unit are kept for the backward pass. `state` is what a unit carries from step to
-// step besides its output: c for LSTM, h itself for GRU.
+// kSaved values a unit are kept for the backward pass, from which output() gives the step's h
+// again: the backward pass does not need the output, which its owner may have changed in place.
+// `state` is what a unit carries from step to step besides h: c for LSTM, h itself for GRU.
 //
 // To add a cell: a struct here, a schema in ops.cpp, a line in each backend, a test parameter.
 #pragma once
@@ -53,13 +54,13 @@ struct Lstm {
 };
 
 /// Cho et al. 2014 in torch.nn.GRU's form, the reset after the product:
-/// n = tanh(x_n + r * h_n). Gates r z n; sums r, z, x_n, h_n; saved: r z n h_n.
+/// n = tanh(x_n + r * h_n). Gates r z n; sums r, z, x_n, h_n; saved: r z n h_n h.
 struct Gru {
-  static constexpr int kGates = 3, kSums = 4, kSaved = 4;
+  static constexpr int kGates = 3, kSums = 4, kSaved = 5;
   static constexpr int input_sum[kGates] = {0, 1, 2};
   static constexpr int hidden_sum[kGates] = {0, 1, 3};
   static constexpr bool kStateIsOutput = true;
-  static constexpr int kSavedState = -1;
+  static constexpr int kSavedState = 4;
 
   template <class V>
   static FUSEDRNN_INLINE V forward(const V* sum, V& h, V* saved) {
@@ -69,7 +70,12 @@ struct Gru {
     saved[2] = tanh(sum[2] + saved[0] * sum[3]);
     saved[3] = sum[3];
     // Not n + z * (h - n): that loses h where |n| is much larger.
-    return h = (T(1) - saved[1]) * saved[2] + saved[1] * h;
+    return saved[4] = h = (T(1) - saved[1]) * saved[2] + saved[1] * h;
+  }
+
+  template <class V>
+  static FUSEDRNN_INLINE V output(const V* saved) {
+    return saved[4];
   }
 
   /// dh: gradient of this step's output but for the part that goes straight from h to h, which

@@ -185,7 +185,7 @@ std::vector<Tensor> weight_gradients(const Layer& layer,
 
 OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_output,
                                  const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
-                                 const Tensor& layer_output, const Tensor& layer_saved,
+                                 const OptionalTensor& layer_output, const Tensor& layer_saved,
                                  const std::vector<bool>& output_mask) {
   const CellInfo& cell = layer.cell;
   const auto ready = [&](const char* name, const Tensor& t, c10::IntArrayRef shape) {
@@ -200,7 +200,9 @@ OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_
     return t.to(layer.compute_type).contiguous();
   };
   const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
-  output = ready("output", layer_output, output_shape);
+  TORCH_CHECK(layer_output || !layer.has_projection, "fusedrnn::", cell.name,
+              "_backward: output is needed with a projection");
+  if (layer_output) output = ready("output", *layer_output, output_shape);
   if (grad_output) dy = ready("grad_output", *grad_output, output_shape);
   if (grad_h_n) dh_n = ready("grad_h_n", *grad_h_n, {layer.D, layer.B, layer.P});
   if (grad_c_n) dc_n = ready("grad_c_n", *grad_c_n, {layer.D, layer.B, layer.H});

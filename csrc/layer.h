@@ -92,12 +92,12 @@ std::vector<Tensor> weight_gradients(const Layer& layer,
 /// What the backward op got besides the layer, checked.
 struct OutputGradients {
   OutputGradients(const Layer& layer, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                  const OptionalTensor& dc_n, const Tensor& output, const Tensor& saved,
+                  const OptionalTensor& dc_n, const OptionalTensor& output, const Tensor& saved,
                   const std::vector<bool>& output_mask);
 
   Tensor dy;          ///< [T, B, D*P] or [N, D*P], contiguous; undefined: zeros. The others too
   Tensor dh_n, dc_n;  ///< [D, B, P], [D, B, H]
-  Tensor output;      ///< as dy
+  Tensor output;      ///< as dy; with a projection
   Tensor saved;       ///< [D, N, A, H]
 };
 

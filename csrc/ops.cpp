@@ -18,8 +18,9 @@
 //
 // float32, float64, bfloat16 and float16; one type and device for all, but batch_sizes. Any
 // strides. No op writes to its inputs. Gradients are those of the whole call: None for a gradient
-// of an output that was not used. output_mask has an entry for input, h0, c0 (LSTM only) and each
-// weight; where it is false an empty tensor is returned and its work left out.
+// of an output that was not used. The backward ops need `output` only with a projection.
+// output_mask has an entry for input, h0, c0 (LSTM only) and each weight; where it is false an
+// empty tensor is returned and its work left out.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -31,15 +32,15 @@ TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
       "Tensor? h0, Tensor? c0, Tensor[] weights, bool bidirectional, Tensor? batch_sizes, "
-      "Tensor? lengths, Tensor output, Tensor saved, bool[] output_mask) "
+      "Tensor? lengths, Tensor? output, Tensor saved, bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)");
   m.def(
       "gru(Tensor input, Tensor? h0, Tensor[] weights, bool bidirectional, Tensor? batch_sizes, "
       "Tensor? lengths, bool save) -> (Tensor output, Tensor h_n, Tensor saved)");
   m.def(
       "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? h0, "
-      "Tensor[] weights, bool bidirectional, Tensor? batch_sizes, Tensor? lengths, Tensor output, "
-      "Tensor saved, bool[] output_mask) "
+      "Tensor[] weights, bool bidirectional, Tensor? batch_sizes, Tensor? lengths, "
+      "Tensor? output, Tensor saved, bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_h0, Tensor[] grad_weights)");
   // The CPU instruction set that the kernels of this process use.
   m.def("_cpu_isa() -> str");

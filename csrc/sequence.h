@@ -68,9 +68,9 @@ struct Backward : Sequence<T> {
   const T* h0 = nullptr;  ///< as in Forward
   const T* c0 = nullptr;
   int64_t h0_stride = 0, c0_stride = 0;
-  const T* y = nullptr;  ///< as in Forward
-  int64_t y_stride = 0;
   const T* saved = nullptr;
+  const T* y = nullptr;  ///< projection only
+  int64_t y_stride = 0;
 
   const T* dy = nullptr;  ///< [N, P] with rows dy_stride apart, null: zeros
   int64_t dy_stride = 0;

@@ -507,7 +507,6 @@ def train(
     from tqdm import tqdm
 
     sides = make_sides(args, data, workers)
-    # Longer sequences are not sorted out: rows of different lengths are what is measured.
     dev = [make_batch(part, workers) for part in chunks(data.dev, args.batch_size)]
     for side in sides:  # the first call of a layer allocates and is not timed
         side.backward(dev[0])
@@ -517,7 +516,8 @@ def train(
         f"{len(data.dev):,} to test on, {len(data.words):,} words, {len(data.labels)} labels\n"
     )
     say(header(sides))
-    with tqdm(total=sides[0].steps, unit="step", disable=workers.rank > 0) as bar:
+    style = "{percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}"  # in 80 columns
+    with tqdm(total=sides[0].steps, bar_format=style, disable=workers.rank > 0) as bar:
         for epoch in range(args.epochs):
             order = shuffle.sample(data.train, len(data.train))
             batches = list(chunks(order, args.batch_size))
@@ -543,22 +543,22 @@ def train(
 
 def progress(sides: tuple[Side, Side]) -> str:
     """Losses and ratio of the speeds for the progress bar."""
-    losses = ", ".join(f"{side.name} loss {side.epoch_losses[-1]:.4f}" for side in sides)
+    losses = ", ".join(f"{side.name} {side.epoch_losses[-1]:.4f}" for side in sides)
     theirs, ours = (side.seconds["train"] for side in sides)
-    return f"{losses}, {theirs / ours:.2f}x"
+    return f"loss of {losses}; {theirs / ours:.2f}x"
 
 
 def header(sides: tuple[Side, Side]) -> str:
     """Two lines that epoch_line continues."""
-    titles = ("train loss", "dev loss", "dev accuracy", "training tokens/s")
+    titles = ("train loss", "dev accuracy", "training tokens/s")
     names = "".join(f"{side.name:>10}" for side in sides)
-    return f"{'':5}{''.join(f'{t:>20}' for t in titles)}\nepoch{names * 4}   ratio"
+    return f"{'':5}{''.join(f'{t:>20}' for t in titles)}\nepoch{names * 3}   ratio"
 
 
 def epoch_line(sides: tuple[Side, Side], epoch: int) -> str:
     """Loss, accuracy and speed of both in an epoch, side by side."""
     rows = [side.history[epoch] for side in sides]
-    cells = [f"{row[key]:10.4f}" for key in ("train_loss", "dev_loss") for row in rows]
+    cells = [f"{row['train_loss']:10.4f}" for row in rows]
     cells += [f"{row['dev_accuracy']:10.2%}" for row in rows]
     theirs, ours = (side.speed("train", epoch) for side in sides)
     return f"{epoch + 1:5}{''.join(cells)}{theirs:10,.0f}{ours:10,.0f}{ours / theirs:7.2f}x"
@@ -707,7 +707,7 @@ def write_results(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]
         f"first epoch, {max(differences):.1e} in all (training amplifies rounding)"
     )
     names = " and ".join(side.name for side in sides)
-    print(f"{files[2].name} loaded into {names}: {same:,} of {total:,} dev labels are the same")
+    print(f"{files[2].name} loaded into {names}: same label for {same:,} of {total:,} dev words")
     print(f"wrote {', '.join(map(str, files))}")
 
 

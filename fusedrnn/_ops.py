@@ -56,7 +56,7 @@ _BACKWARD = {
 
 # kGates and kSaved of csrc/cells.h, for the shapes that the fake kernels tell.
 _GATES = {"lstm": 4, "gru": 3}
-_SAVED = {"lstm": 5, "gru": 4}
+_SAVED = {"lstm": 5, "gru": 5}
 
 States = tuple[Tensor, ...]
 
@@ -98,7 +98,10 @@ class _Layer(torch.autograd.Function):
         ctx.cell, ctx.states, ctx.bidirectional, ctx.batch_sizes, lengths = inputs[:5]
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[5:], lengths, output[0], output[-1])
+        # With a projection the backward pass needs the output, which its owner may change in place.
+        projected = (len(inputs) - 6 - ctx.states) // (2 if ctx.bidirectional else 1) % 2 == 1
+        kept = output[0].clone() if projected else None
+        ctx.save_for_backward(*inputs[5:], lengths, kept, output[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

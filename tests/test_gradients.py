@@ -166,6 +166,24 @@ def test_retain_graph_and_accumulation() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_outputs_may_be_changed_in_place(proj_size: int) -> None:
+    """As by relu_ or inplace dropout behind the layer: the backward pass does not need them."""
+    torch.manual_seed(0)
+    for module in (
+        fusedrnn.FusedLSTM(3, 5, proj_size=proj_size),
+        fusedrnn.FusedLSTM(3, 5, num_layers=2, bidirectional=True, proj_size=proj_size),
+        fusedrnn.FusedGRU(3, 5, num_layers=2),
+    ):
+        x = torch.randn(4, 2, 3)
+        results = []
+        for in_place in (False, True):
+            y = module(x)[0]
+            y = y.relu_() if in_place else y.relu()
+            results.append(torch.autograd.grad(y.square().sum(), list(module.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gradient_penalty() -> None:
     """Second derivatives through a whole module, as in WGAN-GP."""
     torch.manual_seed(0)

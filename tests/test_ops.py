@@ -77,7 +77,7 @@ def test_the_calls_that_the_errors_vary_work() -> None:
         (1, B, H),
         (1, T * B, 5, H),
     ]
-    assert [tuple(t.shape) for t in gru()] == [(T, B, H), (1, B, H), (1, T * B, 4, H)]
+    assert [tuple(t.shape) for t in gru()] == [(T, B, H), (1, B, H), (1, T * B, 5, H)]
     x, h, c, w = backward()
     assert [tuple(t.shape) for t in (x, h, c, *w)] == [
         (T, B, I),

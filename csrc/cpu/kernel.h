@@ -541,35 +541,41 @@ FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>
   const int64_t H = s.hidden_size, P = s.output_size;
   // A row that starts at t has no step before, although the batch may.
   const int64_t before = step_before(s, t), continued = before < 0 ? 0 : s.active[before];
-  const int64_t out_end = s.projection_panels ? P : end;
   for (int64_t j = 0; j < s.active[t]; ++j) {
     const int64_t b = s.row[j], at = s.position[t] + b;
     const int64_t from = j < continued ? s.position[before] + b : -1;
-    const T* h_previous = from < 0 ? row_of(s.h0, b, s.h0_stride) : s.y + from * s.y_stride;
-    const T* previous = h_previous;
-    if constexpr (!Cell::kStateIsOutput) {
-      previous = from < 0 ? row_of(s.c0, b, s.c0_stride)
-                          : s.saved + (from * Cell::kSaved + Cell::kSavedState) * H;
-    }
-    copy_row(s.h_previous + at * P + begin, h_previous ? h_previous + begin : nullptr,
-             out_end - begin, 0);
     const T* saved_row = s.saved + at * Cell::kSaved * H;
+    const T* saved_before = s.saved + from * Cell::kSaved * H;
+    const T* h0 = row_of(s.h0, b, s.h0_stride);
+    const T* state0 = Cell::kStateIsOutput ? h0 : row_of(s.c0, b, s.c0_stride);
+    if (s.projection_panels) {
+      copy_row(s.h_previous + at * P, from < 0 ? h0 : s.y + from * s.y_stride, P, P);
+    }
     T* dsums = s.dsums + at * kSums * H;
     for (int64_t u = begin; u < end; u += L) {
       const int64_t n = H - u;
-      Vec<T> saved[Cell::kSaved], dsum[kSums];
-      unroll<Cell::kSaved>([&](auto a) __attribute__((always_inline)) {
-        saved[a] = load(saved_row + a * H + u, n);
-      });
+      const auto load_saved = [&](Vec<T>(&saved)[Cell::kSaved],
+                                  const T* row) __attribute__((always_inline)) {
+        unroll<Cell::kSaved>(
+            [&](auto a) __attribute__((always_inline)) { saved[a] = load(row + a * H + u, n); });
+      };
+      Vec<T> saved[Cell::kSaved], dsum[kSums], state = {}, h = {};
+      if (from >= 0) {
+        load_saved(saved, saved_before);
+        state = saved[Cell::kSavedState];
+        h = Cell::output(saved);
+      } else {
+        if (state0) state = load(state0 + u, n);
+        if (h0 && !s.projection_panels) h = load(h0 + u, n);
+      }
+      if (!s.projection_panels) store(s.h_previous + at * P + u, h, n);
+      load_saved(saved, saved_row);
       Vec<T> d = load(m.dstate + j * m.state_size + u);
-      Cell::backward(saved, previous ? load(previous + u, n) : Vec<T>{},
-                     load(dout + j * dout_size + u), d, dsum);
+      Cell::backward(saved, state, load(dout + j * dout_size + u), d, dsum);
       store(m.dstate + j * m.state_size + u, d);
       unroll<kSums>([&](auto c)
                         __attribute__((always_inline)) { store(dsums + c * H + u, dsum[c], n); });
-      if constexpr (!Cell::kStateIsOutput) {
-        if (s.h_raw) store(s.h_raw + at * H + u, Cell::output(saved), n);
-      }
+      if (s.projection_panels) store(s.h_raw + at * H + u, Cell::output(saved), n);
     }
   }
 }

@@ -396,7 +396,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     s.panels = part(panels);
     s.projection_panels = part(projection_panels);
     set_initial(s, layer, d);
-    s.y = g.output.const_data_ptr<T>() + d * P;
+    if (layer.has_projection) s.y = g.output.const_data_ptr<T>() + d * P;
     s.y_stride = s.dy_stride = D * P;
     s.saved = part(g.saved);
     if (g.dy.defined()) s.dy = g.dy.const_data_ptr<T>() + d * P;
@@ -469,7 +469,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
     const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
     const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
     bool bidirectional, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-    const Tensor& output, const Tensor& saved, const c10::List<bool>& output_mask) {
+    const OptionalTensor& output, const Tensor& saved, const c10::List<bool>& output_mask) {
   const Layer layer(CellInfo::of<host::Lstm>("lstm"), input, h0, c0, weights, bidirectional,
                     batch_sizes, lengths);
   const std::vector<bool> mask = to_vector(output_mask);
@@ -491,7 +491,7 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor
 std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_backward(
     const OptionalTensor& dy, const OptionalTensor& dh_n, const Tensor& input,
     const OptionalTensor& h0, at::TensorList weights, bool bidirectional,
-    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const Tensor& output,
+    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& output,
     const Tensor& saved, const c10::List<bool>& output_mask) {
   const Layer layer(CellInfo::of<host::Gru>("gru"), input, h0, std::nullopt, weights, bidirectional,
                     batch_sizes, lengths);
