@@ -30,18 +30,18 @@ test: $(VENV)/built  ## run the tests
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/built  ## time fusedrnn and torch in turn
-	$(BIN)/python -m benchmarks --output benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks --output benchmarks/results/cpu.json --readme README.md
 
 lint: $(VENV)/built  ## check formats, types and style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h')
 
 format: $(VENV)/built  ## rewrite to the project's formats
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h')
 
 # Leaks are not looked for: the interpreter and torch keep much on purpose.
 sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan

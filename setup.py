@@ -53,7 +53,7 @@ if sys.platform.startswith("linux"):
     flags.append("-fopenmp")
 if os.environ.get("FUSEDRNN_SANITIZE") == "1":
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    flags += [*sanitize, "-O1", "-g", "-fno-omit-frame-pointer"]
+    flags += [*sanitize, "-O1", "-g1", "-fno-omit-frame-pointer", "-DFUSEDRNN_TILE_ROWS=2"]
     link_flags += sanitize
 
 

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mode", choices=("inference", "training"))
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
+    parser.add_argument("--readme", type=Path, help="a page whose table to write anew")
     args = parser.parse_args()
     chosen = [c for c in CASES if not args.cases or any(part in c.name for part in args.cases)]
     if not chosen:
@@ -142,6 +144,8 @@ def main() -> None:
                     "ratio": ratio,
                 }
             )
+    if args.readme:
+        write_table(args.readme, rows)
     if args.output:
         header = {
             "machine": platform.machine(),
@@ -153,6 +157,32 @@ def main() -> None:
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+
+
+def write_table(page: Path, rows: list[dict[str, Any]]) -> None:
+    """Puts the rows between the page's table markers: a line for each case, both modes in it."""
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault(row["name"], {})[row["mode"]] = row
+    lines = [
+        "| case | inference: fusedrnn | torch | ratio | training: fusedrnn | torch | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, modes in by_case.items():
+        cells = []
+        for mode in ("inference", "training"):
+            row = modes.get(mode)
+            cells += (
+                [f"{row['ours_ms']:.3g}", f"{row['peer_ms']:.3g}", f"**{row['ratio']:.2f}**"]
+                if row
+                else ["", "", ""]
+            )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    text = page.read_text()
+    before, rest = text.split("<!-- table -->\n", 1)
+    _, after = rest.split("<!-- /table -->", 1)
+    table = "\n".join(lines)
+    page.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->{after}")
 
 
 def _processor() -> str:

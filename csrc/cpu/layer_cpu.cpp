@@ -113,10 +113,6 @@ struct Shares {
 };
 
 template <class T>
-T* data(const Tensor& t) {
-  return t.defined() ? t.data_ptr<T>() : nullptr;
-}
-template <class T>
 const T* const_data(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;
 }
@@ -211,19 +207,23 @@ Tensor pack_products(const Layer& layer, Tensor DirectionWeights::* weight, int6
   return pack_products<T>(matrices, depth, columns, row_stride, column_stride, layer.options());
 }
 
+/// Calls product(begin, end) for parts of the rows of a product of `work` multiplications.
+template <class T, class F>
+void in_row_parts(int64_t rows, int64_t work, const F& product) {
+  const int64_t most = work < kSharedWork ? 1 : at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(rows / table<T>().common.tile_rows, 1, most);
+  in_parallel(parts,
+              [&](int64_t part) { product(rows * part / parts, rows * (part + 1) / parts); });
+}
+
 /// out = a b, or += with add; b given by its packed panels.
 template <class T>
 void multiply(int64_t rows, int64_t depth, int64_t columns, const Tensor& panels, const T* a,
               int64_t a_stride, T* out, int64_t out_stride, bool add) {
-  const Common<T>& common = table<T>().common;
-  const int64_t parts =
-      rows * depth * columns < kSharedWork
-          ? 1
-          : std::clamp<int64_t>(rows / common.tile_rows, 1, at::get_num_threads());
-  in_parallel(parts, [&](int64_t part) {
-    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    common.multiply(end - begin, depth, columns, panels.const_data_ptr<T>(), a + begin * a_stride,
-                    a_stride, out + begin * out_stride, out_stride, add);
+  in_row_parts<T>(rows, rows * depth * columns, [&](int64_t begin, int64_t end) {
+    table<T>().common.multiply(end - begin, depth, columns, panels.const_data_ptr<T>(),
+                               a + begin * a_stride, a_stride, out + begin * out_stride, out_stride,
+                               add);
   });
 }
 
@@ -233,22 +233,17 @@ struct OwnProducts : Products {
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
     const int64_t depth = b.size(0), columns = b.size(1);
     const Tensor panels =
-        pack_products<T>({b.const_data_ptr<T>()}, depth, columns, b.stride(0), 1, b.options());
+        pack_products<T>({b.const_data_ptr<T>()}, depth, columns, columns, 1, b.options());
     cpu::multiply<T>(a.size(0), depth, columns, panels, a.const_data_ptr<T>(), a.stride(0),
                      out.data_ptr<T>(), out.stride(0), add);
   }
   void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const override {
-    const Common<T>& common = table<T>().common;
     const int64_t depth = a.size(0), rows = a.size(1), columns = b.size(1);
-    const int64_t parts =
-        depth * rows * columns < kSharedWork
-            ? 1
-            : std::clamp<int64_t>(rows / common.tile_rows, 1, at::get_num_threads());
-    in_parallel(parts, [&](int64_t part) {
-      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-      common.multiply_transposed(depth, end - begin, columns, a.const_data_ptr<T>() + begin,
-                                 a.stride(0), b.const_data_ptr<T>(), b.stride(0),
-                                 out.data_ptr<T>() + begin * out.stride(0), out.stride(0));
+    in_row_parts<T>(rows, depth * rows * columns, [&](int64_t begin, int64_t end) {
+      table<T>().common.multiply_transposed(
+          depth, end - begin, columns, a.const_data_ptr<T>() + begin, a.stride(0),
+          b.const_data_ptr<T>(), b.stride(0), out.data_ptr<T>() + begin * out.stride(0),
+          out.stride(0));
     });
   }
 };
