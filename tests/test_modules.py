@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import FUSED, assert_as_exact, double, fused_like
+from parity import FUSED, Nearby, assert_as_exact, double, fused_like
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import module_db
@@ -428,26 +428,33 @@ def test_torchs_own_samples(theirs: type, ours: type, dtype: torch.dtype) -> Non
                 construct, forward = sample.constructor_input, sample.forward_input
                 torch.manual_seed(0)
                 a = theirs(*construct.args, **{**construct.kwargs, "dtype": dtype}).train(training)
-                results = [
-                    outputs_and_gradients(module, forward.args, forward.kwargs)
-                    for module in (fused_like(a), a, double(a))
-                ]
-                assert_as_exact(*results, dtype, depth=500, amplitude=4)
+                nearby = Nearby(dtype)
+                args, kwargs = forward.args, forward.kwargs
+                assert_as_exact(
+                    *(
+                        outputs_and_gradients(module, args, kwargs, lambda t: t)
+                        for module in (fused_like(a), a, double(a))
+                    ),
+                    outputs_and_gradients(nearby.weights(a), args, kwargs, nearby),
+                    dtype,
+                )
                 count += 1
     assert count >= 4
 
 
-def outputs_and_gradients(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
+def outputs_and_gradients(
+    module: nn.Module, args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
     dtype = next(module.parameters()).dtype
+
+    def cast(t: Any) -> Any:
+        return change(t.to(dtype)) if isinstance(t, Tensor) and t.is_floating_point() else t
+
     torch.manual_seed(1)  # of dropout
-    out = module(*tree_map(cast_to(dtype), args), **tree_map(cast_to(dtype), kwargs))
+    out = module(*tree_map(cast, args), **tree_map(cast, kwargs))
     flat = list(tensors(out))
     loss = sum(t.double().square().sum() for t in flat)
     return [*flat, *torch.autograd.grad(loss, list(module.parameters()))]
-
-
-def cast_to(dtype: torch.dtype) -> Callable[[Any], Any]:
-    return lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
 def tensors(out: Any) -> Any:

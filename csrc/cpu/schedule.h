@@ -1,0 +1,114 @@
+// Which rows a call has, and which thread runs which of them.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../layer.h"
+#include "team.h"
+
+namespace fusedrnn::cpu {
+
+/// Rows of the batch, longest first, and where each step lies.
+struct Plan {
+  std::vector<int64_t> order;     ///< [B]
+  std::vector<int64_t> active;    ///< [T] rows in each step: a prefix of order
+  std::vector<int64_t> position;  ///< [T] of batch row 0
+
+  explicit Plan(const Layer& layer) : order(layer.B), active(layer.T, layer.B), position(layer.T) {
+    for (int64_t t = 0, at = 0; t < layer.T; ++t) {
+      position[t] = at;
+      if (layer.packed) active[t] = layer.batch_sizes[t];
+      at += active[t];
+    }
+    if (!layer.lengths.defined()) {
+      for (int64_t b = 0; b < layer.B; ++b) order[b] = b;
+      return;
+    }
+    // A stable counting sort by length, longest first.
+    const int64_t* length = layer.lengths.const_data_ptr<int64_t>();
+    std::vector<int64_t> longer(layer.T + 2, 0);  // [l]: rows of length l, then rows longer than l
+    for (int64_t b = 0; b < layer.B; ++b) {
+      TORCH_CHECK(length[b] >= 0 && length[b] <= layer.T, "fusedrnn::", layer.cell.name,
+                  ": lengths must be from 0 to the sequence length ", layer.T, ", got ", length[b]);
+      ++longer[length[b]];
+    }
+    for (int64_t l = layer.T, sum = 0; l >= 0; --l) {
+      sum += longer[l];
+      longer[l] = sum - longer[l];
+      if (l < layer.T) active[l] = longer[l];
+    }
+    for (int64_t b = 0; b < layer.B; ++b) order[longer[length[b]]++] = b;
+  }
+};
+
+/// Calls task(0), ..., task(count - 1) on torch's threads.
+template <class F>
+void in_parallel(int64_t count, const F& task) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
+
+/// Work of fewer multiplications than this is done at once rather than shared, ...
+constexpr int64_t kSharedWork = 1 << 19;
+/// ... and so is a step of fewer than this for each thread.
+constexpr int64_t kSharedStep = 1 << 15;
+
+/// How a layer is shared out: runs, each a direction and some of its rows, and the threads that
+/// share each run's steps by blocks of units.
+struct Shares {
+  struct Run {
+    int64_t direction;
+    std::vector<int64_t> row, active;
+  };
+  std::vector<Run> runs;
+  int64_t members = 1;  ///< of each run
+
+  Shares(const Layer& layer, const Plan& plan, int64_t tile_rows, int64_t blocks) {
+    const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
+    int64_t threads = 1, rows = 1;
+    if (step * layer.T * layer.D >= kSharedWork && !at::in_parallel_region()) {
+      threads = std::max<int64_t>(at::get_num_threads() / layer.D, 1);
+    }
+    // Few rows leave a tile's weights too little used: then all threads run all rows, each with
+    // its part of the weights. The steps of a projection can't be shared so.
+    if (layer.B < threads * tile_rows && !layer.has_projection && step >= threads * kSharedStep) {
+      members = std::min(threads, blocks);
+    }
+    if (members == 1) rows = std::clamp<int64_t>(threads, 1, std::max<int64_t>(layer.B, 1));
+    for (int64_t d = 0; d < layer.D; ++d) {
+      for (int64_t part = 0; part < rows; ++part) {
+        // Every rows-th row, so that rows of all lengths go to each thread.
+        Run run{d, {}, {}};
+        for (int64_t j = part; j < layer.B; j += rows) run.row.push_back(plan.order[j]);
+        for (int64_t n : plan.active) {
+          run.active.push_back(n > part ? (n - part + rows - 1) / rows : 0);
+        }
+        runs.push_back(std::move(run));
+      }
+    }
+  }
+
+  /// Runs every step of every run: step(run, i, block_begin, block_end).
+  template <class F>
+  void execute(int64_t steps, int64_t blocks, const F& step) const {
+    if (members == 1) {
+      return in_parallel(int64_t(runs.size()), [&](int64_t r) {
+        for (int64_t i = 0; i < steps; ++i) step(r, i, 0, blocks);
+      });
+    }
+    std::vector<Team> teams;
+    for (size_t r = 0; r < runs.size(); ++r) teams.emplace_back(members);
+    in_parallel(int64_t(runs.size()) * members, [&](int64_t item) {
+      const int64_t r = item / members;
+      teams[r].run(item % members, steps, [&](int64_t i, int64_t part) {
+        step(r, i, blocks * part / members, blocks * (part + 1) / members);
+      });
+    });
+  }
+};
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,315 @@
+// The register tile: rows by one vector (or four) of columns, summed over k without leaving the
+// registers; the packing of weights for it; products of matrices made of it.
+//
+// All sums over k run in one fixed order, so that a call gives the same bits every time.
+#pragma once
+
+#include "../cells.h"
+#include "../sequence.h"
+#include "vector.h"
+
+namespace fusedrnn::FUSEDRNN_TARGET {
+
+// Rows of a tile: rows * 4 sums, 4 weights and a broadcast must fit the register file.
+#if defined(FUSEDRNN_TILE_ROWS)  // the sanitizers' build, which would take long with full tiles
+inline constexpr int kRows = FUSEDRNN_TILE_ROWS;
+#elif FUSEDRNN_VECTOR_BYTES == 64 || defined(__aarch64__)
+inline constexpr int kRows = 6;
+#elif FUSEDRNN_VECTOR_BYTES == 32
+inline constexpr int kRows = 3;
+#else
+inline constexpr int kRows = 2;
+#endif
+inline constexpr int kSums = 4;  ///< of every cell; also the vectors in a block of product panels
+
+FUSEDRNN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+template <class T>
+FUSEDRNN_INLINE int64_t padded(int64_t n) {
+  return round_up(n, kLanes<T>);
+}
+template <class T>
+FUSEDRNN_INLINE int64_t blocks_of(int64_t units) {
+  return padded<T>(units) / kLanes<T>;
+}
+
+/// Splits rows into the fewest tiles, of nearly equal size, and calls tile(size, first row).
+template <class F>
+FUSEDRNN_INLINE void for_tiles(int64_t rows, F&& tile) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  int64_t first = 0;
+  for (int64_t left = tiles; left > 0; --left) {
+    const int64_t size = (rows - first + left - 1) / left;
+    unroll<kRows>([&](auto i) __attribute__((always_inline)) {
+      constexpr int R = decltype(i)::value + 1;
+      if (size == R) tile(std::integral_constant<int, R>{}, first);
+    });
+    first += size;
+  }
+}
+
+// Which sums the vectors of a panel row go to.
+template <class Cell>
+struct InputColumns {
+  static constexpr int count = Cell::kGates;
+  static constexpr int at(int g) { return Cell::input_sum[g]; }
+};
+template <class Cell>
+struct HiddenColumns {
+  static constexpr int count = Cell::kGates;
+  static constexpr int at(int g) { return Cell::hidden_sum[g]; }
+};
+template <int C>
+struct Columns {
+  static constexpr int count = C;
+  static constexpr int at(int c) { return c; }
+};
+
+template <class T, int R>
+using Tile = Vec<T>[R][kSums];
+
+/// sum[r][at(c)] += a(r, k) * panel[k][c] for k in [0, size).
+template <class To, class T, int R, class A>
+FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* panel) {
+  constexpr int C = To::count;
+  const auto step = [&](Tile<T, R>& into, int64_t k) __attribute__((always_inline)) {
+    Vec<T> w[C];
+    unroll<C>([&](auto c)
+                  __attribute__((always_inline)) { w[c] = load(panel + (k * C + c) * kLanes<T>); });
+    unroll<R>([&](auto r) __attribute__((always_inline)) {
+      const Vec<T> value = broadcast<Vec<T>>(a(r, k));
+      unroll<C>([&](auto c) __attribute__((always_inline)) {
+        into[r][To::at(decltype(c)::value)] += value * w[c];
+      });
+    });
+  };
+  int64_t k = 0;
+  if constexpr (R == 1) {  // four chains of additions can't hide their latency; eight do
+    Tile<T, R> odd = {};
+    for (; k + 2 <= size; k += 2) {
+      step(sum, k);
+      step(odd, k + 1);
+    }
+    unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[0][c] += odd[0][c]; });
+  }
+  for (; k < size; ++k) step(sum, k);
+}
+
+template <class To, class T, int R>
+FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const T* const (&a)[R], int64_t size,
+                                     const T* panel) {
+  accumulate<To, T, R>(
+      sum, [&](auto r, int64_t k) __attribute__((always_inline)) { return a[r][k]; }, size, panel);
+}
+
+/// Lane u: the product of row u of w [units, size] with a. Reads w along its rows, unpacked.
+template <class T>
+FUSEDRNN_INLINE Vec<T> dot(const T* w, int64_t units, int64_t size, const T* a) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[L] = {};
+  const T* row[L];
+  unroll<L>([&](auto i) __attribute__((always_inline)) {
+    row[i] = w + (i < units ? int64_t(i) : units - 1) * size;
+  });
+  int64_t k = 0;
+  for (; k + L <= size; k += L) {
+    const Vec<T> value = load(a + k);
+    unroll<L>([&](auto i) __attribute__((always_inline)) { sum[i] += load(row[i] + k) * value; });
+  }
+  if (k < size) {
+    const Vec<T> value = load_first(a + k, size - k);
+    unroll<L>([&](auto i) __attribute__((always_inline)) {
+      sum[i] += load_first(row[i] + k, size - k) * value;
+    });
+  }
+  return sum_lanes<T>(sum);
+}
+
+template <class To, class T, int R>
+FUSEDRNN_INLINE void accumulate_unpacked(Tile<T, R>& sum, const T* const (&a)[R], int64_t size,
+                                         const T* w, int64_t hidden_size, int64_t unit,
+                                         int64_t units) {
+  for (int r = 0; r < R; ++r) {
+    unroll<To::count>([&](auto g) __attribute__((always_inline)) {
+      sum[r][To::at(decltype(g)::value)] +=
+          dot(w + (g * hidden_size + unit) * size, units, size, a[r]);
+    });
+  }
+}
+
+// ---- packing ----------------------------------------------------------------------------------
+
+/// out[k * step + v] = w[v * stride + k] for k in [0, size) and all lanes v, zero from `units` on.
+template <class T>
+FUSEDRNN_INLINE void pack_rows(const T* w, int64_t units, int64_t stride, int64_t size, T* out,
+                               int64_t step) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k = 0; k < size; k += L) {
+    const int64_t n = size - k < L ? size - k : L;
+    Vec<T> square[L];
+    for (int v = 0; v < L; ++v) square[v] = v < units ? load(w + v * stride + k, n) : Vec<T>{};
+    transpose<T>(square);
+    for (int64_t i = 0; i < n; ++i) store(out + (k + i) * step, square[i]);
+  }
+}
+
+template <class Cell, class T>
+int64_t forward_panel_size(int64_t input_size, int64_t output_size) {
+  return (kSums + (input_size + output_size) * Cell::kGates) * kLanes<T>;
+}
+
+template <class Cell, class T>
+FUSEDRNN_INLINE void bias_of(const Weights<T>& w, int64_t hidden_size, int64_t unit, int64_t units,
+                             Vec<T> (&bias)[kSums]) {
+  unroll<kSums>([&](auto c) __attribute__((always_inline)) { bias[c] = Vec<T>{}; });
+  unroll<Cell::kGates>([&](auto g) __attribute__((always_inline)) {
+    const int64_t at = g * hidden_size + unit;
+    if (w.bias_ih) bias[Cell::input_sum[g]] += load(w.bias_ih + at, units);
+    if (w.bias_hh) bias[Cell::hidden_sum[g]] += load(w.bias_hh + at, units);
+  });
+}
+
+template <class Cell, class T>
+void pack_forward(const Weights<T>& weights, int64_t input_size, int64_t hidden_size,
+                  int64_t output_size, int64_t block, T* panel) {
+  constexpr int L = kLanes<T>, G = Cell::kGates;
+  const int64_t unit = block * L, units = hidden_size - unit < L ? hidden_size - unit : L;
+  Vec<T> bias[kSums];
+  bias_of<Cell>(weights, hidden_size, unit, units, bias);
+  for (int c = 0; c < kSums; ++c) store(panel + c * L, bias[c]);
+  panel += kSums * L;
+  for (int g = 0; g < G; ++g) {
+    const int64_t row = g * hidden_size + unit;
+    if (weights.ih) {
+      pack_rows(weights.ih + row * input_size, units, input_size, input_size, panel + g * L, G * L);
+    }
+    pack_rows(weights.hh + row * output_size, units, output_size, output_size,
+              panel + (weights.ih ? input_size : 0) * G * L + g * L, G * L);
+  }
+}
+
+template <class T>
+void pack_product(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t depth,
+                  int64_t columns, int64_t block, T* panels) {
+  constexpr int L = kLanes<T>;
+  const int64_t width = kSums * L, first = block * width;
+  T* panel = panels + depth * first;
+  const int64_t left = padded<T>(columns - first), step = left < width ? left : width;
+  for (int64_t c = 0; c < step; c += L) {
+    const int64_t n = columns - first - c < L ? columns - first - c : L;
+    const T* from = matrix + (first + c) * column_stride;
+    if (column_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k) {
+        store(panel + k * step + c, load(from + k * row_stride, n));
+      }
+    } else {
+      pack_rows(from, n, column_stride, depth, panel + c, step);
+    }
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------
+
+/// Rows of a matrix: row j is at base + (index ? offset + index[j] : j) * stride.
+template <class T>
+struct Rows {
+  T* base;
+  int64_t stride;
+  const int64_t* index = nullptr;
+  int64_t offset = 0;
+  T* operator()(int64_t j) const { return base + (index ? offset + index[j] : j) * stride; }
+};
+
+/// Which stretches of a row, in units of their length, a product's depth is made of.
+template <class Cell>
+struct HiddenSegments {
+  static constexpr int count = Cell::kGates;
+  static constexpr int at(int g) { return Cell::hidden_sum[g]; }
+};
+
+/// out(j)[columns] = a(j) * matrix, or += with add, for the rows j of [0, rows) and the columns of
+/// the panel blocks [block_begin, block_end). The depth of the product is that of the segments, of
+/// `length` elements each, the s-th at a(j) + at(s) * length.
+template <class Segments, class T>
+__attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t columns,
+                                       int64_t block_begin, int64_t block_end, const T* panels,
+                                       Rows<const T> a, Rows<T> out, bool add) {
+  constexpr int L = kLanes<T>;
+  const int64_t depth = Segments::count * length;
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t first = block * kSums * L, left = columns - first;
+    const T* panel = panels + depth * first;
+    unroll<kSums>([&](auto i) __attribute__((always_inline)) {
+      constexpr int C = decltype(i)::value + 1;
+      if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
+      for_tiles(rows, [&](auto R, int64_t j) __attribute__((always_inline)) {
+        Tile<T, R> sum = {};
+        for (int s = 0; s < Segments::count; ++s) {
+          const T* row[R];
+          unroll<R>([&](auto r) __attribute__((always_inline)) {
+            row[r] = a(j + r) + Segments::at(s) * length;
+          });
+          accumulate_rows<Columns<C>, T, R>(sum, row, length, panel + s * length * C * L);
+        }
+        unroll<R>([&](auto r) __attribute__((always_inline)) {
+          T* to = out(j + r) + first;
+          unroll<C>([&](auto c) __attribute__((always_inline)) {
+            const int64_t n = left - c * L;
+            store(to + c * L, add ? load(to + c * L, n) + sum[r][c] : sum[r][c], n);
+          });
+        });
+      });
+    });
+  }
+}
+
+template <class T>
+void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, const T* a,
+              int64_t a_stride, T* out, int64_t out_stride, bool add) {
+  constexpr int64_t width = kSums * kLanes<T>;
+  product<Columns<1>, T>(rows, depth, columns, 0, (columns + width - 1) / width, panels,
+                         {a, a_stride}, {out, out_stride}, add);
+}
+
+/// out[row, column] = sum over n of a[n, row] * b[n, column], n in blocks whose sums are added in
+/// order: b's block stays in the first cache for all rows, a's in the second for all columns.
+template <class T>
+void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* a, int64_t a_stride,
+                         const T* b, int64_t b_stride, T* out, int64_t out_stride) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kDepth = 512 / int64_t(sizeof(T)), width = kSums * L;
+  alignas(64) T panel[kDepth * width];
+  for (int64_t n = 0; n < depth || n == 0; n += kDepth) {
+    const int64_t size = depth - n < kDepth ? depth - n : kDepth;
+    for (int64_t first = 0; first < columns; first += width) {
+      const int64_t left = columns - first;
+      unroll<kSums>([&](auto i) __attribute__((always_inline)) {
+        constexpr int C = decltype(i)::value + 1;
+        if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
+        for (int64_t k = 0; k < size; ++k) {
+          unroll<C>([&](auto c) __attribute__((always_inline)) {
+            store(panel + (k * C + c) * L,
+                  load(b + (n + k) * b_stride + first + c * L, left - c * L));
+          });
+        }
+        for_tiles(rows, [&](auto R, int64_t row) __attribute__((always_inline)) {
+          Tile<T, R> sum = {};
+          const T* from = a + n * a_stride + row;
+          accumulate<Columns<C>, T, R>(
+              sum,
+              [&](auto r, int64_t k)
+                  __attribute__((always_inline)) { return from[k * a_stride + r]; },
+              size, panel);
+          unroll<R>([&](auto r) __attribute__((always_inline)) {
+            T* to = out + (row + r) * out_stride + first;
+            unroll<C>([&](auto c) __attribute__((always_inline)) {
+              const int64_t m = left - c * L;
+              store(to + c * L, n ? load(to + c * L, m) + sum[r][c] : sum[r][c], m);
+            });
+          });
+        });
+      });
+    }
+  }
+}
+
+}  // namespace fusedrnn::FUSEDRNN_TARGET
