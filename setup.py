@@ -5,13 +5,13 @@ Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan; MAX_JOB
 
 import os
 import shutil
+import site
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import setup
-
-INSTALL_TORCH = "pip install torch"
 
 
 def find_torch() -> None:
@@ -21,22 +21,30 @@ def find_torch() -> None:
     except ImportError:
         # Behind the isolated environment's own packages, so that those keep precedence.
         sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        sys.path.append(site.getusersitepackages())
         try:
             import torch  # noqa: F401
         except ImportError:
             raise SystemExit(
-                f"fusedrnn is built against the torch you have, and there is none: {INSTALL_TORCH}"
+                "fusedrnn is built against the torch you have, and finds none: pip install torch, "
+                "or, if it is installed: pip install --no-build-isolation ."
             ) from None
 
 
 def find_compiler() -> None:
     """Ends with the command that installs a compiler where there is none."""
-    compiler = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++").split()[0]
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         raise SystemExit(
             f"fusedrnn needs a C++ compiler and found no {compiler}: "
             "apt-get install g++ (Debian, Ubuntu) or xcode-select --install (macOS)"
         )
+    if sys.platform.startswith("linux"):
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+        if "clang" in version:  # its OpenMP calls are to a library that torch does not bring
+            raise SystemExit(
+                f"fusedrnn can't be built with {compiler}, Clang: CXX=g++ pip install ."
+            )
 
 
 find_torch()
@@ -45,7 +53,16 @@ find_compiler()
 import torch  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
 
-flags = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+# The version is a flag so that objects for another torch are never taken for up to date.
+flags = [
+    f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}",
+    "-O3",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-fvisibility=hidden",
+]
 link_flags = []
 if sys.platform.startswith("linux"):
     # Compiled for OpenMP but not linked with it: the calls then go to the OpenMP library that torch
@@ -59,6 +76,11 @@ if os.environ.get("FUSEDRNN_SANITIZE") == "1":
 
 class Build(BuildExtension):
     """Also writes down which torch the binary was built for."""
+
+    def finalize_options(self) -> None:
+        """Never takes an old binary for up to date: that would be labelled anew."""
+        super().finalize_options()
+        self.force = True
 
     def run(self) -> None:
         """Builds the extension, then _build.py beside it."""

@@ -202,7 +202,7 @@ OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_
   const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
   TORCH_CHECK(layer_output || !layer.has_projection, "fusedrnn::", cell.name,
               "_backward: output is needed with a projection");
-  if (layer_output) output = ready("output", *layer_output, output_shape);
+  if (layer.has_projection) output = ready("output", *layer_output, output_shape);
   if (grad_output) dy = ready("grad_output", *grad_output, output_shape);
   if (grad_h_n) dh_n = ready("grad_h_n", *grad_h_n, {layer.D, layer.B, layer.P});
   if (grad_c_n) dc_n = ready("grad_c_n", *grad_c_n, {layer.D, layer.B, layer.H});

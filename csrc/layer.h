@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
 
 #include <array>
 #include <optional>
@@ -26,11 +27,10 @@ struct CellInfo {
   template <class Cell>
   static CellInfo of(const char* name) {
     CellInfo info{name, Cell::kGates, Cell::kSums, Cell::kSaved, {}, !Cell::kStateIsOutput};
-    for (int64_t g = 0; g < Cell::kGates; ++g) {
-      // weight_gradients relies on it: the input's sums come first, in the order of the gates.
-      TORCH_INTERNAL_ASSERT(Cell::input_sum[g] == g);
-      info.hidden_sum[g] = Cell::hidden_sum[g];
-    }
+    // weight_gradients relies on it: the input's sums come first, in the order of the gates.
+    static_assert(Cell::input_sum[0] == 0 && Cell::input_sum[1] == 1 && Cell::input_sum[2] == 2 &&
+                  Cell::input_sum[Cell::kGates - 1] == Cell::kGates - 1);
+    for (int64_t g = 0; g < Cell::kGates; ++g) info.hidden_sum[g] = Cell::hidden_sum[g];
     return info;
   }
 };

@@ -20,7 +20,7 @@
 // strides. No op writes to its inputs. Gradients are those of the whole call: None for a gradient
 // of an output that was not used. The backward ops need `output` only with a projection.
 // output_mask has an entry for input, h0, c0 (LSTM only) and each weight; where it is false an
-// empty tensor is returned and its work left out.
+// empty tensor is returned, and the products that only it needs are left out.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,15 @@ from fusedrnn import _reference
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
+def cpu_isa() -> str:
+    """The instruction set of the CPU kernels in use: baseline, avx2 or avx512."""
+    return str(torch.ops.fusedrnn._cpu_isa())
+
+
 def _load() -> None:
     """Loads the binary, or says in one sentence why it can't be and what mends it."""
     where = Path(__file__).parent
-    binaries = sorted(where.glob("_C.*so")) + sorted(where.glob("_C.*pyd"))
+    binaries = [p for suffix in EXTENSION_SUFFIXES if (p := where / f"_C{suffix}").exists()]
     mend = f"run `{REBUILD}` in a checkout of fusedrnn"
     try:
         from fusedrnn import _build
@@ -28,13 +36,20 @@ def _load() -> None:
         raise ImportError(f"fusedrnn has no compiled kernels in {where}: {mend}")
     running = str(torch.__version__)
     built = _build.torch_version
-    mismatch = f"fusedrnn was built for torch {built} but torch {running} is running: {mend}"
     if built != running:
-        raise ImportError(mismatch)
+        raise ImportError(
+            f"fusedrnn was built for torch {built} but torch {running} is running: {mend}"
+        )
     try:
         torch.ops.load_library(binaries[0])  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise ImportError(f"{mismatch} ({error})") from error
+        raise ImportError(f"fusedrnn's kernels could not be loaded ({error}): {mend}") from error
+    isa = os.environ.get("FUSEDRNN_CPU_ISA", "")
+    if isa not in ("", "baseline", "avx2", "avx512"):
+        warnings.warn(
+            f"FUSEDRNN_CPU_ISA={isa} is none of baseline, avx2, avx512: using {cpu_isa()}",
+            stacklevel=2,
+        )
 
 
 _load()
@@ -54,16 +69,10 @@ _BACKWARD = {
     "gru": torch.ops.fusedrnn.gru_backward.default,
 }
 
-# kGates and kSaved of csrc/cells.h, for the shapes that the fake kernels tell.
-_GATES = {"lstm": 4, "gru": 3}
+# kSaved of csrc/cells.h, for the shapes that the fake kernels tell.
 _SAVED = {"lstm": 5, "gru": 5}
 
 States = tuple[Tensor, ...]
-
-
-def cpu_isa() -> str:
-    """The instruction set of the CPU kernels in use: baseline, avx2 or avx512."""
-    return str(torch.ops.fusedrnn._cpu_isa())
 
 
 def devices() -> frozenset[str]:
@@ -95,28 +104,30 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.states, ctx.bidirectional, ctx.batch_sizes, lengths = inputs[:5]
+        ctx.cell, ctx.states, ctx.bidirectional, batch_sizes, lengths = inputs[:5]
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
         # With a projection the backward pass needs the output, which its owner may change in place.
         projected = (len(inputs) - 6 - ctx.states) // (2 if ctx.bidirectional else 1) % 2 == 1
         kept = output[0].clone() if projected else None
-        ctx.save_for_backward(*inputs[5:], lengths, kept, output[-1])
+        ctx.save_for_backward(*inputs[5:], batch_sizes, lengths, kept, output[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *tensors, lengths, output, saved = ctx.saved_tensors
+        *tensors, batch_sizes, lengths, output, saved = ctx.saved_tensors
         n = 1 + ctx.states
         needed = ctx.needs_input_grad[5:]
         if torch.is_grad_enabled():
-            gradients = _differentiable_backward(ctx, tensors, lengths, needed, grads[:n])
+            gradients = _differentiable_backward(
+                ctx, tensors, batch_sizes, lengths, needed, grads[:n]
+            )
             return None, None, None, None, None, *gradients
         result = _BACKWARD[ctx.cell](
             *grads[:n],
             *tensors[:n],
             tensors[n:],
             ctx.bidirectional,
-            ctx.batch_sizes,
+            batch_sizes,
             lengths,
             output,
             saved,
@@ -132,19 +143,23 @@ class _Layer(torch.autograd.Function):
 def _differentiable_backward(
     ctx: Any,
     tensors: Sequence[Tensor],
+    batch_sizes: Tensor | None,
     lengths: Tensor | None,
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The gradients as differentiable functions of inputs and grads, for create_graph=True."""
     n = 1 + ctx.states
+    # Each argument as a tensor of its own: a path from one to another, say from a weight to the
+    # state that a step before made with it, belongs to the engine and would be counted twice.
+    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needed, strict=True)]
     output, states = _reference.layer(
         ctx.cell,
         tensors[0],
         tensors[1:n],
         tensors[n:],
         ctx.bidirectional,
-        ctx.batch_sizes,
+        batch_sizes,
         lengths,
     )
     used = [(y, g) for y, g in zip((output, *states), grads, strict=True) if g is not None]
@@ -168,6 +183,30 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def autocast(
+    layer: str, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor]]:
+    """Casts as torch's own module does under torch.autocast; `layer` is that module's name.
+
+    On the CPU nn.LSTM goes to the autocast type, and the others to that of the input.
+    """
+    device = input.device.type
+    if (
+        not torch._C._is_any_autocast_enabled()
+        or not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+        or torch.float64 in (input.dtype, weights[0].dtype)
+    ):
+        return input, states, weights
+    lower = layer == "LSTM" or device != "cpu"
+    dtype = torch.get_autocast_dtype(device) if lower else input.dtype
+    return (
+        input.to(dtype),
+        None if states is None else [s.to(dtype) for s in states],
+        [w.to(dtype) for w in weights],
+    )
+
+
 def layer(
     cell: str,
     input: Tensor,
@@ -180,7 +219,9 @@ def layer(
     """One layer, all its directions: output and final states. Shapes as in csrc/ops.cpp."""
     if input.device.type not in _DEVICES or _is_transformed():
         return _reference.layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
-    if torch.is_grad_enabled() and (
+    # A trace can't hold a Python function; what it is for, inference, needs no gradient.
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if (torch.is_grad_enabled() and not tracing) and (
         input.requires_grad
         or any(w.requires_grad for w in weights)
         or any(s is not None and s.requires_grad for s in states)
@@ -207,7 +248,7 @@ def _fake_forward(cell: str, n: int, *args: Any) -> tuple[Tensor, ...]:
     _check_devices(cell, args[: 2 + n])
     bidirectional, batch_sizes, _, save = args[2 + n :]
     directions = 2 if bidirectional else 1
-    hidden, out = weights[1].size(0) // _GATES[cell], weights[1].size(1)
+    hidden, out = weights[1].size(0) // _reference.GATES[cell], weights[1].size(1)
     if batch_sizes is None:
         positions = input.size(0) * input.size(1)
         rows = input.size(1)
@@ -230,8 +271,9 @@ def _fake_backward(cell: str, n: int, *args: Any) -> tuple[Any, ...]:
     _check_devices(f"{cell}_backward", args[: 2 * n + 1])
     tensors, weights, mask = args[n : 2 * n], args[2 * n], args[-1]
     input, directions = tensors[0], 2 if args[2 * n + 1] else 1
-    rows = input.size(1) if args[2 * n + 2] is None else args[2 * n + 2][0].item()
-    widths = (weights[1].size(1), weights[1].size(0) // _GATES[cell])
+    # The gradient of a state is wanted only where there is one.
+    rows = next((s.size(1) for s in tensors[1:] if s is not None), 0)
+    widths = (weights[1].size(1), weights[1].size(0) // _reference.GATES[cell])
     shapes = [input.shape, *((directions, rows, w) for w in widths[: n - 1])]
     gradients = [
         input.new_empty(shape if wanted else (0,))

@@ -41,6 +41,7 @@ def gru_step(
     return ((1 - z) * n + z * h,)
 
 
+GATES = {"lstm": 4, "gru": 3}
 STEPS: dict[str, Step] = {"lstm": lstm_step, "gru": gru_step}
 
 
@@ -87,7 +88,25 @@ def layer(
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
     """One layer, all its directions: the output, and the states after each row's last step."""
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(input.device.type):
+        with torch.autocast(input.device.type, enabled=False):  # whoever calls has cast
+            return _layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
+    return _layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
+
+
+def _layer(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, States]:
     dtype = input.dtype
+    if lengths is not None:  # zero gradients don't undo NaN in the padding
+        steps = torch.arange(input.size(0), device=input.device).unsqueeze(1)
+        input = input.masked_fill((steps >= lengths).unsqueeze(-1), 0)
     if dtype in (torch.bfloat16, torch.float16):  # float32 inside, as in the kernels
         input = input.float()
         states = [None if s is None else s.float() for s in states]
@@ -96,8 +115,7 @@ def layer(
     per = len(weights) // directions
     sizes = None if batch_sizes is None else batch_sizes.tolist()
     rows = input.size(1) if sizes is None else sizes[0]
-    gates = {"lstm": 4, "gru": 3}[cell]
-    widths = (weights[1].size(1), weights[1].size(0) // gates)
+    widths = (weights[1].size(1), weights[1].size(0) // GATES[cell])
     outputs, finals = [], []
     for d in range(directions):
         initial = tuple(

@@ -54,13 +54,15 @@ def run(
     return input, tuple(torch.cat(s) for s in zip(*finals, strict=True))
 
 
-def _check_count(
-    cell: str, weights: Sequence[Tensor], num_layers: int, bidirectional: bool
+def _check(
+    cell: str, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, lengths: object
 ) -> None:
     directions = 2 if bidirectional else 1
     per = {"lstm": (2, 3, 4, 5), "gru": (2, 4)}[cell]
     if num_layers < 1:
         raise ValueError("num_layers must be greater than zero")
+    if lengths is not None and not isinstance(lengths, Tensor):
+        raise TypeError(f"{cell}: Expected lengths to be a tensor, got {type(lengths).__name__}")
     if len(weights) not in [n * num_layers * directions for n in per]:
         raise ValueError(
             f"{cell}: got {len(weights)} weights for {num_layers} layers and {directions} "
@@ -101,10 +103,10 @@ def lstm(
         row's own last step.
 
     Raises:
-        ValueError: the number of weights fits no LSTM.
+        ValueError: the number of weights fits no LSTM. TypeError: lengths is no tensor.
         RuntimeError: a shape, type or device doesn't fit; T is 0; bad batch_sizes or lengths.
     """
-    _check_count("lstm", weights, num_layers, bidirectional)
+    _check("lstm", weights, num_layers, bidirectional, lengths)
     output, (h_n, c_n) = run(
         "lstm",
         input,
@@ -153,7 +155,7 @@ def gru(
         ValueError: the number of weights fits no GRU.
         RuntimeError: as `lstm`.
     """
-    _check_count("gru", weights, num_layers, bidirectional)
+    _check("gru", weights, num_layers, bidirectional, lengths)
     output, (h_n,) = run(
         "gru",
         input,

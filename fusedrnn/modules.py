@@ -51,6 +51,8 @@ class _FusedRNN(nn.RNNBase):
     def _lengths(self, lengths: Lengths, input: Tensor, is_batched: bool) -> Tensor:
         if not is_batched:
             raise ValueError("lengths needs batched 3-D input")
+        if not isinstance(lengths, Tensor) and len(lengths) == 0:
+            lengths = torch.empty(0, dtype=torch.int64)
         found = torch.as_tensor(lengths, device=input.device)
         if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
             raise TypeError(f"lengths should be integers, got: {found.dtype}")
@@ -101,7 +103,9 @@ class _FusedRNN(nn.RNNBase):
                 input = input.transpose(0, 1)  # type: ignore[union-attr]
         assert isinstance(input, Tensor)
 
-        weights = _weights(self, self._flat_weights_names)
+        input, states, weights = _ops.autocast(
+            self.mode, input, states, _weights(self, self._flat_weights_names)
+        )
         weight = weights[0]
         if input.dtype != weight.dtype:
             raise ValueError(
@@ -247,6 +251,8 @@ class FusedGRU(_FusedRNN):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
+        if self.proj_size:  # given by position
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
     @overload
     def forward(
@@ -293,19 +299,21 @@ def _cell(
         )
     rows = input.size(0) if is_batched else 1
     if states is not None:
-        states = [s.view(1, -1) if not is_batched and s.dim() == 1 else s for s in states]
+        states = states if is_batched else [s.unsqueeze(0) for s in states]
         for i, s in enumerate(states):
-            if s.dim() != 2 or s.size(0) != rows:
+            if s.size(0) != rows:
                 raise RuntimeError(
                     f"Input batch size {rows} doesn't match hidden{i} batch size {s.size(0)}"
                 )
-            if s.size(1) != module.hidden_size:
+            if s.dim() != 2 or s.size(1) != module.hidden_size:
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected "
                     f"{module.hidden_size}"
                 )
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    weights = _weights(module, names if module.bias else names[:2])
+    input, states, weights = _ops.autocast(
+        f"{cell} cell", input, states, _weights(module, names if module.bias else names[:2])
+    )
     _check_devices(input, states or (), weights[0])
     _, final = _ops.layer(
         cell,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import _reference, functional
 
 MODES = [
     (cell, layers, bidirectional, bias, proj, layout, states)
@@ -199,6 +200,91 @@ def test_gradient_penalty() -> None:
         results.append([x.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def unrolled(kind: type[nn.Module]) -> Any:
+    """A loop of a cell: each state depends on the weights that the next step has too."""
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        hx = None
+        for t in range(3):
+            hx = module(x[t], hx)
+        return hx[0] if isinstance(hx, tuple) else hx
+
+    return kind(3, 3).double(), call
+
+
+def state_from_input(kind: type[nn.Module]) -> Any:
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        h = x[:1] * 2
+        return module(x, (h, h) if isinstance(module, nn.LSTM | fusedrnn.FusedLSTM) else h)[0]
+
+    return kind(3, 3).double(), call
+
+
+def tied(kind: type[nn.Module]) -> Any:
+    module = kind(3, 3).double()
+    module.weight_hh_l0 = module.weight_ih_l0
+    return module, lambda m, x: m(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (unrolled, nn.LSTMCell),
+        (unrolled, nn.GRUCell),
+        (state_from_input, nn.LSTM),
+        (state_from_input, nn.GRU),
+        (tied, nn.LSTM),
+        (tied, nn.GRU),
+    ],
+)
+def test_arguments_that_depend_on_each_other(make: Any, kind: type[nn.Module]) -> None:
+    """First and second derivatives with create_graph count every path once."""
+    results = []
+    for k in (kind, FUSED[kind]):
+        torch.manual_seed(0)
+        module, call = make(k)
+        x = torch.randn(3, 2, 3, dtype=torch.float64).requires_grad_()
+        leaves = [x, *module.parameters()]
+        first = torch.autograd.grad(call(module, x).square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append([*first, *second])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 0, 2]])
+@pytest.mark.parametrize(("hidden", "proj"), [(8, 100), (70, 100), (8, 65), (70, 3)])
+def test_projection_of_any_size(hidden: int, proj: int, lengths: list[int] | None) -> None:
+    """nn.LSTM's constructor keeps proj_size below hidden_size; the op need not."""
+    torch.manual_seed(0)
+    shapes = [(4 * hidden, 5), (4 * hidden, proj), (4 * hidden,), (4 * hidden,), (proj, hidden)]
+    weights = [torch.randn(s, dtype=torch.float64).mul(0.1).requires_grad_() for s in shapes]
+    h0 = torch.randn(1, 3, proj, dtype=torch.float64, requires_grad=True)
+    c0 = torch.randn(1, 3, hidden, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 3, 5, dtype=torch.float64, requires_grad=True)
+    given = None if lengths is None else torch.tensor(lengths)
+    results = []
+    for reference in (False, True):
+        if reference:
+            y, (h, c) = _reference.layer("lstm", x, (h0, c0), weights, False, None, given)
+        else:
+            y, h, c = functional.lstm(x, (h0, c0), weights, lengths=given)
+        loss = y.square().sum() + h.sum() + c.square().sum()
+        results.append([y, h, c, *torch.autograd.grad(loss, [x, h0, c0, *weights])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_padding_is_not_read_by_higher_derivatives() -> None:
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    x[3:, 0] = float("nan")
+    x.requires_grad_()
+    module = fusedrnn.FusedLSTM(3, 4).double()
+    y = module(x, lengths=[3, 5])[0]
+    gradients = torch.autograd.grad(y.square().sum(), [x, *module.parameters()], create_graph=True)
+    assert all(g.isfinite().all() for g in gradients)
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])

@@ -285,6 +285,14 @@ def test_own_errors(call: Callable[[], Any], error: type[Exception], message: st
         call()
 
 
+def test_gru_has_no_projection() -> None:
+    message = "proj_size argument is only supported for LSTM, not RNN or GRU"
+    with pytest.raises(ValueError, match=message):
+        fusedrnn.FusedGRU(3, 4, proj_size=2)
+    with pytest.raises(ValueError, match=message):
+        fusedrnn.FusedGRU(3, 4, 1, True, False, 0.0, False, 2)
+
+
 def test_errors_of_packing_come_from_torch() -> None:
     with pytest.raises(RuntimeError, match="Length of all samples has to be greater than 0"):
         pack_padded_sequence(X, torch.tensor([5, 0]))
@@ -298,6 +306,7 @@ CELL_ERRORS: dict[str, Callable[[type], Any]] = {
     "features": lambda k: k(3, 4)(torch.randn(2, 7)),
     "rows": lambda k: k(3, 4)(torch.randn(2, 3), pair(k, torch.randn(3, 4))),
     "width": lambda k: k(3, 4)(torch.randn(2, 3), pair(k, torch.randn(2, 5))),
+    "unbatched with a 2-D hx": lambda k: k(3, 4)(torch.randn(3), pair(k, torch.randn(1, 4))),
     "3-D hx": lambda k: k(3, 4)(torch.randn(2, 3), pair(k, torch.randn(1, 2, 4))),
 }
 
@@ -384,6 +393,60 @@ def test_copies_pickles_and_moves(theirs: type, ours: type) -> None:
     meta.load_state_dict(module.state_dict())
     torch.testing.assert_close(meta(x), expected, rtol=0, atol=0)
     assert str(module.to(torch.bfloat16)(x.bfloat16())[0].dtype) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(theirs: type, ours: type, dtype: torch.dtype) -> None:
+    """Output types are torch's own; gradients of the parameters stay float32."""
+    torch.manual_seed(0)
+    a = theirs(3, 4)
+    x = torch.randn(5, 3).to(dtype)
+    results = []
+    for module in (a, fused_like(a)):
+        with torch.autocast("cpu", torch.bfloat16):
+            flat = list(tensors(module(x)))
+            (first,) = torch.autograd.grad(
+                sum(t.float().sum() for t in flat), [next(module.parameters())], create_graph=True
+            )
+        results.append([*flat, first])
+    for p, q in zip(*results, strict=True):
+        assert p.dtype == q.dtype
+        torch.testing.assert_close(p, q, rtol=0.05, atol=0.05)
+    wrong = ours(3, 4).double()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises((RuntimeError, ValueError)):
+        wrong(x)
+
+
+def test_trace_for_inference() -> None:
+    module = fusedrnn.FusedLSTM(3, 4)
+    x = torch.randn(5, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, x)
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer)
+        buffer.seek(0)
+        again = torch.jit.load(buffer)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), module(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_compiles_without_a_graph_break(cell: str, backend: str) -> None:
+    kind = {"lstm": fusedrnn.FusedLSTM, "gru": fusedrnn.FusedGRU}[cell]
+    module = kind(3, 4, num_layers=2, bidirectional=True)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    x = torch.randn(5, 2, 3)
+    results = []
+    for call in (module, compiled):
+        module.zero_grad()
+        y = call(x)[0]
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in module.parameters())])
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_meta_device_gives_shapes() -> None:

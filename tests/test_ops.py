@@ -92,6 +92,12 @@ def test_the_calls_that_the_errors_vary_work() -> None:
     assert [t.numel() > 0 for t in (*masked[:3], *masked[3])] == [False, True] * 3 + [False]
 
 
+PROJECTED: dict[str, Any] = {
+    "weights": [torch.randn(20, I), torch.randn(20, 2), torch.randn(2, H)],
+    "grad_output": torch.randn(T, B, 2),
+    "grad_h_n": torch.randn(1, B, 2),
+    "h0": torch.randn(1, B, 2),
+}
 FORWARD_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"input": torch.randn(T, I)}, "Expected input to be 3D, got 2D"),
     ({"input": torch.tensor(1.0)}, "Expected input to be 3D, got 0D"),
@@ -151,7 +157,8 @@ BACKWARD_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"grad_output": torch.randn(T, B, H).double()}, "grad_output has type Double"),
     ({"grad_h_n": torch.randn(B, H)}, "Expected grad_h_n size"),
     ({"grad_c_n": torch.randn(1, B, 1)}, "Expected grad_c_n size"),
-    ({"output": torch.randn(T, B)}, "Expected output size"),
+    ({**PROJECTED, "output": torch.randn(T, B)}, "Expected output size"),
+    ({**PROJECTED, "output": None}, "output is needed with a projection"),
     ({"saved": torch.rand(0)}, "saved must be what the forward op returned with save=True"),
     ({"saved": torch.rand(1, T * B, 4, H)}, "saved must be what the forward op returned"),
     ({"saved": torch.rand(1, T * B, 5, H).double()}, "saved must be what the forward op returned"),

@@ -184,7 +184,7 @@ def test_random_configurations(c: Configuration) -> None:
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_as_exact_as_torch_on_average(cell: str, scale: float) -> None:
-    """Root mean square errors of values and gradients: their mean ratio to torch's over 20 seeds."""
+    """Root mean square errors of values and gradients: their mean ratio to torch's."""
     ratios: dict[int, list[float]] = {}
     for seed in range(20):
         torch.manual_seed(seed)

@@ -228,6 +228,7 @@ void backward_begin(const Backward<T>& s) {
   for (int64_t j = 0; j < s.rows; ++j) {
     copy_row(m.dh + j * m.dh_size, row_of(s.dh_n, s.row[j], P), P, m.dh_size);
     copy_row(m.dstate + j * m.state_size, row_of(s.dc_n, s.row[j], H), H, m.state_size);
+    if (s.projection_panels) copy_row<T>(m.draw + j * m.state_size, nullptr, 0, m.state_size);
   }
 }
 

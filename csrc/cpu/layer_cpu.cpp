@@ -3,6 +3,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../layer.h"
 #include "kernels.h"
 #include "schedule.h"
@@ -108,7 +111,7 @@ Tensor pack_products(const Layer& layer, Tensor DirectionWeights::* weight, int6
 /// Calls product(begin, end) for parts of the rows of a product of `work` multiplications.
 template <class T, class F>
 void in_row_parts(int64_t rows, int64_t work, const F& product) {
-  const int64_t most = work < kSharedWork ? 1 : at::get_num_threads();
+  const int64_t most = work < kSharedWork ? 1 : threads();
   const int64_t parts = std::clamp<int64_t>(rows / table<T>().common.tile_rows, 1, most);
   in_parallel(parts,
               [&](int64_t part) { product(rows * part / parts, rows * (part + 1) / parts); });
@@ -167,8 +170,8 @@ Output forward(const Layer& layer, bool save) {
   const int64_t blocks = divide_up(H, common.lanes);
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
-  // Packing costs as much as reading the weights about eight times: not for a call that reads
-  // them less often. The input's part of the step is a product over all steps at once where the
+  // Packing costs as much as reading the weights several times: not for a call of few steps and
+  // rows. The input's part of the step is a product over all steps at once where the
   // batch is too small to fill a tile.
   const bool packs = layer.T > 4 || layer.B > common.tile_rows;
   const bool projects_input = packs && layer.B < common.tile_rows;
@@ -256,7 +259,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const int64_t D = layer.D, N = layer.N, H = layer.H, P = layer.P, S = layer.cell.sums;
   const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
-  const int64_t blocks = divide_up(H, common.block_columns);
+  const int64_t blocks = divide_up(std::max(H, P), common.block_columns);
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
   const auto positions = [&](int64_t features) {  // padding must not reach the products

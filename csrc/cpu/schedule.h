@@ -44,6 +44,15 @@ struct Plan {
   }
 };
 
+/// Threads that in_parallel has: one where torch's pool was not compiled in.
+inline int64_t threads() {
+#ifdef INTRA_OP_PARALLEL
+  return at::get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 /// Calls task(0), ..., task(count - 1) on torch's threads.
 template <class F>
 void in_parallel(int64_t count, const F& task) {
@@ -71,7 +80,7 @@ struct Shares {
     const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
     int64_t threads = 1, rows = 1;
     if (step * layer.T * layer.D >= kSharedWork && !at::in_parallel_region()) {
-      threads = std::max<int64_t>(at::get_num_threads() / layer.D, 1);
+      threads = std::max<int64_t>(cpu::threads() / layer.D, 1);
     }
     // Few rows leave a tile's weights too little used: then all threads run all rows, each with
     // its part of the weights. The steps of a projection can't be shared so.

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,22 +22,25 @@ class Team {
  public:
   explicit Team(int64_t parts) : size_(parts), parts_(new Part[size_t(parts)]) {}
 
-  int64_t size() const { return size_; }
-
   template <class Step>
   void run(int64_t member, int64_t steps, Step&& step) {
-    int patience = kPatience;
+    int patience = kPatience;  // with a member that was absent: none, until it has shown up
     for (int64_t i = 0; i < steps; ++i) {
       work(member, i, step);
       for (int64_t p = 0; p < size_; ++p) {
-        for (int spins = 0; parts_[p].done.load(std::memory_order_acquire) <= i; ++spins) {
-          // An absent member is not waited for again until it has shown up.
-          if (spins >= patience && work(p, i, step)) {
+        for (int spins = 0; parts_[p].done.load(std::memory_order_acquire) <= i;) {
+          if (parts_[p].begun.load(std::memory_order_relaxed) > i) {
+            patience = kPatience;
+          } else if (spins >= patience && work(p, i, step)) {
             patience = 0;
-          } else if (spins >= patience && spins < patience + 2) {
-            patience = kPatience;  // someone else has begun it
+            continue;
           }
-          pause();
+          if (spins < kSpins) {
+            ++spins;
+            pause();
+          } else {
+            std::this_thread::yield();  // whoever has begun it may be waiting for this processor
+          }
         }
       }
     }
@@ -44,6 +48,7 @@ class Team {
 
  private:
   static constexpr int kPatience = 64;  // pauses: about a microsecond
+  static constexpr int kSpins = 20000;
 
   struct alignas(64) Part {
     std::atomic<int64_t> begun{0}, done{0};  // steps
