@@ -62,7 +62,8 @@ struct Forward : Sequence<T> {
 
 template <class T>
 struct Backward : Sequence<T> {
-  const T* panels = nullptr;             ///< pack_product's, of weight_hh
+  const T* panels = nullptr;  ///< pack_product's, of weight_hh
+  int64_t matrix_stride = 0;  ///< not 0: `panels` is weight_hh itself, rows this far apart
   const T* projection_panels = nullptr;  ///< pack_product's, of weights.hr
 
   const T* h0 = nullptr;  ///< as in Forward

@@ -188,7 +188,7 @@ void forward_step(const Forward<T>& s, int64_t i, int64_t block_begin, int64_t b
   }
   T* h = m.h[(i + 1) % 2];
   if (m.raw) {
-    multiply<T>(rows, s.hidden_size, P, s.projection_panels, m.raw, m.state_size, h, m.h_size,
+    multiply<T>(rows, s.hidden_size, P, s.projection_panels, 0, m.raw, m.state_size, h, m.h_size,
                 false);
     for (int64_t j = 0; j < rows; ++j) {
       copy_row(s.y + (s.position[t] + s.row[j]) * s.y_stride, h + j * m.h_size, P, P);
@@ -301,11 +301,11 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
     const Rows<T> dh{m.dh, m.dh_size};
     const int64_t last = block_end < blocks ? block_end : blocks;
     if constexpr (Cell::kGates == kSums) {  // the sums of the hidden part are all of them, in order
-      product<Columns<1>, T>(s.active[t], kSums * H, P, block_begin, last, s.panels, dsums, dh,
-                             false);
+      product<Columns<1>, T>(s.active[t], kSums * H, P, block_begin, last, s.panels,
+                             s.matrix_stride, dsums, dh, false);
     } else {
-      product<HiddenSegments<Cell>, T>(s.active[t], H, P, block_begin, last, s.panels, dsums, dh,
-                                       false);
+      product<HiddenSegments<Cell>, T>(s.active[t], H, P, block_begin, last, s.panels,
+                                       s.matrix_stride, dsums, dh, false);
     }
   }
   if (i == s.steps) {
@@ -339,7 +339,7 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
   for (int64_t j = 0; j < rows; ++j) {
     copy_row(s.dr + (s.position[t] + s.row[j]) * P, m.dh + j * m.dh_size, P, P);
   }
-  multiply<T>(rows, P, H, s.projection_panels, m.dh, m.dh_size, m.draw, m.state_size, false);
+  multiply<T>(rows, P, H, s.projection_panels, 0, m.dh, m.dh_size, m.draw, m.state_size, false);
   backward_units<Cell>(s, m, t, 0, H, m.draw, m.state_size);
 }
 

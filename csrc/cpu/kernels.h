@@ -34,9 +34,11 @@ struct Common {
   /// hold whole vectors of columns.
   void (*pack_product)(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t depth,
                        int64_t columns, int64_t block, T* panels);
-  /// out [rows, columns] = a [rows, depth] * the packed matrix, or += with add.
-  void (*multiply)(int64_t rows, int64_t depth, int64_t columns, const T* panels, const T* a,
-                   int64_t a_stride, T* out, int64_t out_stride, bool add);
+  /// out [rows, columns] = a [rows, depth] * the packed matrix, or += with add. With a
+  /// matrix_stride `panels` is the matrix as it is; its columns must be whole vectors then.
+  void (*multiply)(int64_t rows, int64_t depth, int64_t columns, const T* panels,
+                   int64_t matrix_stride, const T* a, int64_t a_stride, T* out, int64_t out_stride,
+                   bool add);
   /// out [rows, columns] = transposed a [depth, rows] * b [depth, columns].
   void (*multiply_transposed)(int64_t depth, int64_t rows, int64_t columns, const T* a,
                               int64_t a_stride, const T* b, int64_t b_stride, T* out,

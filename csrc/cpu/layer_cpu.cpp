@@ -117,12 +117,19 @@ void in_row_parts(int64_t rows, int64_t work, const F& product) {
               [&](int64_t part) { product(rows * part / parts, rows * (part + 1) / parts); });
 }
 
-/// out = a b, or += with add; b given by its packed panels.
+/// Whether a matrix of `columns` that `passes` tiles read is worth its packing. Only whole vectors
+/// of columns can be read as they are.
 template <class T>
-void multiply(int64_t rows, int64_t depth, int64_t columns, const Tensor& panels, const T* a,
-              int64_t a_stride, T* out, int64_t out_stride, bool add) {
+bool worth_packing(int64_t passes, int64_t columns) {
+  return passes > 4 || columns % table<T>().common.lanes != 0;
+}
+
+/// out = a b, or += with add; b given by its packed panels or, with a matrix_stride, as it is.
+template <class T>
+void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, int64_t matrix_stride,
+              const T* a, int64_t a_stride, T* out, int64_t out_stride, bool add) {
   in_row_parts<T>(rows, rows * depth * columns, [&](int64_t begin, int64_t end) {
-    table<T>().common.multiply(end - begin, depth, columns, panels.const_data_ptr<T>(),
+    table<T>().common.multiply(end - begin, depth, columns, panels, matrix_stride,
                                a + begin * a_stride, a_stride, out + begin * out_stride, out_stride,
                                add);
   });
@@ -133,9 +140,15 @@ template <class T>
 struct OwnProducts : Products {
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
     const int64_t depth = b.size(0), columns = b.size(1);
-    const Tensor panels =
-        pack_products<T>({b.const_data_ptr<T>()}, depth, columns, columns, 1, b.options());
-    cpu::multiply<T>(a.size(0), depth, columns, panels, a.const_data_ptr<T>(), a.stride(0),
+    const int64_t passes = divide_up(a.size(0), table<T>().common.tile_rows);
+    const T* matrix = b.const_data_ptr<T>();
+    Tensor panels;
+    if (worth_packing<T>(passes, columns)) {
+      panels = pack_products<T>({matrix}, depth, columns, columns, 1, b.options());
+    }
+    cpu::multiply<T>(a.size(0), depth, columns,
+                     panels.defined() ? panels.const_data_ptr<T>() : matrix,
+                     panels.defined() ? 0 : columns, a.const_data_ptr<T>(), a.stride(0),
                      out.data_ptr<T>(), out.stride(0), add);
   }
   void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const override {
@@ -190,8 +203,8 @@ Output forward(const Layer& layer, bool save) {
         pack_products<T>(layer, &DirectionWeights::ih, layer.I, G * H, 1, layer.I);
     x_product = at::empty({D, layer.N, x_product_stride}, options);
     for (int64_t d = 0; d < D; ++d) {
-      multiply<T>(layer.N, layer.I, G * H, panels[d], x.const_data_ptr<T>(), layer.I,
-                  x_product[d].data_ptr<T>(), x_product_stride, false);
+      multiply<T>(layer.N, layer.I, G * H, panels[d].const_data_ptr<T>(), 0, x.const_data_ptr<T>(),
+                  layer.I, x_product[d].data_ptr<T>(), x_product_stride, false);
     }
   }
   Tensor panels, projection_panels;
@@ -273,8 +286,10 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     h_raw = positions(H);
     projection_panels = pack_products<T>(layer, &DirectionWeights::hr, P, H, H, 1);
   }
-  const Tensor panels =
-      pack_products<T>(layer, &DirectionWeights::hh, layer.cell.gates * H, P, P, 1);
+  Tensor panels;
+  if (worth_packing<T>(layer.T * divide_up(layer.B, common.tile_rows), P)) {
+    panels = pack_products<T>(layer, &DirectionWeights::hh, layer.cell.gates * H, P, P, 1);
+  }
   Gradients out;
   out.h0 = at::empty({D, layer.B, P}, options);
   if (layer.cell.has_c) out.c0 = at::empty({D, layer.B, H}, options);
@@ -289,7 +304,8 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     Backward<T>& s = runs[r];
     set_sequence(s, layer, plan, shares.runs[r]);
     workspace_size = std::max(workspace_size, k.backward_workspace(s));
-    s.panels = part(panels);
+    s.panels = panels.defined() ? part(panels) : layer.weights[d].hh.const_data_ptr<T>();
+    s.matrix_stride = panels.defined() ? 0 : P;
     s.projection_panels = part(projection_panels);
     set_initial(s, layer, d);
     if (layer.has_projection) s.y = g.output.const_data_ptr<T>() + d * P;

@@ -67,14 +67,16 @@ struct Columns {
 template <class T, int R>
 using Tile = Vec<T>[R][kSums];
 
-/// sum[r][at(c)] += a(r, k) * panel[k][c] for k in [0, size).
+/// sum[r][at(c)] += a(r, k) * panel[k][c] for k in [0, size), panel's rows `stride` apart.
 template <class To, class T, int R, class A>
-FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* panel) {
+FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* panel,
+                                int64_t stride = To::count * kLanes<T>) {
   constexpr int C = To::count;
   const auto step = [&](Tile<T, R>& into, int64_t k) __attribute__((always_inline)) {
     Vec<T> w[C];
-    unroll<C>([&](auto c)
-                  __attribute__((always_inline)) { w[c] = load(panel + (k * C + c) * kLanes<T>); });
+    unroll<C>([&](auto c) __attribute__((always_inline)) {
+      w[c] = load(panel + k * stride + c * kLanes<T>);
+    });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       const Vec<T> value = broadcast<Vec<T>>(a(r, k));
       unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -96,9 +98,10 @@ FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* p
 
 template <class To, class T, int R>
 FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const T* const (&a)[R], int64_t size,
-                                     const T* panel) {
+                                     const T* panel, int64_t stride = To::count * kLanes<T>) {
   accumulate<To, T, R>(
-      sum, [&](auto r, int64_t k) __attribute__((always_inline)) { return a[r][k]; }, size, panel);
+      sum, [&](auto r, int64_t k) __attribute__((always_inline)) { return a[r][k]; }, size, panel,
+      stride);
 }
 
 /// Lane u: the product of row u of w [units, size] with a. Reads w along its rows, unpacked.
@@ -228,19 +231,22 @@ struct HiddenSegments {
 
 /// out(j)[columns] = a(j) * matrix, or += with add, for the rows j of [0, rows) and the columns of
 /// the panel blocks [block_begin, block_end). The depth of the product is that of the segments, of
-/// `length` elements each, the s-th at a(j) + at(s) * length.
+/// `length` elements each, the s-th at a(j) + at(s) * length. The matrix is packed in panels, or,
+/// with a matrix_stride, as it is: row-major, its columns whole vectors.
 template <class Segments, class T>
 __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t columns,
                                        int64_t block_begin, int64_t block_end, const T* panels,
-                                       Rows<const T> a, Rows<T> out, bool add) {
+                                       int64_t matrix_stride, Rows<const T> a, Rows<T> out,
+                                       bool add) {
   constexpr int L = kLanes<T>;
   const int64_t depth = Segments::count * length;
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t first = block * kSums * L, left = columns - first;
-    const T* panel = panels + depth * first;
+    const T* panel = panels + (matrix_stride ? first : depth * first);
     unroll<kSums>([&](auto i) __attribute__((always_inline)) {
       constexpr int C = decltype(i)::value + 1;
       if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
+      const int64_t stride = matrix_stride ? matrix_stride : C * L;
       for_tiles(rows, [&](auto R, int64_t j) __attribute__((always_inline)) {
         Tile<T, R> sum = {};
         for (int s = 0; s < Segments::count; ++s) {
@@ -248,7 +254,7 @@ __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t col
           unroll<R>([&](auto r) __attribute__((always_inline)) {
             row[r] = a(j + r) + Segments::at(s) * length;
           });
-          accumulate_rows<Columns<C>, T, R>(sum, row, length, panel + s * length * C * L);
+          accumulate_rows<Columns<C>, T, R>(sum, row, length, panel + s * length * stride, stride);
         }
         unroll<R>([&](auto r) __attribute__((always_inline)) {
           T* to = out(j + r) + first;
@@ -263,11 +269,11 @@ __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t col
 }
 
 template <class T>
-void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, const T* a,
-              int64_t a_stride, T* out, int64_t out_stride, bool add) {
+void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, int64_t matrix_stride,
+              const T* a, int64_t a_stride, T* out, int64_t out_stride, bool add) {
   constexpr int64_t width = kSums * kLanes<T>;
   product<Columns<1>, T>(rows, depth, columns, 0, (columns + width - 1) / width, panels,
-                         {a, a_stride}, {out, out_stride}, add);
+                         matrix_stride, {a, a_stride}, {out, out_stride}, add);
 }
 
 /// out[row, column] = sum over n of a[n, row] * b[n, column], n in blocks whose sums are added in
