@@ -94,7 +94,7 @@ def assert_untouched(folder):
 
 
 def run(arguments, launcher=(), **environment):
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(fusedrnn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment},
