@@ -21,7 +21,7 @@ void check_like(const CellInfo& cell, const char* name, const Tensor& t, const T
 
 /// With the features next to each other, as the kernels read them.
 Tensor with_contiguous_features(const Tensor& t, at::ScalarType type) {
-  const Tensor converted = t.to(type);
+  const Tensor converted = in_type(t, type);
   return converted.size(-1) <= 1 || converted.stride(-1) == 1 ? converted : converted.contiguous();
 }
 
@@ -106,7 +106,7 @@ Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h
       check_like(cell, "bias_hh", w[3], x, {cell.gates * H});
     }
     if (has_projection) check_like(cell, "weight_hr", w[per - 1], x, {P, H});
-    const auto ready = [&](const Tensor& t) { return t.to(compute_type).contiguous(); };
+    const auto ready = [&](const Tensor& t) { return in_type(t, compute_type).contiguous(); };
     weights.push_back({ready(w[0]), ready(w[1]), has_bias ? ready(w[2]) : Tensor(),
                        has_bias ? ready(w[3]) : Tensor(),
                        has_projection ? ready(w[per - 1]) : Tensor()});
@@ -177,7 +177,7 @@ std::vector<Tensor> weight_gradients(const Layer& layer,
   }
   if (want_input) grad_input = grad_input.view(layer.shape(layer.I));
   for (size_t i = 0; i < gradients.size(); ++i) {
-    gradients[i] = output_mask[i] ? gradients[i].to(layer.type)
+    gradients[i] = output_mask[i] ? in_type(gradients[i], layer.type)
                                   : at::empty({0}, layer.options().dtype(layer.type));
   }
   return gradients;
@@ -197,7 +197,7 @@ OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_
                 t.device());
     TORCH_CHECK(t.sizes() == shape, "fusedrnn::", cell.name, "_backward: Expected ", name, " size ",
                 shape, ", got ", t.sizes());
-    return t.to(layer.compute_type).contiguous();
+    return in_type(t, layer.compute_type).contiguous();
   };
   const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
   TORCH_CHECK(layer_output || !layer.has_projection, "fusedrnn::", cell.name,

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <optional>
@@ -35,6 +36,11 @@ struct CellInfo {
   }
 };
 
+/// t.to(type), without a call of the dispatcher where there is nothing to convert.
+inline Tensor in_type(const Tensor& t, at::ScalarType type) {
+  return t.scalar_type() == type ? t : t.to(type);
+}
+
 /// Weights of one direction in the type that the kernels compute in, contiguous; undefined where
 /// absent.
 struct DirectionWeights {
@@ -54,7 +60,7 @@ struct Layer {
   bool packed, has_bias, has_projection;
   Tensor input;   ///< [T, B, I] or [N, I], features contiguous
   Tensor h0, c0;  ///< [D, B, P], [D, B, H], features contiguous; undefined: zeros
-  std::vector<DirectionWeights> weights;
+  c10::SmallVector<DirectionWeights, 2> weights;
   std::vector<int64_t> batch_sizes;  ///< packed only
   Tensor lengths;                    ///< [B] int64 contiguous; undefined: all T
 

@@ -20,9 +20,11 @@
 // strides. No op writes to its inputs. Gradients are those of the whole call: None for a gradient
 // of an output that was not used. The backward ops need `output` only with a projection.
 // output_mask has an entry for input, h0, c0 (LSTM only) and each weight; where it is false an
-// empty tensor is returned, and the products that only it needs are left out.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+// empty tensor is returned, and the products that only it needs are left out. autograd.cpp has the
+// derivatives; *_backward_differentiable are the backward ops made of torch's own, in _ops.py.
 #include <torch/library.h>
+
+#include <string>
 
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
@@ -30,25 +32,21 @@ TORCH_LIBRARY(fusedrnn, m) {
       "Tensor? batch_sizes, Tensor? lengths, bool save) "
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
-      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
-      "Tensor? h0, Tensor? c0, Tensor[] weights, bool bidirectional, Tensor? batch_sizes, "
-      "Tensor? lengths, Tensor? output, Tensor saved, bool[] output_mask) "
-      "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)");
-  m.def(
       "gru(Tensor input, Tensor? h0, Tensor[] weights, bool bidirectional, Tensor? batch_sizes, "
       "Tensor? lengths, bool save) -> (Tensor output, Tensor h_n, Tensor saved)");
-  m.def(
-      "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? h0, "
-      "Tensor[] weights, bool bidirectional, Tensor? batch_sizes, Tensor? lengths, "
+  const std::string lstm_backward =
+      "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? h0, "
+      "Tensor? c0, Tensor[] weights, bool bidirectional, Tensor? batch_sizes, Tensor? lengths, "
       "Tensor? output, Tensor saved, bool[] output_mask) "
-      "-> (Tensor grad_input, Tensor grad_h0, Tensor[] grad_weights)");
+      "-> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor[] grad_weights)";
+  const std::string gru_backward =
+      "(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? h0, Tensor[] weights, "
+      "bool bidirectional, Tensor? batch_sizes, Tensor? lengths, Tensor? output, Tensor saved, "
+      "bool[] output_mask) -> (Tensor grad_input, Tensor grad_h0, Tensor[] grad_weights)";
+  m.def(("lstm_backward" + lstm_backward).c_str());
+  m.def(("gru_backward" + gru_backward).c_str());
+  m.def(("_lstm_backward_differentiable" + lstm_backward).c_str());
+  m.def(("_gru_backward_differentiable" + gru_backward).c_str());
   // The CPU instruction set that the kernels of this process use.
   m.def("_cpu_isa() -> str");
-}
-
-// The derivatives are fusedrnn/_ops.py's; a direct call of an op has none, and says so.
-TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
-  for (const char* op : {"lstm", "lstm_backward", "gru", "gru_backward"}) {
-    m.impl(op, torch::autograd::autogradNotImplementedFallback());
-  }
 }

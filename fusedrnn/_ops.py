@@ -1,8 +1,11 @@
-"""The only file that touches torch.ops: loading, fake kernels, autograd."""
+"""The only file that touches torch.ops: loading, fake kernels, second derivatives."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -41,8 +44,8 @@ def _load() -> None:
             f"fusedrnn was built for torch {built} but torch {running} is running: {mend}"
         )
     try:
-        torch.ops.load_library(binaries[0])  # type: ignore[no-untyped-call]
-    except OSError as error:
+        importlib.import_module("fusedrnn._C")
+    except ImportError as error:
         raise ImportError(f"fusedrnn's kernels could not be loaded ({error}): {mend}") from error
     isa = os.environ.get("FUSEDRNN_CPU_ISA", "")
     if isa not in ("", "baseline", "avx2", "avx512"):
@@ -54,6 +57,11 @@ def _load() -> None:
 
 _load()
 
+_C: Any = sys.modules["fusedrnn._C"]
+# The short ways of csrc/python.cpp: None for what they leave to the long one.
+fast_layers = _C.layers
+fast_cell = _C.cell
+
 # The devices with a kernel: a backend that was not compiled is absent from the dispatcher.
 _DEVICES = frozenset(
     device
@@ -63,10 +71,6 @@ _DEVICES = frozenset(
 _FORWARD = {
     "lstm": torch.ops.fusedrnn.lstm.default,
     "gru": torch.ops.fusedrnn.gru.default,
-}
-_BACKWARD = {
-    "lstm": torch.ops.fusedrnn.lstm_backward.default,
-    "gru": torch.ops.fusedrnn.gru_backward.default,
 }
 
 # kSaved of csrc/cells.h, for the shapes that the fake kernels tell.
@@ -80,90 +84,25 @@ def devices() -> frozenset[str]:
     return _DEVICES
 
 
-class _Layer(torch.autograd.Function):
-    """One layer with its gradient. Tensors: input, the cell's states, then the weights."""
+def _differentiable_backward(cell: str, *args: Any) -> tuple[Any, ...]:
+    """A backward op whose gradients are functions of inputs and grads, for create_graph=True.
 
-    @staticmethod
-    def forward(
-        cell: str,
-        states: int,
-        bidirectional: bool,
-        batch_sizes: Tensor | None,
-        lengths: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = _FORWARD[cell](
-            *tensors[: 1 + states],
-            tensors[1 + states :],
-            bidirectional,
-            batch_sizes,
-            lengths,
-            True,
-        )
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.cell, ctx.states, ctx.bidirectional, batch_sizes, lengths = inputs[:5]
-        ctx.mark_non_differentiable(output[-1])
-        ctx.set_materialize_grads(False)
-        # With a projection the backward pass needs the output, which its owner may change in place.
-        projected = (len(inputs) - 6 - ctx.states) // (2 if ctx.bidirectional else 1) % 2 == 1
-        kept = output[0].clone() if projected else None
-        ctx.save_for_backward(*inputs[5:], batch_sizes, lengths, kept, output[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *tensors, batch_sizes, lengths, output, saved = ctx.saved_tensors
-        n = 1 + ctx.states
-        needed = ctx.needs_input_grad[5:]
-        if torch.is_grad_enabled():
-            gradients = _differentiable_backward(
-                ctx, tensors, batch_sizes, lengths, needed, grads[:n]
-            )
-            return None, None, None, None, None, *gradients
-        result = _BACKWARD[ctx.cell](
-            *grads[:n],
-            *tensors[:n],
-            tensors[n:],
-            ctx.bidirectional,
-            batch_sizes,
-            lengths,
-            output,
-            saved,
-            needed,
-        )
-        found = (*result[:n], *result[n])
-        return (
-            *(None,) * 5,
-            *(g if wanted else None for g, wanted in zip(found, needed, strict=True)),
-        )
-
-
-def _differentiable_backward(
-    ctx: Any,
-    tensors: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    needed: Sequence[bool],
-    grads: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The gradients as differentiable functions of inputs and grads, for create_graph=True."""
-    n = 1 + ctx.states
+    Arguments and results: those of the op in csrc/ops.cpp.
+    """
+    n = 3 if cell == "lstm" else 2  # outputs; input and states
+    grads, (input, *states), weights = args[:n], args[n : 2 * n], args[2 * n]
+    bidirectional, batch_sizes, lengths, _, _, needed = args[2 * n + 1 :]
     # Each argument as a tensor of its own: a path from one to another, say from a weight to the
     # state that a step before made with it, belongs to the engine and would be counted twice.
-    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needed, strict=True)]
-    output, states = _reference.layer(
-        ctx.cell,
-        tensors[0],
-        tensors[1:n],
-        tensors[n:],
-        ctx.bidirectional,
-        batch_sizes,
-        lengths,
+    tensors = [
+        t.view_as(t) if need else t
+        for t, need in zip((input, *states, *weights), needed, strict=True)
+    ]
+    output, final = _reference.layer(
+        cell, tensors[0], tensors[1:n], tensors[n:], bidirectional, batch_sizes, lengths
     )
-    used = [(y, g) for y, g in zip((output, *states), grads, strict=True) if g is not None]
-    result: list[Tensor | None] = [None] * len(tensors)
+    used = [(y, g) for y, g in zip((output, *final), grads, strict=True) if g is not None]
+    result: list[Tensor] = [input.new_empty(0)] * len(tensors)
     wanted = [i for i, need in enumerate(needed) if need]
     if used and wanted:
         gradients = torch.autograd.grad(
@@ -172,10 +111,20 @@ def _differentiable_backward(
             [g for _, g in used],
             create_graph=True,
             allow_unused=True,
+            materialize_grads=True,
         )
         for i, g in zip(wanted, gradients, strict=True):
             result[i] = g
-    return result
+    return *result[:n], result[n:]
+
+
+_library = torch.library.Library("fusedrnn", "IMPL")  # type: ignore[no-untyped-call]
+for _cell in ("lstm", "gru"):
+    _library.impl(  # type: ignore[no-untyped-call]
+        f"_{_cell}_backward_differentiable",
+        functools.partial(_differentiable_backward, _cell),
+        "CompositeImplicitAutograd",
+    )
 
 
 def _is_transformed() -> bool:
@@ -219,18 +168,7 @@ def layer(
     """One layer, all its directions: output and final states. Shapes as in csrc/ops.cpp."""
     if input.device.type not in _DEVICES or _is_transformed():
         return _reference.layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
-    # A trace can't hold a Python function; what it is for, inference, needs no gradient.
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if (torch.is_grad_enabled() and not tracing) and (
-        input.requires_grad
-        or any(w.requires_grad for w in weights)
-        or any(s is not None and s.requires_grad for s in states)
-    ):
-        result = _Layer.apply(  # type: ignore[no-untyped-call]
-            cell, len(states), bidirectional, batch_sizes, lengths, input, *states, *weights
-        )
-    else:
-        result = _FORWARD[cell](input, *states, weights, bidirectional, batch_sizes, lengths, False)
+    result = _FORWARD[cell](input, *states, weights, bidirectional, batch_sizes, lengths, False)
     return result[0], result[1:-1]
 
 

@@ -7,10 +7,11 @@ of that. Parameters, their order and initial values, state_dict and error messag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import _ops
@@ -225,6 +226,10 @@ class FusedLSTM(_FusedRNN):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, in its words where it has them.
         """
+        if lengths is None and not is_dynamo_compiling():
+            result = _ops.fast_layers(self.__dict__, True, input, hx)
+            if result is not None:
+                return cast("tuple[Tensor, tuple[Tensor, Tensor]]", result)
         if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
             got = f"{type(hx).__name__}" + (
                 f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
@@ -282,6 +287,10 @@ class FusedGRU(_FusedRNN):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.GRU, in its words where it has them.
         """
+        if lengths is None and not is_dynamo_compiling():
+            result = _ops.fast_layers(self.__dict__, False, input, hx)
+            if result is not None:
+                return cast("tuple[Tensor, Tensor]", result)
         if hx is not None and not isinstance(hx, Tensor):
             raise TypeError(f"GRU: Expected hx to be a tensor, got {type(hx).__name__}")
         output, (h_n,) = self._forward(input, None if hx is None else (hx,), lengths)
@@ -363,6 +372,10 @@ class FusedLSTMCell(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: as torch.nn.LSTMCell. TypeError: hx is not a pair of tensors.
         """
+        if not is_dynamo_compiling():
+            result = _ops.fast_cell(self.__dict__, True, input, hx)
+            if result is not None:
+                return cast("tuple[Tensor, Tensor]", result)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:
@@ -406,6 +419,10 @@ class FusedGRUCell(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: as torch.nn.GRUCell. TypeError: hx is not a tensor.
         """
+        if not is_dynamo_compiling():
+            result = _ops.fast_cell(self.__dict__, False, input, hx)
+            if result is not None:
+                return cast(Tensor, result[0])
         if input.dim() not in (1, 2):
             raise ValueError(f"GRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:

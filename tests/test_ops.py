@@ -221,11 +221,12 @@ def test_layouts_without_a_kernel() -> None:
         forward(input=torch.randn(T, B, I).to_sparse())
 
 
-def test_a_direct_call_is_not_silently_without_gradient() -> None:
-    """The private op has no autograd rule: asking for one says so."""
-    y = forward(weights=[w.requires_grad_() for w in weights()])[0]
-    with pytest.raises(RuntimeError, match="derivative for fusedrnn::lstm is not implemented"):
-        y.sum().backward()
+def test_a_direct_call_has_gradients() -> None:
+    """Of first and of second order, as a call of the module has."""
+    tensors = [t.double().requires_grad_() for t in (torch.randn(T, B, I), *weights())]
+    call = lambda x, *w: forward(input=x, h0=None, c0=None, weights=w)[:3]  # noqa: E731
+    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradgradcheck(call, tensors)
 
 
 def test_random_arguments_never_crash() -> None:

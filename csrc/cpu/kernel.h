@@ -90,31 +90,34 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[r][c] = bias[c]; });
     });
+    const T* x[R] = {};
     if (s.x_product) {
       unroll<R>([&](auto r) __attribute__((always_inline)) {
-        const T* x = s.x_product + (s.position[t] + s.row[first + r]) * s.x_product_stride + unit;
+        const T* at = s.x_product + (s.position[t] + s.row[first + r]) * s.x_product_stride + unit;
         unroll<G>([&](auto g) __attribute__((always_inline)) {
-          sum[r][Cell::input_sum[g]] += load(x + g * H, units);
+          sum[r][Cell::input_sum[g]] += load(at + g * H, units);
         });
       });
     } else {
-      const T* x[R];
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         x[r] = s.x + s.x_offset[t] + s.row[first + r] * s.x_row_stride;
       });
-      if (panel) {
-        accumulate_rows<InputColumns<Cell>, T, R>(sum, x, s.input_size, panel);
-        panel += s.input_size * G * L;
-      } else {
-        accumulate_unpacked<InputColumns<Cell>, T, R>(sum, x, s.input_size, s.weights.ih, H, unit,
-                                                      units);
-      }
     }
     if (panel) {
+      if (!s.x_product) {
+        accumulate_rows<InputColumns<Cell>, T, R>(sum, x, s.input_size, panel);
+        panel += s.input_size * G * L;
+      }
       accumulate_rows<HiddenColumns<Cell>, T, R>(sum, h, s.output_size, panel);
-    } else {
-      accumulate_unpacked<HiddenColumns<Cell>, T, R>(sum, h, s.output_size, s.weights.hh, H, unit,
+    } else if constexpr (R <= kUnpackedRows) {
+      Lanes<T, R> lanes = {};
+      if (!s.x_product) {
+        accumulate_unpacked<InputColumns<Cell>, T, R>(lanes, x, s.input_size, s.weights.ih, H, unit,
+                                                      units);
+      }
+      accumulate_unpacked<HiddenColumns<Cell>, T, R>(lanes, h, s.output_size, s.weights.hh, H, unit,
                                                      units);
+      add_lanes<T, R>(sum, lanes);
     }
   }
 
@@ -181,7 +184,9 @@ template <class Cell, class T>
 void forward_step(const Forward<T>& s, int64_t i, int64_t block_begin, int64_t block_end) {
   const ForwardState<T> m(s);
   const int64_t P = s.output_size, t = s.reverse ? s.steps - 1 - i : i, rows = s.active[t];
-  for (int64_t block = block_begin; block < block_end; ++block) {
+  // To and fro, so that what the step before read last is still in the cache where not all fits.
+  for (int64_t n = block_begin; n < block_end; ++n) {
+    const int64_t block = i % 2 ? block_begin + block_end - 1 - n : n;
     for_tiles(rows, [&](auto R, int64_t first) __attribute__((always_inline)) {
       forward_tile<Cell, R>(s, m, i, t, block, first);
     });
@@ -355,10 +360,10 @@ constexpr cpu::Kernel<T> kernel_of() {
 
 template <class T>
 constexpr cpu::KernelsOf<T> kernels_of() {
-  return {
-      {kLanes<T>, kSums * kLanes<T>, kRows, pack_product<T>, multiply<T>, multiply_transposed<T>},
-      kernel_of<Lstm, T>(),
-      kernel_of<Gru, T>()};
+  return {{kLanes<T>, kSums * kLanes<T>, kRows, kUnpackedRows, pack_product<T>, multiply<T>,
+           multiply_transposed<T>},
+          kernel_of<Lstm, T>(),
+          kernel_of<Gru, T>()};
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

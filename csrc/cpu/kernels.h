@@ -30,6 +30,7 @@ struct Common {
   int64_t
       block_columns;  ///< columns in a block of product panels, units in one of the backward pass
   int64_t tile_rows;  ///< batch rows that a tile holds
+  int64_t unpacked_rows;  ///< rows that a run may have whose weights are not packed
   /// Packs one block of columns of a matrix [depth, columns], one of whose strides is 1; panels
   /// hold whole vectors of columns.
   void (*pack_product)(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t depth,

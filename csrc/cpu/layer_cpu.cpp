@@ -1,6 +1,8 @@
 // The ops on the CPU: allocates, packs weights, runs the kernels, registers for the CPU key.
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -34,14 +36,27 @@ const Kernel<T>& kernel(const Layer& layer) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// One tensor cut into aligned pieces, one a run.
+/// A new tensor on the CPU, without a call of the dispatcher.
 template <class T>
-struct Workspace {
-  Workspace(const Layer& layer, int64_t pieces, int64_t size)
-      : stride(divide_up(size, 64) * 64), memory(at::empty({pieces * stride}, layer.options())) {}
-  T* operator[](int64_t i) const { return memory.data_ptr<T>() + i * stride; }
-  int64_t stride;
-  Tensor memory;
+Tensor new_tensor(c10::IntArrayRef shape) {
+  return Tensor(at::detail::empty_cpu(shape, c10::CppTypeToScalarType<T>::value));
+}
+
+/// Memory of torch's own allocator for the time of a call: `pieces` aligned ones.
+template <class T>
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(int64_t pieces, int64_t size)
+      : stride_(divide_up(size, 64) * 64),
+        memory_(c10::GetCPUAllocator()->allocate(size_t(pieces * stride_) * sizeof(T))) {}
+  explicit Scratch(int64_t size) : Scratch(1, size) {}
+  T* operator[](int64_t i) const { return static_cast<T*>(memory_.get()) + i * stride_; }
+  explicit operator bool() const { return bool(memory_); }
+
+ private:
+  int64_t stride_ = 0;
+  c10::DataPtr memory_;
 };
 
 template <class T>
@@ -81,31 +96,30 @@ void pack_all(int64_t panels, int64_t elements, const F& pack) {
   }
 }
 
-/// Packs matrices [depth, columns], `stride` elements apart: [count, depth, whole vectors].
+/// Packs matrices [depth, columns]: a piece each, [depth, whole vectors].
 template <class T>
-Tensor pack_products(const std::vector<const T*>& matrices, int64_t depth, int64_t columns,
-                     int64_t row_stride, int64_t column_stride, const at::TensorOptions& options) {
+Scratch<T> pack_products(c10::ArrayRef<const T*> matrices, int64_t depth, int64_t columns,
+                         int64_t row_stride, int64_t column_stride) {
   const Common<T>& common = table<T>().common;
   const int64_t blocks = divide_up(columns, common.block_columns);
   const int64_t width = divide_up(columns, common.lanes) * common.lanes;
   const int64_t count = int64_t(matrices.size());
-  const Tensor panels = at::empty({count, depth, width}, options);
-  T* to = panels.data_ptr<T>();
+  Scratch<T> panels(count, depth * width);
   pack_all(count * blocks, count * depth * columns, [&](int64_t i) {
     common.pack_product(matrices[i / blocks], row_stride, column_stride, depth, columns, i % blocks,
-                        to + (i / blocks) * depth * width);
+                        panels[i / blocks]);
   });
   return panels;
 }
 
 template <class T>
-Tensor pack_products(const Layer& layer, Tensor DirectionWeights::* weight, int64_t depth,
-                     int64_t columns, int64_t row_stride, int64_t column_stride) {
-  std::vector<const T*> matrices;
+Scratch<T> pack_products(const Layer& layer, Tensor DirectionWeights::* weight, int64_t depth,
+                         int64_t columns, int64_t row_stride, int64_t column_stride) {
+  c10::SmallVector<const T*, 2> matrices;
   for (const DirectionWeights& w : layer.weights) {
     matrices.push_back((w.*weight).template const_data_ptr<T>());
   }
-  return pack_products<T>(matrices, depth, columns, row_stride, column_stride, layer.options());
+  return pack_products<T>(matrices, depth, columns, row_stride, column_stride);
 }
 
 /// Calls product(begin, end) for parts of the rows of a product of `work` multiplications.
@@ -135,6 +149,25 @@ void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, int
   });
 }
 
+/// out = a b with b [depth, columns] given by its transpose [columns, depth], contiguous: a block
+/// of columns at a time, packed and used while it is in the cache.
+template <class T>
+void multiply_by_transpose(int64_t rows, int64_t depth, int64_t columns, const T* b, const T* a,
+                           int64_t a_stride, T* out, int64_t out_stride) {
+  const Common<T>& common = table<T>().common;
+  const int64_t width = common.block_columns, blocks = divide_up(columns, width);
+  const int64_t most = rows * depth * columns < kSharedWork ? 1 : threads();
+  const int64_t parts = std::min(blocks, most);
+  in_parallel(parts, [&](int64_t part) {
+    const Scratch<T> panel(depth * width);
+    for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+      const int64_t first = block * width, left = std::min(width, columns - first);
+      common.pack_product(b + first * depth, 1, depth, depth, left, 0, panel[0]);
+      common.multiply(rows, depth, left, panel[0], 0, a, a_stride, out + first, out_stride, false);
+    }
+  });
+}
+
 /// The products of weight_gradients on this backend's own tiles.
 template <class T>
 struct OwnProducts : Products {
@@ -142,14 +175,11 @@ struct OwnProducts : Products {
     const int64_t depth = b.size(0), columns = b.size(1);
     const int64_t passes = divide_up(a.size(0), table<T>().common.tile_rows);
     const T* matrix = b.const_data_ptr<T>();
-    Tensor panels;
-    if (worth_packing<T>(passes, columns)) {
-      panels = pack_products<T>({matrix}, depth, columns, columns, 1, b.options());
-    }
-    cpu::multiply<T>(a.size(0), depth, columns,
-                     panels.defined() ? panels.const_data_ptr<T>() : matrix,
-                     panels.defined() ? 0 : columns, a.const_data_ptr<T>(), a.stride(0),
-                     out.data_ptr<T>(), out.stride(0), add);
+    const bool packs = worth_packing<T>(passes, columns);
+    const Scratch<T> panels =
+        packs ? pack_products<T>({matrix}, depth, columns, columns, 1) : Scratch<T>();
+    cpu::multiply<T>(a.size(0), depth, columns, packs ? panels[0] : matrix, packs ? 0 : columns,
+                     a.const_data_ptr<T>(), a.stride(0), out.data_ptr<T>(), out.stride(0), add);
   }
   void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const override {
     const int64_t depth = a.size(0), rows = a.size(1), columns = b.size(1);
@@ -168,15 +198,13 @@ struct Output {
 
 template <class T>
 Output forward(const Layer& layer, bool save) {
-  const auto options = layer.options();
   const int64_t D = layer.D, G = layer.cell.gates, H = layer.H, P = layer.P;
   Output out;
-  out.y = layer.lengths.defined() ? at::zeros(layer.shape(D * P), options)
-                                  : at::empty(layer.shape(D * P), options);
-  out.h_n = at::empty({D, layer.B, P}, options);
-  if (layer.cell.has_c) out.c_n = at::empty({D, layer.B, H}, options);
-  out.saved =
-      save ? at::empty({D, layer.N, layer.cell.saved, H}, options) : at::empty({0}, options);
+  out.y = new_tensor<T>(layer.shape(D * P));
+  if (layer.lengths.defined()) out.y.zero_();
+  out.h_n = new_tensor<T>({D, layer.B, P});
+  if (layer.cell.has_c) out.c_n = new_tensor<T>({D, layer.B, H});
+  out.saved = save ? new_tensor<T>({D, layer.N, layer.cell.saved, H}) : new_tensor<T>({0});
 
   const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
@@ -184,50 +212,53 @@ Output forward(const Layer& layer, bool save) {
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
   // Packing costs as much as reading the weights several times: not for a call of few steps and
-  // rows. The input's part of the step is a product over all steps at once where the
-  // batch is too small to fill a tile.
-  const bool packs = layer.T > 4 || layer.B > common.tile_rows;
-  const bool projects_input = packs && layer.B < common.tile_rows;
+  // rows. One step of many rows packs as it goes.
+  const bool unpacked = layer.T <= 4 && layer.B <= common.unpacked_rows;
+  const bool packs_at_once = !unpacked && layer.T == 1 && !layer.has_projection;
+  const bool packs = !unpacked && !packs_at_once;
+  // The input's part of the steps is one product over all of them where the batch is too small to
+  // fill a tile.
+  const bool projects_input = layer.T > 4 && layer.B < common.tile_rows;
 
-  std::vector<Weights<T>> weights(D);
-  for (int64_t d = 0; d < D; ++d) {
-    const DirectionWeights& w = layer.weights[d];
-    weights[d] = {projects_input ? nullptr : const_data<T>(w.ih), const_data<T>(w.hh),
-                  const_data<T>(w.bias_ih), const_data<T>(w.bias_hh), const_data<T>(w.hr)};
+  c10::SmallVector<Weights<T>, 2> weights;
+  for (const DirectionWeights& w : layer.weights) {
+    weights.push_back({projects_input ? nullptr : const_data<T>(w.ih), const_data<T>(w.hh),
+                       const_data<T>(w.bias_ih), const_data<T>(w.bias_hh), const_data<T>(w.hr)});
   }
-  Tensor x_product;
+  Scratch<T> x_product;
   const int64_t x_product_stride = divide_up(G * H, common.lanes) * common.lanes;
   if (projects_input) {
     const Tensor x = layer.flat_input();
-    const Tensor panels =
-        pack_products<T>(layer, &DirectionWeights::ih, layer.I, G * H, 1, layer.I);
-    x_product = at::empty({D, layer.N, x_product_stride}, options);
+    x_product = Scratch<T>(D, layer.N * x_product_stride);
     for (int64_t d = 0; d < D; ++d) {
-      multiply<T>(layer.N, layer.I, G * H, panels[d].const_data_ptr<T>(), 0, x.const_data_ptr<T>(),
-                  layer.I, x_product[d].data_ptr<T>(), x_product_stride, false);
+      multiply_by_transpose<T>(layer.N, layer.I, G * H, layer.weights[d].ih.const_data_ptr<T>(),
+                               x.const_data_ptr<T>(), layer.I, x_product[d], x_product_stride);
     }
   }
-  Tensor panels, projection_panels;
+  Scratch<T> panels, projection_panels;
   const int64_t panel = k.forward_panel_size(projects_input ? 0 : layer.I, P);
+  const auto pack = [&](int64_t d, int64_t block, T* to) {
+    k.pack_forward(weights[d], layer.I, H, P, block, to);
+  };
   if (packs) {
-    panels = at::empty({D, blocks * panel}, options);
-    T* to = panels.data_ptr<T>();
-    pack_all(D * blocks, panels.numel(), [&](int64_t i) {
-      k.pack_forward(weights[i / blocks], layer.I, H, P, i % blocks, to + i * panel);
+    panels = Scratch<T>(D, blocks * panel);
+    pack_all(D * blocks, D * blocks * panel, [&](int64_t i) {
+      pack(i / blocks, i % blocks, panels[i / blocks] + i % blocks * panel);
     });
   }
   if (layer.has_projection) {
     projection_panels = pack_products<T>(layer, &DirectionWeights::hr, H, P, 1, H);
   }
 
-  std::vector<int64_t> x_offset(layer.T);
+  Indices x_offset(size_t(layer.T), 0);
   for (int64_t t = 0; t < layer.T; ++t) {
     x_offset[t] = (layer.packed ? plan.position[t] : t) * layer.input.stride(0);
   }
-  std::vector<Forward<T>> runs(shares.runs.size());
+  c10::SmallVector<Forward<T>, 4> runs(shares.runs.size());
   int64_t workspace_size = 0;
   for (size_t r = 0; r < runs.size(); ++r) {
     const int64_t d = shares.runs[r].direction;
+    const auto piece = [d](const Scratch<T>& s) { return s ? s[d] : nullptr; };
     const auto part = [d](const Tensor& t) {
       return t.defined() ? t.data_ptr<T>() + d * t.stride(0) : nullptr;
     };
@@ -235,12 +266,12 @@ Output forward(const Layer& layer, bool save) {
     set_sequence(s, layer, plan, shares.runs[r]);
     workspace_size = std::max(workspace_size, k.forward_workspace(s));
     s.weights = weights[d];
-    s.panels = part(panels);
-    s.projection_panels = part(projection_panels);
+    s.panels = piece(panels);
+    s.projection_panels = piece(projection_panels);
     s.x = layer.input.const_data_ptr<T>();
     s.x_offset = x_offset.data();
     s.x_row_stride = layer.input.stride(layer.packed ? 0 : 1);
-    s.x_product = part(x_product);
+    s.x_product = piece(x_product);
     s.x_product_stride = x_product_stride;
     set_initial(s, layer, d);
     s.y = out.y.data_ptr<T>() + d * P;
@@ -249,13 +280,20 @@ Output forward(const Layer& layer, bool save) {
     s.c_n = part(out.c_n);
     if (save) s.saved = part(out.saved);
   }
-  const Workspace<T> workspace(layer, int64_t(runs.size()), workspace_size);
+  const Scratch<T> workspace(int64_t(runs.size()), workspace_size);
   for (size_t r = 0; r < runs.size(); ++r) {
     runs[r].workspace = workspace[r];
     k.forward_begin(runs[r]);
   }
   shares.execute(layer.T, blocks, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
-    k.forward_step(runs[r], i, begin, end);
+    if (!packs_at_once) return k.forward_step(runs[r], i, begin, end);
+    const Scratch<T> one(panel);  // each block's panel is packed and used while it is in the cache
+    for (int64_t block = begin; block < end; ++block) {
+      pack(shares.runs[r].direction, block, one[0]);
+      Forward<T> run = runs[r];
+      run.panels = one[0] - block * panel;
+      k.forward_step(run, i, block, block + 1);
+    }
   });
   return out;
 }
@@ -268,7 +306,6 @@ struct Gradients {
 template <class T>
 Gradients backward(const Layer& layer, const OutputGradients& g,
                    const std::vector<bool>& output_mask) {
-  const auto options = layer.options();
   const int64_t D = layer.D, N = layer.N, H = layer.H, P = layer.P, S = layer.cell.sums;
   const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
@@ -276,25 +313,25 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
   const auto positions = [&](int64_t features) {  // padding must not reach the products
-    return layer.lengths.defined() ? at::zeros({D, N, features}, options)
-                                   : at::empty({D, N, features}, options);
+    const Tensor t = new_tensor<T>({D, N, features});
+    return layer.lengths.defined() ? t.zero_() : t;
   };
   const Tensor dsums = positions(S * H), h_previous = positions(P);
-  Tensor dr, h_raw, projection_panels;
+  Tensor dr, h_raw;
+  Scratch<T> panels, projection_panels;
   if (layer.has_projection) {
     dr = positions(P);
     h_raw = positions(H);
     projection_panels = pack_products<T>(layer, &DirectionWeights::hr, P, H, H, 1);
   }
-  Tensor panels;
   if (worth_packing<T>(layer.T * divide_up(layer.B, common.tile_rows), P)) {
     panels = pack_products<T>(layer, &DirectionWeights::hh, layer.cell.gates * H, P, P, 1);
   }
   Gradients out;
-  out.h0 = at::empty({D, layer.B, P}, options);
-  if (layer.cell.has_c) out.c0 = at::empty({D, layer.B, H}, options);
+  out.h0 = new_tensor<T>({D, layer.B, P});
+  if (layer.cell.has_c) out.c0 = new_tensor<T>({D, layer.B, H});
 
-  std::vector<Backward<T>> runs(shares.runs.size());
+  c10::SmallVector<Backward<T>, 4> runs(shares.runs.size());
   int64_t workspace_size = 0;
   for (size_t r = 0; r < runs.size(); ++r) {
     const int64_t d = shares.runs[r].direction;
@@ -304,9 +341,9 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     Backward<T>& s = runs[r];
     set_sequence(s, layer, plan, shares.runs[r]);
     workspace_size = std::max(workspace_size, k.backward_workspace(s));
-    s.panels = panels.defined() ? part(panels) : layer.weights[d].hh.const_data_ptr<T>();
-    s.matrix_stride = panels.defined() ? 0 : P;
-    s.projection_panels = part(projection_panels);
+    s.panels = panels ? panels[d] : layer.weights[d].hh.template const_data_ptr<T>();
+    s.matrix_stride = panels ? 0 : P;
+    s.projection_panels = projection_panels ? projection_panels[d] : nullptr;
     set_initial(s, layer, d);
     if (layer.has_projection) s.y = g.output.const_data_ptr<T>() + d * P;
     s.y_stride = s.dy_stride = D * P;
@@ -321,7 +358,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     s.dh0 = part(out.h0);
     s.dc0 = part(out.c0);
   }
-  const Workspace<T> workspace(layer, int64_t(runs.size()), workspace_size);
+  const Scratch<T> workspace(int64_t(runs.size()), workspace_size);
   for (size_t r = 0; r < runs.size(); ++r) {
     runs[r].workspace = workspace[r];
     k.backward_begin(runs[r]);
@@ -341,7 +378,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
                                  std::vector<bool>(output_mask.begin() + states, output_mask.end()),
                                  output_mask[0], out.input, OwnProducts<T>());
   const auto wanted = [&](Tensor& t, size_t i) {
-    t = output_mask[i] ? t.to(layer.type) : at::empty({0}, options.dtype(layer.type));
+    t = output_mask[i] ? in_type(t, layer.type) : at::empty({0}, layer.options().dtype(layer.type));
   };
   wanted(out.input, 0);
   wanted(out.h0, 1);
@@ -352,9 +389,9 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
 Output forward_any(const Layer& layer, bool save) {
   Output out = layer.compute_type == at::kDouble ? forward<double>(layer, save)
                                                  : forward<float>(layer, save);
-  out.y = out.y.to(layer.type);
-  out.h_n = out.h_n.to(layer.type);
-  if (out.c_n.defined()) out.c_n = out.c_n.to(layer.type);
+  for (Tensor* t : {&out.y, &out.h_n, &out.c_n}) {
+    if (t->defined()) *t = in_type(*t, layer.type);
+  }
   return out;
 }
 

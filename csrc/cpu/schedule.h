@@ -3,6 +3,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -11,13 +13,16 @@
 
 namespace fusedrnn::cpu {
 
+using Indices = c10::SmallVector<int64_t, 8>;
+
 /// Rows of the batch, longest first, and where each step lies.
 struct Plan {
-  std::vector<int64_t> order;     ///< [B]
-  std::vector<int64_t> active;    ///< [T] rows in each step: a prefix of order
-  std::vector<int64_t> position;  ///< [T] of batch row 0
+  Indices order;     ///< [B]
+  Indices active;    ///< [T] rows in each step: a prefix of order
+  Indices position;  ///< [T] of batch row 0
 
-  explicit Plan(const Layer& layer) : order(layer.B), active(layer.T, layer.B), position(layer.T) {
+  explicit Plan(const Layer& layer)
+      : order(size_t(layer.B)), active(size_t(layer.T), layer.B), position(size_t(layer.T)) {
     for (int64_t t = 0, at = 0; t < layer.T; ++t) {
       position[t] = at;
       if (layer.packed) active[t] = layer.batch_sizes[t];
@@ -71,9 +76,9 @@ constexpr int64_t kSharedStep = 1 << 15;
 struct Shares {
   struct Run {
     int64_t direction;
-    std::vector<int64_t> row, active;
+    Indices row, active;
   };
-  std::vector<Run> runs;
+  c10::SmallVector<Run, 4> runs;
   int64_t members = 1;  ///< of each run
 
   Shares(const Layer& layer, const Plan& plan, int64_t tile_rows, int64_t blocks) {
@@ -84,19 +89,21 @@ struct Shares {
     }
     // Few rows leave a tile's weights too little used: then all threads run all rows, each with
     // its part of the weights. The steps of a projection can't be shared so.
-    if (layer.B < threads * tile_rows && !layer.has_projection && step >= threads * kSharedStep) {
+    // One step is as if it had few.
+    if ((layer.B < threads * tile_rows || layer.T == 1) && !layer.has_projection &&
+        step >= threads * kSharedStep) {
       members = std::min(threads, blocks);
     }
     if (members == 1) rows = std::clamp<int64_t>(threads, 1, std::max<int64_t>(layer.B, 1));
     for (int64_t d = 0; d < layer.D; ++d) {
       for (int64_t part = 0; part < rows; ++part) {
         // Every rows-th row, so that rows of all lengths go to each thread.
-        Run run{d, {}, {}};
+        runs.push_back({d, {}, {}});
+        Run& run = runs.back();
         for (int64_t j = part; j < layer.B; j += rows) run.row.push_back(plan.order[j]);
         for (int64_t n : plan.active) {
           run.active.push_back(n > part ? (n - part + rows - 1) / rows : 0);
         }
-        runs.push_back(std::move(run));
       }
     }
   }

@@ -20,6 +20,7 @@ inline constexpr int kRows = 3;
 #else
 inline constexpr int kRows = 2;
 #endif
+inline constexpr int kUnpackedRows = kRows < 4 ? kRows : 4;  // of a tile of unpacked weights
 inline constexpr int kSums = 4;  ///< of every cell; also the vectors in a block of product panels
 
 FUSEDRNN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -104,38 +105,70 @@ FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const T* const (&a)[R], in
       stride);
 }
 
-/// Lane u: the product of row u of w [units, size] with a. Reads w along its rows, unpacked.
-template <class T>
-FUSEDRNN_INLINE Vec<T> dot(const T* w, int64_t units, int64_t size, const T* a) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum[L] = {};
-  const T* row[L];
-  unroll<L>([&](auto i) __attribute__((always_inline)) {
-    row[i] = w + (i < units ? int64_t(i) : units - 1) * size;
-  });
-  int64_t k = 0;
-  for (; k + L <= size; k += L) {
-    const Vec<T> value = load(a + k);
-    unroll<L>([&](auto i) __attribute__((always_inline)) { sum[i] += load(row[i] + k) * value; });
-  }
-  if (k < size) {
-    const Vec<T> value = load_first(a + k, size - k);
-    unroll<L>([&](auto i) __attribute__((always_inline)) {
-      sum[i] += load_first(row[i] + k, size - k) * value;
+/// into[r][u] += the products, lane by lane, of row u of w [units, size] with a[r]; their lanes are
+/// still to be summed. Reads w along its rows, unpacked, four rows at a time: more streams than
+/// that, whole pages apart, get in each other's way in the caches.
+template <class T, int R>
+FUSEDRNN_INLINE void multiply_lanes(Vec<T>* const (&into)[R], const T* w, int64_t units,
+                                    int64_t size, const T* const (&a)[R]) {
+  constexpr int L = kLanes<T>, kStreams = L < 4 ? L : 4;
+  constexpr int kUnrolled = R == 1 ? 4 : R == 2 ? 2 : 1;  // enough chains of additions
+  for (int first = 0; first < L && first < units; first += kStreams) {
+    const T* row[kStreams];
+    unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
+      row[i] = w + (first + i < units ? first + i : units - 1) * size;
+    });
+    Vec<T> sum[kUnrolled][R][kStreams] = {};
+    const auto step = [&](auto u, int64_t k, auto load_k) __attribute__((always_inline)) {
+      Vec<T> value[R];
+      unroll<R>([&](auto r) __attribute__((always_inline)) { value[r] = load_k(a[r] + k); });
+      unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
+        const Vec<T> weight = load_k(row[i] + k);
+        unroll<R>([&](auto r)
+                      __attribute__((always_inline)) { sum[u][r][i] += weight * value[r]; });
+      });
+    };
+    const auto load_all = [](const T* p) __attribute__((always_inline)) { return load(p); };
+    int64_t k = 0;
+    for (; k + kUnrolled * L <= size; k += kUnrolled * L) {
+      unroll<kUnrolled>([&](auto u)
+                            __attribute__((always_inline)) { step(u, k + u * L, load_all); });
+    }
+    for (; k + L <= size; k += L) step(std::integral_constant<int, 0>{}, k, load_all);
+    if (k < size) {
+      step(std::integral_constant<int, 0>{}, k,
+           [n = size - k](const T* p) __attribute__((always_inline)) { return load_first(p, n); });
+    }
+    unroll<R>([&](auto r) __attribute__((always_inline)) {
+      unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
+        Vec<T> total = sum[0][r][i];
+        unroll<kUnrolled - 1>([&](auto u)
+                                  __attribute__((always_inline)) { total += sum[u + 1][r][i]; });
+        into[r][first + i] += total;
+      });
     });
   }
-  return sum_lanes<T>(sum);
 }
 
+/// Products of one row of the batch with the gates' rows of unpacked weights, lane by lane.
+template <class T, int R>
+using Lanes = Vec<T>[R][kSums][kLanes<T>];
+
 template <class To, class T, int R>
-FUSEDRNN_INLINE void accumulate_unpacked(Tile<T, R>& sum, const T* const (&a)[R], int64_t size,
+FUSEDRNN_INLINE void accumulate_unpacked(Lanes<T, R>& lanes, const T* const (&a)[R], int64_t size,
                                          const T* w, int64_t hidden_size, int64_t unit,
                                          int64_t units) {
+  for (int g = 0; g < To::count; ++g) {
+    Vec<T>* into[R];
+    unroll<R>([&](auto r) __attribute__((always_inline)) { into[r] = lanes[r][To::at(g)]; });
+    multiply_lanes<T, R>(into, w + (g * hidden_size + unit) * size, units, size, a);
+  }
+}
+
+template <class T, int R>
+FUSEDRNN_INLINE void add_lanes(Tile<T, R>& sum, Lanes<T, R>& lanes) {
   for (int r = 0; r < R; ++r) {
-    unroll<To::count>([&](auto g) __attribute__((always_inline)) {
-      sum[r][To::at(decltype(g)::value)] +=
-          dot(w + (g * hidden_size + unit) * size, units, size, a[r]);
-    });
+    for (int c = 0; c < kSums; ++c) sum[r][c] += sum_lanes<T>(lanes[r][c]);
   }
 }
 

@@ -1,0 +1,225 @@
+// The extension as a Python module: a short way from the modules to the ops.
+//
+// A call of torch.ops turns its arguments into a schema's and back; for one step of a small layer
+// that costs more than the layer. `layers` and `cell` take what a module holds and call the ops
+// through the dispatcher. They know the plain case only and return None for any other, or where
+// anything is wrong: fusedrnn/modules.py then takes the long way, which says what is.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/cat.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "ops.h"
+
+namespace fusedrnn {
+namespace {
+
+/// The attributes of a module, by name.
+struct Attributes {
+  PyObject* dict;
+  PyObject* operator[](PyObject* name) const { return PyDict_GetItemWithError(dict, name); }
+};
+
+#define FUSEDRNN_NAME(name) static PyObject* const name = PyUnicode_InternFromString(#name)
+
+const Tensor* plain_tensor(PyObject* object) {
+  return object && THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
+}
+
+/// Whether input's device has kernels, and nothing is active that the ops have no rule for, or that
+/// wants to see calls of torch.
+bool is_plain(const Tensor& input, bool has_c) {
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  const auto key = c10::legacyExtractDispatchKey(input.key_set());
+  const c10::OperatorHandle& op =
+      has_c ? static_cast<const c10::OperatorHandle&>(lstm_op()) : gru_op();
+  return op.hasKernelForDispatchKey(key) &&
+         !tls.included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !tls.included_.has(c10::DispatchKey::Tracer) &&
+         !tls.included_.has(c10::DispatchKey::Python) &&
+         !at::autocast::is_autocast_enabled(input.device().type()) &&
+         !at::impl::torch_function_mode_enabled() &&
+         !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+}
+
+using Tensors = c10::SmallVector<Tensor, 16>;
+
+/// The final states of a call, or the initial ones: h and, for an LSTM, c.
+struct States {
+  OptionalTensor h, c;
+};
+
+/// Reads hx: None, a tensor, or for an LSTM a pair of them, all of `dim` dimensions.
+bool read_states(PyObject* hx, bool has_c, int64_t dim, States& states) {
+  if (hx == Py_None) return true;
+  PyObject* item[2] = {hx, nullptr};
+  if (has_c) {
+    if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) {
+      return false;
+    }
+    item[0] = PySequence_Fast_GET_ITEM(hx, 0);
+    item[1] = PySequence_Fast_GET_ITEM(hx, 1);
+  }
+  OptionalTensor* to[2] = {&states.h, &states.c};
+  for (int i = 0; i < 1 + has_c; ++i) {
+    const Tensor* t = plain_tensor(item[i]);
+    if (!t || t->dim() != dim) return false;
+    *to[i] = *t;
+  }
+  return true;
+}
+
+struct Result {
+  Tensor y, h_n, c_n;
+};
+
+Result call(bool has_c, const Tensor& input, const States& states, at::TensorList weights,
+            bool bidirectional) {
+  Result result;
+  if (has_c) {
+    std::tie(result.y, result.h_n, result.c_n, std::ignore) = lstm_op().call(
+        input, states.h, states.c, weights, bidirectional, std::nullopt, std::nullopt, false);
+  } else {
+    std::tie(result.y, result.h_n, std::ignore) =
+        gru_op().call(input, states.h, weights, bidirectional, std::nullopt, std::nullopt, false);
+  }
+  return result;
+}
+
+/// layers(attributes, has_c, input, hx): what FusedLSTM's or FusedGRU's forward returns, or None.
+PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  FUSEDRNN_NAME(_parameters);
+  FUSEDRNN_NAME(_flat_weights_names);
+  FUSEDRNN_NAME(num_layers);
+  FUSEDRNN_NAME(bidirectional);
+  FUSEDRNN_NAME(batch_first);
+  FUSEDRNN_NAME(dropout);
+  FUSEDRNN_NAME(training);
+  if (count != 4 || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
+  const Attributes module{args[0]};
+  const bool has_c = args[1] == Py_True;
+  const Tensor* input = plain_tensor(args[2]);
+  PyObject* const parameters = module[_parameters];
+  PyObject* const names = module[_flat_weights_names];
+  PyObject* const layer_count = module[num_layers];
+  States states;
+  if (!input || input->dim() != 3 || !is_plain(*input, has_c) ||
+      !read_states(args[3], has_c, 3, states) || !parameters || !PyDict_CheckExact(parameters) ||
+      !names || !PyList_CheckExact(names) || !layer_count || !PyLong_CheckExact(layer_count)) {
+    Py_RETURN_NONE;
+  }
+  const int64_t L = PyLong_AsLongLong(layer_count), total = PyList_GET_SIZE(names);
+  if (L < 1 || total % L != 0) Py_RETURN_NONE;
+  if (L > 1 && module[training] != Py_False) {
+    PyObject* const p = module[dropout];
+    if (!p || !PyFloat_CheckExact(p) || PyFloat_AS_DOUBLE(p) != 0) Py_RETURN_NONE;
+  }
+  Tensors weights;
+  for (int64_t i = 0; i < total; ++i) {
+    const Tensor* w = plain_tensor(PyDict_GetItemWithError(parameters, PyList_GET_ITEM(names, i)));
+    if (!w) Py_RETURN_NONE;
+    weights.push_back(*w);
+  }
+  const bool both = module[bidirectional] == Py_True, first = module[batch_first] == Py_True;
+  const int64_t D = both ? 2 : 1;
+
+  Result result;
+  {
+    pybind11::gil_scoped_release no_gil;
+    Tensor x = first ? input->transpose(0, 1) : *input;
+    if (L == 1) {
+      result = call(has_c, x, states, weights, both);
+    } else {
+      for (const OptionalTensor& s : {std::cref(states.h), std::cref(states.c)}) {
+        if (s && s->size(0) != L * D) throw std::invalid_argument("hx");
+      }
+      std::vector<Tensor> h, c;
+      for (int64_t i = 0; i < L; ++i) {
+        const auto of_layer = [&](const OptionalTensor& s) {
+          return s ? OptionalTensor(s->narrow(0, i * D, D)) : std::nullopt;
+        };
+        Result r = call(has_c, x, {of_layer(states.h), of_layer(states.c)},
+                        at::TensorList(weights).slice(i * total / L, total / L), both);
+        x = std::move(r.y);
+        h.push_back(std::move(r.h_n));
+        c.push_back(std::move(r.c_n));
+      }
+      result = {std::move(x), at::cat(h), has_c ? at::cat(c) : Tensor()};
+    }
+    if (first) result.y = result.y.transpose(0, 1);
+  }
+  const auto wrap = [](Tensor& t) { return THPVariable_Wrap(std::move(t)); };
+  PyObject* final = wrap(result.h_n);
+  if (has_c) final = Py_BuildValue("(NN)", final, wrap(result.c_n));
+  return Py_BuildValue("(NN)", wrap(result.y), final);
+}
+
+/// cell(attributes, has_c, input, hx): (h,) or (h, c) after a cell's step, or None.
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  FUSEDRNN_NAME(_parameters);
+  FUSEDRNN_NAME(bias);
+  FUSEDRNN_NAME(weight_ih);
+  FUSEDRNN_NAME(weight_hh);
+  FUSEDRNN_NAME(bias_ih);
+  FUSEDRNN_NAME(bias_hh);
+  if (count != 4 || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
+  const Attributes module{args[0]};
+  const bool has_c = args[1] == Py_True;
+  const Tensor* input = plain_tensor(args[2]);
+  PyObject* const parameters = module[_parameters];
+  States states;
+  if (!input || input->dim() != 2 || !is_plain(*input, has_c) ||
+      !read_states(args[3], has_c, 2, states) || !parameters || !PyDict_CheckExact(parameters)) {
+    Py_RETURN_NONE;
+  }
+  Tensors weights;
+  PyObject* const names[] = {weight_ih, weight_hh, bias_ih, bias_hh};
+  for (int i = 0; i < (module[bias] == Py_True ? 4 : 2); ++i) {
+    const Tensor* w = plain_tensor(PyDict_GetItemWithError(parameters, names[i]));
+    if (!w) Py_RETURN_NONE;
+    weights.push_back(*w);
+  }
+  Result result;
+  {
+    pybind11::gil_scoped_release no_gil;
+    const auto one_step = [](const OptionalTensor& t) {
+      return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt;
+    };
+    result =
+        call(has_c, input->unsqueeze(0), {one_step(states.h), one_step(states.c)}, weights, false);
+    result.h_n = result.h_n.squeeze(0);
+    if (has_c) result.c_n = result.c_n.squeeze(0);
+  }
+  PyObject* const h = THPVariable_Wrap(std::move(result.h_n));
+  return has_c ? Py_BuildValue("(NN)", h, THPVariable_Wrap(std::move(result.c_n)))
+               : Py_BuildValue("(N)", h);
+}
+
+using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+
+template <Function function>
+PyObject* or_none(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  try {
+    return function(self, args, count);
+  } catch (...) {  // the long way finds out, and says so
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+}
+
+template <Function function>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(or_none<function>)),
+          METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {method<layers>("layers"), method<cell>("cell"), {}};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "fusedrnn._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace fusedrnn
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&fusedrnn::definition); }
