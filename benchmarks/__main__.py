@@ -1,7 +1,7 @@
-"""`python -m benchmarks [case ...]`: times of fusedrnn and torch, in turn, in one process.
+"""`python -m benchmarks [case ...]`: times of fusedrnn and its peers, in turn, in one process.
 
-Each candidate is called for 20 ms before it is timed, so that no other's threads are still
-spinning; the medians of several rounds are compared. Writes benchmarks/results/NAME.json.
+`python -m benchmarks steady` is about single calls instead: steady.py. A run of the whole grid is
+stored in benchmarks/results/, with pictures; a part of it only where --output says.
 """
 
 from __future__ import annotations
@@ -9,188 +9,108 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
-
-import fusedrnn
-from fusedrnn import _ops
+from benchmarks import cases, limits, machine, measure, peers, report, steady
 
 RESULTS = Path(__file__).parent / "results"
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One configuration; sizes as in nn.LSTM."""
-
-    name: str
-    B: int
-    T: int
-    I: int
-    H: int
-    layers: int = 1
-    bidirectional: bool = False
-    cell: str = "LSTM"
-    dtype: str = "float32"
-    layout: str = "padded"
-    proj_size: int = 0
-
-
-CASES = [
-    Case("tiny", 1, 5, 6, 6),
-    Case("step H64", 1, 1, 64, 64),
-    Case("step H256 x2", 1, 1, 256, 256, layers=2),
-    Case("B1 T100 H256", 1, 100, 256, 256),
-    Case("B1 T50 H1024", 1, 50, 1024, 1024),
-    Case("B8 T50 H128", 8, 50, 128, 128),
-    Case("tagger", 32, 50, 100, 200, layers=2, bidirectional=True),
-    Case("tagger packed", 32, 50, 100, 200, layers=2, bidirectional=True, layout="packed"),
-    Case("B64 T100 H256", 64, 100, 256, 256),
-    Case("B64 T100 H256 packed", 64, 100, 256, 256, layout="packed"),
-    Case("B32 T50 H128 float64", 32, 50, 128, 128, dtype="float64"),
-    Case("B64 T100 H256 bfloat16", 64, 100, 256, 256, dtype="bfloat16"),
-    Case("B4 T160 H256 proj", 4, 160, 256, 256, proj_size=128),
-    Case("GRU tiny", 1, 5, 6, 6, cell="GRU"),
-    Case("GRU B1 T100 H256", 1, 100, 256, 256, cell="GRU"),
-    Case("GRU B8 T50 H128", 8, 50, 128, 128, cell="GRU"),
-    Case("GRU B64 T100 H256", 64, 100, 256, 256, cell="GRU"),
-]
-
-
-def calls(case: Case, training: bool) -> dict[str, Callable[[], object]]:
-    """The candidates of a case, with the same weights and input."""
-    torch.manual_seed(0)
-    dtype = getattr(torch, case.dtype)
-    sizes = {"num_layers": case.layers, "bidirectional": case.bidirectional, "dtype": dtype}
-    if case.proj_size:
-        sizes["proj_size"] = case.proj_size
-    theirs = getattr(nn, case.cell)(case.I, case.H, **sizes)
-    ours = getattr(fusedrnn, f"Fused{case.cell}")(case.I, case.H, **sizes)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(case.T, case.B, case.I, dtype=dtype)
-    if case.layout == "packed":
-        lengths = torch.linspace(max(1, case.T // 10), case.T, case.B).long().flip(0)
-        x = pack_padded_sequence(x, lengths)
-
-    def inference(module: nn.Module) -> object:
-        with torch.no_grad():
-            return module(x)
-
-    def train(module: nn.Module) -> object:
-        module.zero_grad()
-        y = module(x)[0]
-        (y.data if case.layout == "packed" else y).sum().backward()
-        return y
-
-    run = train if training else inference
-    return {"fusedrnn": lambda: run(ours), "torch": lambda: run(theirs)}
-
-
-def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a call, one figure a round for each candidate."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            end = time.perf_counter() + 0.02
-            count = 0
-            while time.perf_counter() < end or count == 0:
-                call()
-                count += 1
-            samples = []
-            for _ in range(max(3, min(200, count))):
-                start = time.perf_counter()
-                call()
-                samples.append(1e3 * (time.perf_counter() - start))
-            times[name].append(statistics.median(samples))
-    return times
-
-
-def main() -> None:
-    """Measures the cases that are asked for and prints a line for each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures what is asked for, or reads a stored run, and reports; gives the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["steady"]:
+        return steady.main(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("cases", nargs="*", metavar="case", help="names or parts of names")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mode", choices=("inference", "training"))
+    parser.add_argument("--mode", choices=measure.MODES, help="default: both")
+    names = sorted({peer.name for peer in peers.PEERS})
+    parser.add_argument("--peer", choices=names, action="append", help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="to spend on a case and mode (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
     parser.add_argument("--readme", type=Path, help="a page whose table to write anew")
-    args = parser.parse_args()
-    chosen = [c for c in CASES if not args.cases or any(part in c.name for part in args.cases)]
-    if not chosen:
-        parser.error(f"no case matches; there are: {', '.join(c.name for c in CASES)}")
-    rows = []
-    print(f"{'case':26}{'mode':12}{'fusedrnn ms':>12}{'torch ms':>12}{'ratio':>8}")
-    for case in chosen:
-        for mode in ("inference", "training"):
-            if args.mode not in (None, mode):
-                continue
-            times = measure(calls(case, mode == "training"), args.rounds)
-            ours, theirs = (statistics.median(times[k]) for k in ("fusedrnn", "torch"))
-            ratio = theirs / ours
-            print(f"{case.name:26}{mode:12}{ours:12.4f}{theirs:12.4f}{ratio:8.2f}", flush=True)
-            rows.append(
-                {
-                    **dataclasses.asdict(case),
-                    "mode": mode,
-                    "peer": "torch",
-                    "ours_ms": ours,
-                    "peer_ms": theirs,
-                    "ratio": ratio,
-                }
-            )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="a stored run: no measuring")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="a stored run to be as good as")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.1, help="how far a ratio may drop (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    if args.report:
+        run = json.loads(args.report.read_text())
+        report.show(run["rows"])
+        output = args.report
+    else:
+        try:
+            chosen = cases.pick(args.cases)
+        except ValueError as error:
+            parser.error(str(error))
+        modes = [args.mode] if args.mode else measure.MODES
+        run = _measure(chosen, modes, args.device, args.peer, args.seconds)
+        is_whole = not (args.cases or args.mode or args.peer)
+        output = args.output or (RESULTS / f"{args.device}.json" if is_whole else None)
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(run, indent=1) + "\n")
+    report.summary(run["rows"])
+    if output:
+        report.pictures(run, output)
     if args.readme:
-        write_table(args.readme, rows)
-    if args.output:
-        header = {
-            "machine": platform.machine(),
-            "processor": _processor(),
-            "isa": _ops.cpu_isa(),
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
-            "fusedrnn": fusedrnn.__version__,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+        report.write_between(args.readme, "table", report.table(run))
+    if args.compare:
+        old = json.loads(args.compare.read_text())
+        worse = report.compare(old["rows"], run["rows"], args.tolerance)
+        print("\n".join(worse) or f"no case is worse than in {args.compare}")
+        return 1 if worse else 0
+    return 0
 
 
-def write_table(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Puts the rows between the page's table markers: a line for each case, both modes in it."""
-    by_case: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        by_case.setdefault(row["name"], {})[row["mode"]] = row
-    lines = [
-        "| case | inference: fusedrnn | torch | ratio | training: fusedrnn | torch | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, modes in by_case.items():
-        cells = []
-        for mode in ("inference", "training"):
-            row = modes.get(mode)
-            cells += (
-                [f"{row['ours_ms']:.3g}", f"{row['peer_ms']:.3g}", f"**{row['ratio']:.2f}**"]
-                if row
-                else ["", "", ""]
-            )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    text = page.read_text()
-    before, rest = text.split("<!-- table -->\n", 1)
-    _, after = rest.split("<!-- /table -->", 1)
-    table = "\n".join(lines)
-    page.write_text(f"{before}<!-- table -->\n{table}\n<!-- /table -->{after}")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _measure(
+    chosen: Sequence[cases.Case],
+    modes: Sequence[str],
+    device: str,
+    names: Sequence[str] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    present = []
+    for peer in peers.PEERS:
+        if peer.device == device and (not names or peer.name in names):
+            missing = peer.available()
+            if missing:
+                print(f"without {peer.name}: {missing}", file=sys.stderr)
+            else:
+                present.append(peer)
+    if not present:
+        raise SystemExit("no peer to compare with")
+    header = machine.header(device, present)
+    probe = limits.probe() if device == "cpu" else None
+    last = best = probe.measure() if probe else None
+    rows: list[dict[str, Any]] = []
+    report.heading()
+    for case in chosen:
+        for mode in modes:
+            supporting = [peer for peer in present if peer.supports(case, mode)]
+            found = measure.measure(case, mode, supporting, device, seconds)
+            if probe:
+                now = probe.measure()
+                # Of before and after, for a virtual machine's peaks change with its host's load.
+                for row in found:
+                    row["limit_ms"] = limits.limit_ms(case, mode, now.or_better(last or now))
+                last, best = now, now.or_better(best or now)
+            report.lines(found)
+            rows += found
+    header["peaks"] = best and dataclasses.asdict(best)
+    return {"header": header, "rows": rows}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

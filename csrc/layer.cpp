@@ -29,10 +29,11 @@ Tensor with_contiguous_features(const Tensor& t, at::ScalarType type) {
 
 Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h,
              const OptionalTensor& c, at::TensorList list, bool bidirectional,
-             const OptionalTensor& sizes, const OptionalTensor& row_lengths)
+             const OptionalTensor& sizes, const OptionalTensor& row_lengths, bool keep_type)
     : cell(cell_info), type(x.scalar_type()), D(bidirectional ? 2 : 1) {
   packed = sizes.has_value();
   compute_type = type == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType operand_type = keep_type ? type : compute_type;
   TORCH_CHECK(
       type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
       "fusedrnn::", cell.name, ": input must be float32, float64, bfloat16 or float16, got ", type);
@@ -106,19 +107,19 @@ Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h
       check_like(cell, "bias_hh", w[3], x, {cell.gates * H});
     }
     if (has_projection) check_like(cell, "weight_hr", w[per - 1], x, {P, H});
-    const auto ready = [&](const Tensor& t) { return in_type(t, compute_type).contiguous(); };
+    const auto ready = [&](const Tensor& t) { return in_type(t, operand_type).contiguous(); };
     weights.push_back({ready(w[0]), ready(w[1]), has_bias ? ready(w[2]) : Tensor(),
                        has_bias ? ready(w[3]) : Tensor(),
                        has_projection ? ready(w[per - 1]) : Tensor()});
   }
   if (h) check_like(cell, "h0", *h, x, {D, B, P});
   if (c) check_like(cell, "c0", *c, x, {D, B, H});
-  input = with_contiguous_features(x, compute_type);
+  input = with_contiguous_features(x, operand_type);
   if (h) h0 = with_contiguous_features(*h, compute_type);
   if (c) c0 = with_contiguous_features(*c, compute_type);
 }
 
-Tensor Layer::flat_input() const { return input.reshape({N, I}).contiguous(); }
+Tensor Layer::flat_input() const { return input.reshape({N, input.size(-1)}).contiguous(); }
 
 std::vector<int64_t> Layer::shape(int64_t features) const {
   return packed ? std::vector<int64_t>{N, features} : std::vector<int64_t>{T, B, features};

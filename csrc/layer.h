@@ -41,18 +41,19 @@ inline Tensor in_type(const Tensor& t, at::ScalarType type) {
   return t.scalar_type() == type ? t : t.to(type);
 }
 
-/// Weights of one direction in the type that the kernels compute in, contiguous; undefined where
+/// Weights of one direction in the type of the kernels' operands, contiguous; undefined where
 /// absent.
 struct DirectionWeights {
   Tensor ih, hh, bias_ih, bias_hh, hr;
 };
 
-/// The arguments of an op, checked, in the type that the kernels compute in.
+/// The arguments of an op, checked, in the types that the kernels want.
 struct Layer {
-  /// Throws on anything that the contract in ops.cpp does not allow.
+  /// Throws on anything that the contract in ops.cpp does not allow. With keep_type, input and
+  /// weights stay in the type that they have; else they are converted to compute_type.
   Layer(const CellInfo& cell, const Tensor& input, const OptionalTensor& h0,
         const OptionalTensor& c0, at::TensorList weights, bool bidirectional,
-        const OptionalTensor& batch_sizes, const OptionalTensor& lengths);
+        const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool keep_type = false);
 
   CellInfo cell;
   at::ScalarType type, compute_type;  ///< of the tensors; float32 for the half types
@@ -66,7 +67,7 @@ struct Layer {
 
   int64_t weights_per_direction() const { return 2 + 2 * has_bias + has_projection; }
   at::TensorOptions options() const { return input.options(); }
-  /// The input as [N, I], contiguous.
+  /// The input as [N, its features], contiguous.
   Tensor flat_input() const;
   /// The shape of a tensor of `features` for each position: [T, B, features] or [N, features].
   std::vector<int64_t> shape(int64_t features) const;

@@ -11,6 +11,8 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 #include "ops.h"
 
 namespace fusedrnn {
@@ -88,6 +90,37 @@ Result call(bool has_c, const Tensor& input, const States& states, at::TensorLis
   return result;
 }
 
+/// Lets other Python threads run meanwhile, if the call is long enough for that to be worth it.
+class WithoutGil {
+ public:
+  WithoutGil(const Tensor& input, at::TensorList weights) {
+    const int64_t rows = input.numel() / std::max<int64_t>(input.size(-1), 1);
+    if (rows * weights[0].numel() > 1 << 16) state_ = PyEval_SaveThread();
+  }
+  ~WithoutGil() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  WithoutGil(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_ = nullptr;
+};
+
+/// For calls that need no gradient: the ops without their Autograd kernels.
+class BelowAutograd {
+ public:
+  BelowAutograd(const Tensor& input, const States& states, at::TensorList weights) {
+    const auto needs = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+    const bool any = input.requires_grad() || needs(states.h) || needs(states.c) ||
+                     std::any_of(weights.begin(), weights.end(),
+                                 [](const Tensor& t) { return t.requires_grad(); });
+    if (!any || !at::GradMode::is_enabled()) guard_.emplace();
+  }
+
+ private:
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
+};
+
 /// layers(attributes, has_c, input, hx): what FusedLSTM's or FusedGRU's forward returns, or None.
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   FUSEDRNN_NAME(_parameters);
@@ -127,7 +160,8 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   Result result;
   {
-    pybind11::gil_scoped_release no_gil;
+    const WithoutGil no_gil(*input, weights);
+    const BelowAutograd below(*input, states, weights);
     Tensor x = first ? input->transpose(0, 1) : *input;
     if (L == 1) {
       result = call(has_c, x, states, weights, both);
@@ -183,7 +217,8 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   Result result;
   {
-    pybind11::gil_scoped_release no_gil;
+    const WithoutGil no_gil(*input, weights);
+    const BelowAutograd below(*input, states, weights);
     const auto one_step = [](const OptionalTensor& t) {
       return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt;
     };

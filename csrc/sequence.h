@@ -9,6 +9,14 @@
 
 namespace fusedrnn {
 
+/// bfloat16 as it is stored: the upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// T is the type that a kernel computes in, S the type of the operands of its products: weights,
+// input and output. They differ for bfloat16 where the machine multiplies it (S) into float32 (T).
+
 /// One direction of one layer over some rows of the batch.
 ///
 /// Rows come longest sequence first, so those that take part in a step are the first active[t].
@@ -26,23 +34,23 @@ struct Sequence {
 };
 
 /// Weights of one direction, row-major and contiguous as in torch.nn.LSTM; null where absent.
-template <class T>
+template <class S>
 struct Weights {
-  const T* ih = nullptr;       ///< [G*H, I]
-  const T* hh = nullptr;       ///< [G*H, P]
-  const T* bias_ih = nullptr;  ///< [G*H]
-  const T* bias_hh = nullptr;  ///< [G*H]
-  const T* hr = nullptr;       ///< [P, H] the projection
+  const S* ih = nullptr;       ///< [G*H, I]
+  const S* hh = nullptr;       ///< [G*H, P]
+  const S* bias_ih = nullptr;  ///< [G*H]
+  const S* bias_hh = nullptr;  ///< [G*H]
+  const S* hr = nullptr;       ///< [P, H] the projection
 };
 
-template <class T>
+template <class T, class S = T>
 struct Forward : Sequence<T> {
-  Weights<T> weights;
+  Weights<S> weights;
   const T* panels = nullptr;             ///< pack_forward's; null: read `weights` as they are
   const T* projection_panels = nullptr;  ///< pack_product's, of weights.hr transposed
 
-  /// Either the input, whose features are contiguous, ...
-  const T* x = nullptr;
+  /// Either the input, whose features are contiguous (and even in number for bfloat16), ...
+  const S* x = nullptr;
   const int64_t* x_offset = nullptr;  ///< [steps] elements from x to batch row 0 of the step
   int64_t x_row_stride = 0;
   /// ... or, when not null, the product weight_ih x: [N, G*H].
@@ -53,7 +61,7 @@ struct Forward : Sequence<T> {
   const T* c0 = nullptr;  ///< [B, H], null: zeros
   int64_t h0_stride = 0, c0_stride = 0;
 
-  T* y = nullptr;  ///< [N, P] with rows y_stride apart
+  S* y = nullptr;  ///< [N, P] with rows y_stride apart
   int64_t y_stride = 0;
   T* h_n = nullptr;    ///< [B, P]
   T* c_n = nullptr;    ///< [B, H], LSTM only

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fusedrnn import _reference
 
+_ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels in use: baseline, avx2 or avx512."""
+    """The instruction set of the CPU kernels in use: baseline, avx2, avx512 or avx512bf16."""
     return str(torch.ops.fusedrnn._cpu_isa())
 
 
@@ -48,9 +49,9 @@ def _load() -> None:
     except ImportError as error:
         raise ImportError(f"fusedrnn's kernels could not be loaded ({error}): {mend}") from error
     isa = os.environ.get("FUSEDRNN_CPU_ISA", "")
-    if isa not in ("", "baseline", "avx2", "avx512"):
+    if isa not in ("", *_ISAS):
         warnings.warn(
-            f"FUSEDRNN_CPU_ISA={isa} is none of baseline, avx2, avx512: using {cpu_isa()}",
+            f"FUSEDRNN_CPU_ISA={isa} is none of {', '.join(_ISAS)}: using {cpu_isa()}",
             stacklevel=2,
         )
 

@@ -131,7 +131,7 @@ def test_memory_is_flat() -> None:
 
 
 def available() -> list[str]:
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "avx512bf16"]
     return order[: order.index(_ops.cpu_isa()) + 1]
 
 

@@ -46,17 +46,17 @@ FUSEDRNN_INLINE const T* row_of(const T* base, int64_t row, int64_t stride) {
 }
 
 /// What a forward run keeps of its rows between steps, in its workspace.
-template <class T>
+template <class S, class T = SumOf<S>>
 struct ForwardState {
-  explicit ForwardState(const Forward<T>& s)
+  explicit ForwardState(const Forward<T, S>& s)
       : h_size(padded<T>(s.output_size)),
         state_size(padded<T>(s.hidden_size)),
-        h{s.workspace, s.workspace + s.rows * h_size},
-        state(h[1] + s.rows * h_size),
+        h{reinterpret_cast<S*>(s.workspace), reinterpret_cast<S*>(s.workspace + s.rows * h_size)},
+        state(s.workspace + 2 * s.rows * h_size),
         raw(s.projection_panels ? state + s.rows * state_size : nullptr) {}
 
   int64_t h_size, state_size;  ///< padded row lengths
-  T* h[2];   ///< [rows, h_size] outputs; step i reads h[i % 2] and writes the other
+  S* h[2];   ///< [rows, h_size] outputs; step i reads h[i % 2] and writes the other
   T* state;  ///< [rows, state_size]
   T* raw;    ///< [rows, state_size] output before the projection
 };
@@ -66,12 +66,12 @@ int64_t forward_workspace(const Sequence<T>& s) {
   return s.rows * 2 * (padded<T>(s.output_size) + padded<T>(s.hidden_size));
 }
 
-template <class Cell, int R, class T>
-FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m, int64_t i,
+template <class Cell, int R, class S, class T = SumOf<S>>
+FUSEDRNN_INLINE void forward_tile(const Forward<T, S>& s, const ForwardState<S>& m, int64_t i,
                                   int64_t t, int64_t block, int64_t first) {
   constexpr int L = kLanes<T>, G = Cell::kGates;
   const int64_t H = s.hidden_size, unit = block * L, units = H - unit < L ? H - unit : L;
-  const T* h[R];
+  const S* h[R];
   unroll<R>([&](auto r)
                 __attribute__((always_inline)) { h[r] = m.h[i % 2] + (first + r) * m.h_size; });
 
@@ -81,7 +81,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     Vec<T> bias[kSums];
     if (s.panels) {
       panel = s.panels +
-              block * forward_panel_size<Cell, T>(s.x_product ? 0 : s.input_size, s.output_size);
+              block * forward_panel_size<Cell, S>(s.x_product ? 0 : s.input_size, s.output_size);
       unroll<kSums>([&](auto c) __attribute__((always_inline)) { bias[c] = load(panel + c * L); });
       panel += kSums * L;
     } else {
@@ -90,7 +90,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[r][c] = bias[c]; });
     });
-    const T* x[R] = {};
+    const S* x[R] = {};
     if (s.x_product) {
       unroll<R>([&](auto r) __attribute__((always_inline)) {
         const T* at = s.x_product + (s.position[t] + s.row[first + r]) * s.x_product_stride + unit;
@@ -105,17 +105,18 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     }
     if (panel) {
       if (!s.x_product) {
-        accumulate_rows<InputColumns<Cell>, T, R>(sum, x, s.input_size, panel);
-        panel += s.input_size * G * L;
+        const int64_t lanes = lanes_of<S>(s.input_size);
+        accumulate_rows<InputColumns<Cell>, S, R>(sum, x, lanes, panel);
+        panel += lanes * G * L;
       }
-      accumulate_rows<HiddenColumns<Cell>, T, R>(sum, h, s.output_size, panel);
+      accumulate_rows<HiddenColumns<Cell>, S, R>(sum, h, lanes_of<S>(s.output_size), panel);
     } else if constexpr (R <= kUnpackedRows) {
       Lanes<T, R> lanes = {};
       if (!s.x_product) {
-        accumulate_unpacked<InputColumns<Cell>, T, R>(lanes, x, s.input_size, s.weights.ih, H, unit,
+        accumulate_unpacked<InputColumns<Cell>, S, R>(lanes, x, s.input_size, s.weights.ih, H, unit,
                                                       units);
       }
-      accumulate_unpacked<HiddenColumns<Cell>, T, R>(lanes, h, s.output_size, s.weights.hh, H, unit,
+      accumulate_unpacked<HiddenColumns<Cell>, S, R>(lanes, h, s.output_size, s.weights.hh, H, unit,
                                                      units);
       add_lanes<T, R>(sum, lanes);
     }
@@ -135,8 +136,8 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
     if (m.raw) {
       store(m.raw + j * m.state_size + unit, out);
     } else {
-      store(m.h[(i + 1) % 2] + j * m.h_size + unit, out);
-      store(s.y + position * s.y_stride + unit, out, units);
+      store_values(m.h[(i + 1) % 2] + j * m.h_size + unit, out, L);
+      store_values(s.y + position * s.y_stride + unit, out, units);
     }
     if (s.saved) {
       T* to = s.saved + position * Cell::kSaved * H + unit;
@@ -147,8 +148,8 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T>& s, const ForwardState<T>& m,
 }
 
 /// Writes the final states of rows [begin, end), of the units that these blocks own.
-template <class Cell, class T>
-FUSEDRNN_INLINE void finish_rows(const Forward<T>& s, const ForwardState<T>& m, const T* h,
+template <class Cell, class S, class T = SumOf<S>>
+FUSEDRNN_INLINE void finish_rows(const Forward<T, S>& s, const ForwardState<S>& m, const S* h,
                                  int64_t begin, int64_t end, int64_t block_begin,
                                  int64_t block_end) {
   constexpr int L = kLanes<T>;
@@ -156,51 +157,60 @@ FUSEDRNN_INLINE void finish_rows(const Forward<T>& s, const ForwardState<T>& m, 
   const int64_t units = (block_end * L < H ? block_end * L : H) - unit;
   const int64_t out = m.raw ? 0 : unit, outs = m.raw ? P : units;
   for (int64_t j = begin; j < end; ++j) {
-    copy_row(s.h_n + s.row[j] * P + out, h + j * m.h_size + out, outs, outs);
+    for (int64_t u = 0; u < outs; u += L) {
+      store(s.h_n + s.row[j] * P + out + u, load_values(h + j * m.h_size + out + u, outs - u),
+            outs - u);
+    }
     if constexpr (!Cell::kStateIsOutput) {
       copy_row(s.c_n + s.row[j] * H + unit, m.state + j * m.state_size + unit, units, units);
     }
   }
 }
 
-template <class Cell, class T>
-void forward_begin(const Forward<T>& s) {
-  const ForwardState<T> m(s);
+template <class Cell, class S, class T = SumOf<S>>
+void forward_begin(const Forward<T, S>& s) {
+  const ForwardState<S> m(s);
   for (int64_t j = 0; j < s.rows; ++j) {
     const T* h0 = row_of(s.h0, s.row[j], s.h0_stride);
-    copy_row(m.h[0] + j * m.h_size, h0, s.output_size, m.h_size);
-    copy_row(m.h[1] + j * m.h_size, h0, s.output_size, m.h_size);
+    for (int64_t u = 0; u < m.h_size; u += kLanes<T>) {
+      const int64_t left = s.output_size - u;
+      const Vec<T> h = h0 ? load(h0 + u, left) : Vec<T>{};
+      store_values(m.h[0] + j * m.h_size + u, h, kLanes<T>);
+      store_values(m.h[1] + j * m.h_size + u, h, kLanes<T>);
+    }
     copy_row(m.state + j * m.state_size,
              Cell::kStateIsOutput ? h0 : row_of(s.c0, s.row[j], s.c0_stride), s.hidden_size,
              m.state_size);
   }
   // Rows of length zero.
-  finish_rows<Cell>(s, m, m.h[0], s.active[0], s.rows, 0, blocks_of<T>(s.hidden_size));
+  finish_rows<Cell, S>(s, m, m.h[0], s.active[0], s.rows, 0, blocks_of<T>(s.hidden_size));
 }
 
 /// The i-th step of the run for the units of blocks [block_begin, block_end), all of them with a
 /// projection. Steps follow one another; the blocks of one step may run at the same time.
-template <class Cell, class T>
-void forward_step(const Forward<T>& s, int64_t i, int64_t block_begin, int64_t block_end) {
-  const ForwardState<T> m(s);
+template <class Cell, class S, class T = SumOf<S>>
+void forward_step(const Forward<T, S>& s, int64_t i, int64_t block_begin, int64_t block_end) {
+  const ForwardState<S> m(s);
   const int64_t P = s.output_size, t = s.reverse ? s.steps - 1 - i : i, rows = s.active[t];
   // To and fro, so that what the step before read last is still in the cache where not all fits.
   for (int64_t n = block_begin; n < block_end; ++n) {
     const int64_t block = i % 2 ? block_begin + block_end - 1 - n : n;
     for_tiles(rows, [&](auto R, int64_t first) __attribute__((always_inline)) {
-      forward_tile<Cell, R>(s, m, i, t, block, first);
+      forward_tile<Cell, R, S>(s, m, i, t, block, first);
     });
   }
-  T* h = m.h[(i + 1) % 2];
-  if (m.raw) {
-    multiply<T>(rows, s.hidden_size, P, s.projection_panels, 0, m.raw, m.state_size, h, m.h_size,
-                false);
-    for (int64_t j = 0; j < rows; ++j) {
-      copy_row(s.y + (s.position[t] + s.row[j]) * s.y_stride, h + j * m.h_size, P, P);
+  S* h = m.h[(i + 1) % 2];
+  if constexpr (std::is_same_v<S, T>) {  // the projection's operands would need rounding first
+    if (m.raw) {
+      multiply<T>(rows, s.hidden_size, P, s.projection_panels, 0, m.raw, m.state_size, h, m.h_size,
+                  false);
+      for (int64_t j = 0; j < rows; ++j) {
+        copy_row(s.y + (s.position[t] + s.row[j]) * s.y_stride, h + j * m.h_size, P, P);
+      }
     }
   }
   const int64_t next = step_after(s, t);
-  finish_rows<Cell>(s, m, h, next < 0 ? 0 : s.active[next], rows, block_begin, block_end);
+  finish_rows<Cell, S>(s, m, h, next < 0 ? 0 : s.active[next], rows, block_begin, block_end);
 }
 
 // ---- backward ---------------------------------------------------------------------------------
@@ -350,20 +360,30 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
 
 // ---- the table --------------------------------------------------------------------------------
 
-template <class Cell, class T>
-constexpr cpu::Kernel<T> kernel_of() {
+template <class Cell, class S, class T = SumOf<S>>
+constexpr cpu::Kernel<T, S> kernel_of() {
   static_assert(Cell::kSums == kSums);
-  return {forward_panel_size<Cell, T>, forward_workspace<T>,   backward_workspace<T>,
-          pack_forward<Cell, T>,       forward_begin<Cell, T>, forward_step<Cell, T>,
-          backward_begin<Cell, T>,     backward_step<Cell, T>};
+  cpu::Kernel<T, S> kernel{forward_panel_size<Cell, S>,
+                           forward_workspace<T>,
+                           backward_workspace<T>,
+                           pack_forward<Cell, S>,
+                           forward_begin<Cell, S>,
+                           forward_step<Cell, S>,
+                           nullptr,
+                           nullptr};
+  if constexpr (std::is_same_v<S, T>) {
+    kernel.backward_begin = backward_begin<Cell, T>;
+    kernel.backward_step = backward_step<Cell, T>;
+  }
+  return kernel;
 }
 
-template <class T>
-constexpr cpu::KernelsOf<T> kernels_of() {
-  return {{kLanes<T>, kSums * kLanes<T>, kRows, kUnpackedRows, pack_product<T>, multiply<T>,
-           multiply_transposed<T>},
-          kernel_of<Lstm, T>(),
-          kernel_of<Gru, T>()};
+template <class S, class T = SumOf<S>>
+constexpr cpu::KernelsOf<T, S> kernels_of() {
+  cpu::Common<T, S> common{kLanes<T>,       kSums * kLanes<T>, kRows,  kUnpackedRows,
+                           pack_product<S>, multiply<S>,       nullptr};
+  if constexpr (std::is_same_v<S, T>) common.multiply_transposed = multiply_transposed<T>;
+  return {common, kernel_of<Lstm, S>(), kernel_of<Gru, S>()};
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

@@ -14,7 +14,7 @@
 
 namespace fusedrnn::cpu {
 extern const KernelTable avx512_kernels{"avx512", avx512::kernels_of<float>(),
-                                        avx512::kernels_of<double>()};
+                                        avx512::kernels_of<double>(), nullptr};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

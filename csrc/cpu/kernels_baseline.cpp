@@ -7,5 +7,5 @@
 
 namespace fusedrnn::cpu {
 extern const KernelTable baseline_kernels{"baseline", baseline::kernels_of<float>(),
-                                          baseline::kernels_of<double>()};
+                                          baseline::kernels_of<double>(), nullptr};
 }

@@ -15,31 +15,38 @@
 namespace fusedrnn::cpu {
 namespace {
 
-template <class T>
-const T* const_data(const Tensor& t) {
-  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+// S is the type of the operands, T that of the sums (sequence.h).
+template <class S>
+using SumOf = std::conditional_t<std::is_same_v<S, BFloat16>, float, S>;
+
+template <class S>
+const S* const_data(const Tensor& t) {
+  return t.defined() ? static_cast<const S*>(t.const_data_ptr()) : nullptr;
 }
 
-template <class T>
-const KernelsOf<T>& table() {
-  if constexpr (std::is_same_v<T, float>) {
+template <class S>
+const KernelsOf<SumOf<S>, S>& table() {
+  if constexpr (std::is_same_v<S, float>) {
     return kernels().f32;
-  } else {
+  } else if constexpr (std::is_same_v<S, double>) {
     return kernels().f64;
+  } else {
+    return *kernels().bf16;
   }
 }
 
-template <class T>
-const Kernel<T>& kernel(const Layer& layer) {
-  return layer.cell.has_c ? table<T>().lstm : table<T>().gru;
+template <class S>
+const Kernel<SumOf<S>, S>& kernel(const Layer& layer) {
+  return layer.cell.has_c ? table<S>().lstm : table<S>().gru;
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// A new tensor on the CPU, without a call of the dispatcher.
-template <class T>
+template <class S>
 Tensor new_tensor(c10::IntArrayRef shape) {
-  return Tensor(at::detail::empty_cpu(shape, c10::CppTypeToScalarType<T>::value));
+  using Scalar = std::conditional_t<std::is_same_v<S, BFloat16>, at::BFloat16, S>;
+  return Tensor(at::detail::empty_cpu(shape, c10::CppTypeToScalarType<Scalar>::value));
 }
 
 /// Memory of torch's own allocator for the time of a call: `pieces` aligned ones.
@@ -86,13 +93,16 @@ void set_initial(Run& s, const Layer& layer, int64_t d) {
   }
 }
 
+/// An element's packing takes about the time of so many multiplications.
+constexpr int64_t kPackingWork = 8;
+
 /// Calls pack(i) for every panel, in parallel if there is much to pack.
 template <class F>
 void pack_all(int64_t panels, int64_t elements, const F& pack) {
-  if (elements < kSharedWork / 8) {
+  if (elements < kSharedWork / kPackingWork) {
     for (int64_t i = 0; i < panels; ++i) pack(i);
   } else {
-    in_parallel(panels, pack);
+    in_parallel(panels, kPackingWork * elements, pack);
   }
 }
 
@@ -127,7 +137,7 @@ template <class T, class F>
 void in_row_parts(int64_t rows, int64_t work, const F& product) {
   const int64_t most = work < kSharedWork ? 1 : threads();
   const int64_t parts = std::clamp<int64_t>(rows / table<T>().common.tile_rows, 1, most);
-  in_parallel(parts,
+  in_parallel(parts, work,
               [&](int64_t part) { product(rows * part / parts, rows * (part + 1) / parts); });
 }
 
@@ -151,14 +161,14 @@ void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, int
 
 /// out = a b with b [depth, columns] given by its transpose [columns, depth], contiguous: a block
 /// of columns at a time, packed and used while it is in the cache.
-template <class T>
-void multiply_by_transpose(int64_t rows, int64_t depth, int64_t columns, const T* b, const T* a,
+template <class S, class T = SumOf<S>>
+void multiply_by_transpose(int64_t rows, int64_t depth, int64_t columns, const S* b, const S* a,
                            int64_t a_stride, T* out, int64_t out_stride) {
-  const Common<T>& common = table<T>().common;
+  const Common<T, S>& common = table<S>().common;
   const int64_t width = common.block_columns, blocks = divide_up(columns, width);
-  const int64_t most = rows * depth * columns < kSharedWork ? 1 : threads();
+  const int64_t work = rows * depth * columns, most = work < kSharedWork ? 1 : threads();
   const int64_t parts = std::min(blocks, most);
-  in_parallel(parts, [&](int64_t part) {
+  in_parallel(parts, work, [&](int64_t part) {
     const Scratch<T> panel(depth * width);
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
       const int64_t first = block * width, left = std::min(width, columns - first);
@@ -196,18 +206,19 @@ struct Output {
   Tensor y, h_n, c_n, saved;
 };
 
-template <class T>
+template <class S>
 Output forward(const Layer& layer, bool save) {
+  using T = SumOf<S>;
   const int64_t D = layer.D, G = layer.cell.gates, H = layer.H, P = layer.P;
   Output out;
-  out.y = new_tensor<T>(layer.shape(D * P));
+  out.y = new_tensor<S>(layer.shape(D * P));
   if (layer.lengths.defined()) out.y.zero_();
   out.h_n = new_tensor<T>({D, layer.B, P});
   if (layer.cell.has_c) out.c_n = new_tensor<T>({D, layer.B, H});
   out.saved = save ? new_tensor<T>({D, layer.N, layer.cell.saved, H}) : new_tensor<T>({0});
 
-  const Common<T>& common = table<T>().common;
-  const Kernel<T>& k = kernel<T>(layer);
+  const Common<T, S>& common = table<S>().common;
+  const Kernel<T, S>& k = kernel<S>(layer);
   const int64_t blocks = divide_up(H, common.lanes);
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
@@ -220,10 +231,10 @@ Output forward(const Layer& layer, bool save) {
   // fill a tile.
   const bool projects_input = layer.T > 4 && layer.B < common.tile_rows;
 
-  c10::SmallVector<Weights<T>, 2> weights;
+  c10::SmallVector<Weights<S>, 2> weights;
   for (const DirectionWeights& w : layer.weights) {
-    weights.push_back({projects_input ? nullptr : const_data<T>(w.ih), const_data<T>(w.hh),
-                       const_data<T>(w.bias_ih), const_data<T>(w.bias_hh), const_data<T>(w.hr)});
+    weights.push_back({projects_input ? nullptr : const_data<S>(w.ih), const_data<S>(w.hh),
+                       const_data<S>(w.bias_ih), const_data<S>(w.bias_hh), const_data<S>(w.hr)});
   }
   Scratch<T> x_product;
   const int64_t x_product_stride = divide_up(G * H, common.lanes) * common.lanes;
@@ -231,8 +242,8 @@ Output forward(const Layer& layer, bool save) {
     const Tensor x = layer.flat_input();
     x_product = Scratch<T>(D, layer.N * x_product_stride);
     for (int64_t d = 0; d < D; ++d) {
-      multiply_by_transpose<T>(layer.N, layer.I, G * H, layer.weights[d].ih.const_data_ptr<T>(),
-                               x.const_data_ptr<T>(), layer.I, x_product[d], x_product_stride);
+      multiply_by_transpose<S>(layer.N, layer.I, G * H, const_data<S>(layer.weights[d].ih),
+                               const_data<S>(x), x.size(1), x_product[d], x_product_stride);
     }
   }
   Scratch<T> panels, projection_panels;
@@ -246,15 +257,17 @@ Output forward(const Layer& layer, bool save) {
       pack(i / blocks, i % blocks, panels[i / blocks] + i % blocks * panel);
     });
   }
-  if (layer.has_projection) {
-    projection_panels = pack_products<T>(layer, &DirectionWeights::hr, H, P, 1, H);
+  if constexpr (std::is_same_v<S, T>) {
+    if (layer.has_projection) {
+      projection_panels = pack_products<T>(layer, &DirectionWeights::hr, H, P, 1, H);
+    }
   }
 
   Indices x_offset(size_t(layer.T), 0);
   for (int64_t t = 0; t < layer.T; ++t) {
     x_offset[t] = (layer.packed ? plan.position[t] : t) * layer.input.stride(0);
   }
-  c10::SmallVector<Forward<T>, 4> runs(shares.runs.size());
+  c10::SmallVector<Forward<T, S>, 4> runs(shares.runs.size());
   int64_t workspace_size = 0;
   for (size_t r = 0; r < runs.size(); ++r) {
     const int64_t d = shares.runs[r].direction;
@@ -262,19 +275,19 @@ Output forward(const Layer& layer, bool save) {
     const auto part = [d](const Tensor& t) {
       return t.defined() ? t.data_ptr<T>() + d * t.stride(0) : nullptr;
     };
-    Forward<T>& s = runs[r];
+    Forward<T, S>& s = runs[r];
     set_sequence(s, layer, plan, shares.runs[r]);
     workspace_size = std::max(workspace_size, k.forward_workspace(s));
     s.weights = weights[d];
     s.panels = piece(panels);
     s.projection_panels = piece(projection_panels);
-    s.x = layer.input.const_data_ptr<T>();
+    s.x = const_data<S>(layer.input);
     s.x_offset = x_offset.data();
     s.x_row_stride = layer.input.stride(layer.packed ? 0 : 1);
     s.x_product = piece(x_product);
     s.x_product_stride = x_product_stride;
     set_initial(s, layer, d);
-    s.y = out.y.data_ptr<T>() + d * P;
+    s.y = static_cast<S*>(out.y.mutable_data_ptr()) + d * P;
     s.y_stride = D * P;
     s.h_n = part(out.h_n);
     s.c_n = part(out.c_n);
@@ -290,7 +303,7 @@ Output forward(const Layer& layer, bool save) {
     const Scratch<T> one(panel);  // each block's panel is packed and used while it is in the cache
     for (int64_t block = begin; block < end; ++block) {
       pack(shares.runs[r].direction, block, one[0]);
-      Forward<T> run = runs[r];
+      Forward<T, S> run = runs[r];
       run.panels = one[0] - block * panel;
       k.forward_step(run, i, block, block + 1);
     }
@@ -386,9 +399,28 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   return out;
 }
 
-Output forward_any(const Layer& layer, bool save) {
-  Output out = layer.compute_type == at::kDouble ? forward<double>(layer, save)
-                                                 : forward<float>(layer, save);
+/// Whether the machine multiplies bfloat16 and this call can use it: a projection has one more
+/// rounding, whose place the kernel does not have.
+bool multiplies_bfloat16(const Tensor& input, at::TensorList weights, bool bidirectional) {
+  return input.scalar_type() == at::kBFloat16 && kernels().bf16 &&
+         weights.size() / (bidirectional ? 2 : 1) % 2 == 0;
+}
+
+/// One more feature, zero, where their number is odd: the kernels take bfloat16 in pairs.
+void make_features_even(Layer& layer) {
+  if (layer.I % 2 == 0) return;
+  std::vector<int64_t> shape = layer.input.sizes().vec();
+  ++shape.back();
+  const Tensor padded = at::zeros(shape, layer.options());
+  padded.narrow(-1, 0, layer.I).copy_(layer.input);
+  layer.input = padded;
+}
+
+Output forward_any(Layer& layer, bool save) {
+  if (layer.input.scalar_type() == at::kBFloat16) make_features_even(layer);
+  Output out = layer.input.scalar_type() == at::kBFloat16 ? forward<BFloat16>(layer, save)
+               : layer.compute_type == at::kDouble        ? forward<double>(layer, save)
+                                                          : forward<float>(layer, save);
   for (Tensor* t : {&out.y, &out.h_n, &out.c_n}) {
     if (t->defined()) *t = in_type(*t, layer.type);
   }
@@ -408,8 +440,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& input, const Optio
                                                 bool bidirectional,
                                                 const OptionalTensor& batch_sizes,
                                                 const OptionalTensor& lengths, bool save) {
-  const Layer layer(CellInfo::of<host::Lstm>("lstm"), input, h0, c0, weights, bidirectional,
-                    batch_sizes, lengths);
+  Layer layer(CellInfo::of<host::Lstm>("lstm"), input, h0, c0, weights, bidirectional, batch_sizes,
+              lengths, multiplies_bfloat16(input, weights, bidirectional));
   Output out = forward_any(layer, save);
   return {out.y, out.h_n, out.c_n, out.saved};
 }
@@ -431,8 +463,8 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor
                                        at::TensorList weights, bool bidirectional,
                                        const OptionalTensor& batch_sizes,
                                        const OptionalTensor& lengths, bool save) {
-  const Layer layer(CellInfo::of<host::Gru>("gru"), input, h0, std::nullopt, weights, bidirectional,
-                    batch_sizes, lengths);
+  Layer layer(CellInfo::of<host::Gru>("gru"), input, h0, std::nullopt, weights, bidirectional,
+              batch_sizes, lengths, multiplies_bfloat16(input, weights, bidirectional));
   Output out = forward_any(layer, save);
   return {out.y, out.h_n, out.saved};
 }

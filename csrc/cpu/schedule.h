@@ -6,6 +6,8 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <vector>
 
 #include "../layer.h"
@@ -58,11 +60,71 @@ inline int64_t threads() {
 #endif
 }
 
-/// Calls task(0), ..., task(count - 1) on torch's threads.
+/// Whether the calling thread's short calls are shared at all. Torch's threads wait for each other
+/// at the end of what they share. Where another program holds a processor, or two of the threads
+/// were put on one, that takes milliseconds; and a thread that sleeps wakes too late for a short
+/// call. After a call that such a thread did not help, calls are done alone for a while: a
+/// millisecond, then two, and so on up to a limit.
+class Sharing {
+  using Clock = std::chrono::steady_clock;
+
+ public:
+  /// Whether to share this call, of that many multiplications.
+  static bool is_worth(int64_t work) {
+    return work >= kLong || state().pause.count() == 0 || Clock::now() >= state().until;
+  }
+
+  /// Calls task(worker) on each of torch's threads. The caller is worker 0.
+  template <class F>
+  static void run(int64_t workers, const F& task) {
+    std::atomic<int64_t> came{0};
+    bool all_came = true;
+    const auto start = Clock::now();
+    auto done = start;
+    at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      ++came;
+      for (int64_t worker = begin; worker < end; ++worker) task(worker);
+      if (begin == 0) {
+        all_came = came == workers;
+        done = Clock::now();
+      }
+    });
+    const auto waited = Clock::now() - done;
+    note(all_came && (waited < kStall || waited < done - start));
+  }
+
+ private:
+  static constexpr int64_t kLong = 1 << 27;  // about a millisecond: worth waiting for help
+  static constexpr Clock::duration kStall = std::chrono::microseconds(100);
+  static constexpr Clock::duration kPause = std::chrono::milliseconds(1),
+                                   kLongestPause = 256 * kPause;
+  struct State {
+    Clock::duration pause{0};
+    Clock::time_point until;
+  };
+  static State& state() {
+    static thread_local State s;
+    return s;
+  }
+  static void note(bool helped) {
+    State& s = state();
+    s.pause = helped ? Clock::duration(0) : std::clamp(2 * s.pause, kPause, kLongestPause);
+    if (!helped) s.until = Clock::now() + s.pause;
+  }
+};
+
+/// Calls task(0), ..., task(count - 1), of `work` multiplications in all, on torch's threads, each
+/// of which takes the next that is left.
 template <class F>
-void in_parallel(int64_t count, const F& task) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i);
+void in_parallel(int64_t count, int64_t work, const F& task) {
+  const int64_t workers = std::min(count, threads());
+  if (workers <= 1 || !Sharing::is_worth(work) || at::in_parallel_region()) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  Sharing::run(workers, [&](int64_t) {
+    for (int64_t i; (i = next++) < count;) task(i);
   });
 }
 
@@ -80,11 +142,13 @@ struct Shares {
   };
   c10::SmallVector<Run, 4> runs;
   int64_t members = 1;  ///< of each run
+  int64_t work;         ///< multiplications of a pass over all steps
 
   Shares(const Layer& layer, const Plan& plan, int64_t tile_rows, int64_t blocks) {
     const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
     int64_t threads = 1, rows = 1;
-    if (step * layer.T * layer.D >= kSharedWork && !at::in_parallel_region()) {
+    work = step * layer.T * layer.D;
+    if (work >= kSharedWork && !at::in_parallel_region()) {
       threads = std::max<int64_t>(cpu::threads() / layer.D, 1);
     }
     // Few rows leave a tile's weights too little used: then all threads run all rows, each with
@@ -111,16 +175,16 @@ struct Shares {
   /// Runs every step of every run: step(run, i, block_begin, block_end).
   template <class F>
   void execute(int64_t steps, int64_t blocks, const F& step) const {
-    if (members == 1) {
-      return in_parallel(int64_t(runs.size()), [&](int64_t r) {
+    if (members == 1 || !Sharing::is_worth(work)) {
+      return in_parallel(int64_t(runs.size()), work, [&](int64_t r) {
         for (int64_t i = 0; i < steps; ++i) step(r, i, 0, blocks);
       });
     }
-    std::vector<Team> teams;
+    c10::SmallVector<Team, 2> teams;
     for (size_t r = 0; r < runs.size(); ++r) teams.emplace_back(members);
-    in_parallel(int64_t(runs.size()) * members, [&](int64_t item) {
-      const int64_t r = item / members;
-      teams[r].run(item % members, steps, [&](int64_t i, int64_t part) {
+    Sharing::run(int64_t(runs.size()) * members, [&](int64_t worker) {
+      const int64_t r = worker / members;
+      teams[size_t(r)].run(worker % members, steps, [&](int64_t i, int64_t part) {
         step(r, i, blocks * part / members, blocks * (part + 1) / members);
       });
     });

@@ -23,6 +23,10 @@ inline constexpr int kRows = 2;
 inline constexpr int kUnpackedRows = kRows < 4 ? kRows : 4;  // of a tile of unpacked weights
 inline constexpr int kSums = 4;  ///< of every cell; also the vectors in a block of product panels
 
+/// Chains of additions that hide their latency; those of bfloat16 take longer.
+template <class S>
+inline constexpr int kChains = kPerLane<S> > 1 ? 16 : 8;
+
 FUSEDRNN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class T>
 FUSEDRNN_INLINE int64_t padded(int64_t n) {
@@ -68,8 +72,9 @@ struct Columns {
 template <class T, int R>
 using Tile = Vec<T>[R][kSums];
 
-/// sum[r][at(c)] += a(r, k) * panel[k][c] for k in [0, size), panel's rows `stride` apart.
-template <class To, class T, int R, class A>
+/// sum[r][at(c)] += a(r, k) * panel[k][c] for the lanes k in [0, size), panel's rows `stride`
+/// apart.
+template <class To, class S, int R, class A, class T = SumOf<S>>
 FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* panel,
                                 int64_t stride = To::count * kLanes<T>) {
   constexpr int C = To::count;
@@ -79,42 +84,48 @@ FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* p
       w[c] = load(panel + k * stride + c * kLanes<T>);
     });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
-      const Vec<T> value = broadcast<Vec<T>>(a(r, k));
+      const Vec<T> value = broadcast_operand(a(r, k));
       unroll<C>([&](auto c) __attribute__((always_inline)) {
-        into[r][To::at(decltype(c)::value)] += value * w[c];
+        multiply_add<S>(into[r][To::at(decltype(c)::value)], value, w[c]);
       });
     });
   };
   int64_t k = 0;
-  if constexpr (R == 1) {  // four chains of additions can't hide their latency; eight do
-    Tile<T, R> odd = {};
-    for (; k + 2 <= size; k += 2) {
+  // A few chains of additions can't hide their latency.
+  constexpr int kCopies = kChains<S> / (R * kSums);
+  if constexpr (kCopies > 1) {
+    Tile<T, R> copy[kCopies - 1] = {};
+    for (; k + kCopies <= size; k += kCopies) {
       step(sum, k);
-      step(odd, k + 1);
+      unroll<kCopies - 1>([&](auto i) __attribute__((always_inline)) { step(copy[i], k + i + 1); });
     }
-    unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[0][c] += odd[0][c]; });
+    unroll<kCopies - 1>([&](auto i) __attribute__((always_inline)) {
+      unroll<R>([&](auto r) __attribute__((always_inline)) {
+        unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[r][c] += copy[i][r][c]; });
+      });
+    });
   }
   for (; k < size; ++k) step(sum, k);
 }
 
-template <class To, class T, int R>
-FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const T* const (&a)[R], int64_t size,
+template <class To, class S, int R, class T = SumOf<S>>
+FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const S* const (&a)[R], int64_t size,
                                      const T* panel, int64_t stride = To::count * kLanes<T>) {
-  accumulate<To, T, R>(
-      sum, [&](auto r, int64_t k) __attribute__((always_inline)) { return a[r][k]; }, size, panel,
-      stride);
+  accumulate<To, S, R>(
+      sum, [&](auto r, int64_t k) __attribute__((always_inline)) { return a[r] + k * kPerLane<S>; },
+      size, panel, stride);
 }
 
 /// into[r][u] += the products, lane by lane, of row u of w [units, size] with a[r]; their lanes are
 /// still to be summed. Reads w along its rows, unpacked, four rows at a time: more streams than
 /// that, whole pages apart, get in each other's way in the caches.
-template <class T, int R>
-FUSEDRNN_INLINE void multiply_lanes(Vec<T>* const (&into)[R], const T* w, int64_t units,
-                                    int64_t size, const T* const (&a)[R]) {
-  constexpr int L = kLanes<T>, kStreams = L < 4 ? L : 4;
+template <class S, int R, class T = SumOf<S>>
+FUSEDRNN_INLINE void multiply_lanes(Vec<T>* const (&into)[R], const S* w, int64_t units,
+                                    int64_t size, const S* const (&a)[R]) {
+  constexpr int L = kLanes<T>, kStreams = L < 4 ? L : 4, kWidth = L * kPerLane<S>;
   constexpr int kUnrolled = R == 1 ? 4 : R == 2 ? 2 : 1;  // enough chains of additions
   for (int first = 0; first < L && first < units; first += kStreams) {
-    const T* row[kStreams];
+    const S* row[kStreams];
     unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
       row[i] = w + (first + i < units ? first + i : units - 1) * size;
     });
@@ -124,20 +135,23 @@ FUSEDRNN_INLINE void multiply_lanes(Vec<T>* const (&into)[R], const T* w, int64_
       unroll<R>([&](auto r) __attribute__((always_inline)) { value[r] = load_k(a[r] + k); });
       unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
         const Vec<T> weight = load_k(row[i] + k);
-        unroll<R>([&](auto r)
-                      __attribute__((always_inline)) { sum[u][r][i] += weight * value[r]; });
+        unroll<R>([&](auto r) __attribute__((always_inline)) {
+          multiply_add<S>(sum[u][r][i], weight, value[r]);
+        });
       });
     };
-    const auto load_all = [](const T* p) __attribute__((always_inline)) { return load(p); };
+    const auto load_all = [](const S* p)
+                              __attribute__((always_inline)) { return load_operands(p); };
     int64_t k = 0;
-    for (; k + kUnrolled * L <= size; k += kUnrolled * L) {
+    for (; k + kUnrolled * kWidth <= size; k += kUnrolled * kWidth) {
       unroll<kUnrolled>([&](auto u)
-                            __attribute__((always_inline)) { step(u, k + u * L, load_all); });
+                            __attribute__((always_inline)) { step(u, k + u * kWidth, load_all); });
     }
-    for (; k + L <= size; k += L) step(std::integral_constant<int, 0>{}, k, load_all);
+    for (; k + kWidth <= size; k += kWidth) step(std::integral_constant<int, 0>{}, k, load_all);
     if (k < size) {
       step(std::integral_constant<int, 0>{}, k,
-           [n = size - k](const T* p) __attribute__((always_inline)) { return load_first(p, n); });
+           [n = size - k](const S* p)
+               __attribute__((always_inline)) { return load_operands(p, n); });
     }
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<kStreams>([&](auto i) __attribute__((always_inline)) {
@@ -154,58 +168,67 @@ FUSEDRNN_INLINE void multiply_lanes(Vec<T>* const (&into)[R], const T* w, int64_
 template <class T, int R>
 using Lanes = Vec<T>[R][kSums][kLanes<T>];
 
-template <class To, class T, int R>
-FUSEDRNN_INLINE void accumulate_unpacked(Lanes<T, R>& lanes, const T* const (&a)[R], int64_t size,
-                                         const T* w, int64_t hidden_size, int64_t unit,
+template <class To, class S, int R, class T = SumOf<S>>
+FUSEDRNN_INLINE void accumulate_unpacked(Lanes<T, R>& lanes, const S* const (&a)[R], int64_t size,
+                                         const S* w, int64_t hidden_size, int64_t unit,
                                          int64_t units) {
   for (int g = 0; g < To::count; ++g) {
     Vec<T>* into[R];
     unroll<R>([&](auto r) __attribute__((always_inline)) { into[r] = lanes[r][To::at(g)]; });
-    multiply_lanes<T, R>(into, w + (g * hidden_size + unit) * size, units, size, a);
+    multiply_lanes<S, R>(into, w + (g * hidden_size + unit) * size, units, size, a);
   }
 }
 
 template <class T, int R>
 FUSEDRNN_INLINE void add_lanes(Tile<T, R>& sum, Lanes<T, R>& lanes) {
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < kSums; ++c) sum[r][c] += sum_lanes<T>(lanes[r][c]);
-  }
+  Vec<T> total[R][kSums];
+#pragma GCC unroll 1
+  for (int i = 0; i < R * kSums; ++i) (&total[0][0])[i] = sum_lanes<T>((&lanes[0][0])[i]);
+  // By constant indices: a tile that is indexed otherwise anywhere does not stay in registers.
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[r][c] += total[r][c]; });
+  });
 }
 
 // ---- packing ----------------------------------------------------------------------------------
 
-/// out[k * step + v] = w[v * stride + k] for k in [0, size) and all lanes v, zero from `units` on.
-template <class T>
-FUSEDRNN_INLINE void pack_rows(const T* w, int64_t units, int64_t stride, int64_t size, T* out,
+/// Lane k of row v of w goes to out[k * step + v], for the lanes of `size` elements and all lanes v
+/// of a vector, zero from `units` on. Rows are `stride` elements apart.
+template <class S, class T = SumOf<S>>
+FUSEDRNN_INLINE void pack_rows(const S* w, int64_t units, int64_t stride, int64_t size, T* out,
                                int64_t step) {
-  constexpr int L = kLanes<T>;
-  for (int64_t k = 0; k < size; k += L) {
-    const int64_t n = size - k < L ? size - k : L;
+  constexpr int L = kLanes<T>, kWidth = L * kPerLane<S>;
+  for (int64_t k = 0; k < size; k += kWidth) {
+    const int64_t n = size - k;
     Vec<T> square[L];
-    for (int v = 0; v < L; ++v) square[v] = v < units ? load(w + v * stride + k, n) : Vec<T>{};
+    for (int v = 0; v < L; ++v) {
+      square[v] = v < units ? load_operands(w + v * stride + k, n) : Vec<T>{};
+    }
     transpose<T>(square);
-    for (int64_t i = 0; i < n; ++i) store(out + (k + i) * step, square[i]);
+    T* to = out + k / kPerLane<S> * step;
+    for (int64_t i = 0; i < L && i < lanes_of<S>(n); ++i) store(to + i * step, square[i]);
   }
 }
 
-template <class Cell, class T>
+template <class Cell, class S>
 int64_t forward_panel_size(int64_t input_size, int64_t output_size) {
-  return (kSums + (input_size + output_size) * Cell::kGates) * kLanes<T>;
+  return (kSums + (lanes_of<S>(input_size) + lanes_of<S>(output_size)) * Cell::kGates) *
+         kLanes<SumOf<S>>;
 }
 
-template <class Cell, class T>
-FUSEDRNN_INLINE void bias_of(const Weights<T>& w, int64_t hidden_size, int64_t unit, int64_t units,
+template <class Cell, class S, class T = SumOf<S>>
+FUSEDRNN_INLINE void bias_of(const Weights<S>& w, int64_t hidden_size, int64_t unit, int64_t units,
                              Vec<T> (&bias)[kSums]) {
   unroll<kSums>([&](auto c) __attribute__((always_inline)) { bias[c] = Vec<T>{}; });
   unroll<Cell::kGates>([&](auto g) __attribute__((always_inline)) {
     const int64_t at = g * hidden_size + unit;
-    if (w.bias_ih) bias[Cell::input_sum[g]] += load(w.bias_ih + at, units);
-    if (w.bias_hh) bias[Cell::hidden_sum[g]] += load(w.bias_hh + at, units);
+    if (w.bias_ih) bias[Cell::input_sum[g]] += load_values(w.bias_ih + at, units);
+    if (w.bias_hh) bias[Cell::hidden_sum[g]] += load_values(w.bias_hh + at, units);
   });
 }
 
-template <class Cell, class T>
-void pack_forward(const Weights<T>& weights, int64_t input_size, int64_t hidden_size,
+template <class Cell, class S, class T = SumOf<S>>
+void pack_forward(const Weights<S>& weights, int64_t input_size, int64_t hidden_size,
                   int64_t output_size, int64_t block, T* panel) {
   constexpr int L = kLanes<T>, G = Cell::kGates;
   const int64_t unit = block * L, units = hidden_size - unit < L ? hidden_size - unit : L;
@@ -219,26 +242,26 @@ void pack_forward(const Weights<T>& weights, int64_t input_size, int64_t hidden_
       pack_rows(weights.ih + row * input_size, units, input_size, input_size, panel + g * L, G * L);
     }
     pack_rows(weights.hh + row * output_size, units, output_size, output_size,
-              panel + (weights.ih ? input_size : 0) * G * L + g * L, G * L);
+              panel + (weights.ih ? lanes_of<S>(input_size) : 0) * G * L + g * L, G * L);
   }
 }
 
-template <class T>
-void pack_product(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t depth,
+template <class S, class T = SumOf<S>>
+void pack_product(const S* matrix, int64_t row_stride, int64_t column_stride, int64_t depth,
                   int64_t columns, int64_t block, T* panels) {
   constexpr int L = kLanes<T>;
   const int64_t width = kSums * L, first = block * width;
-  T* panel = panels + depth * first;
+  T* panel = panels + lanes_of<S>(depth) * first;
   const int64_t left = padded<T>(columns - first), step = left < width ? left : width;
   for (int64_t c = 0; c < step; c += L) {
     const int64_t n = columns - first - c < L ? columns - first - c : L;
-    const T* from = matrix + (first + c) * column_stride;
-    if (column_stride == 1) {
-      for (int64_t k = 0; k < depth; ++k) {
-        store(panel + k * step + c, load(from + k * row_stride, n));
-      }
-    } else {
+    const S* from = matrix + (first + c) * column_stride;
+    if (kPerLane<S> > 1 || column_stride != 1) {
       pack_rows(from, n, column_stride, depth, panel + c, step);
+    } else {
+      for (int64_t k = 0; k < depth; ++k) {
+        store(panel + k * step + c, load_operands(from + k * row_stride, n));
+      }
     }
   }
 }
@@ -266,13 +289,14 @@ struct HiddenSegments {
 /// the panel blocks [block_begin, block_end). The depth of the product is that of the segments, of
 /// `length` elements each, the s-th at a(j) + at(s) * length. The matrix is packed in panels, or,
 /// with a matrix_stride, as it is: row-major, its columns whole vectors.
-template <class Segments, class T>
+template <class Segments, class S, class T = SumOf<S>>
 __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t columns,
                                        int64_t block_begin, int64_t block_end, const T* panels,
-                                       int64_t matrix_stride, Rows<const T> a, Rows<T> out,
+                                       int64_t matrix_stride, Rows<const S> a, Rows<T> out,
                                        bool add) {
+  static_assert(Segments::count == 1 || kPerLane<S> == 1);
   constexpr int L = kLanes<T>;
-  const int64_t depth = Segments::count * length;
+  const int64_t lanes = lanes_of<S>(length), depth = Segments::count * lanes;
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t first = block * kSums * L, left = columns - first;
     const T* panel = panels + (matrix_stride ? first : depth * first);
@@ -283,11 +307,11 @@ __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t col
       for_tiles(rows, [&](auto R, int64_t j) __attribute__((always_inline)) {
         Tile<T, R> sum = {};
         for (int s = 0; s < Segments::count; ++s) {
-          const T* row[R];
+          const S* row[R];
           unroll<R>([&](auto r) __attribute__((always_inline)) {
             row[r] = a(j + r) + Segments::at(s) * length;
           });
-          accumulate_rows<Columns<C>, T, R>(sum, row, length, panel + s * length * stride, stride);
+          accumulate_rows<Columns<C>, S, R>(sum, row, lanes, panel + s * lanes * stride, stride);
         }
         unroll<R>([&](auto r) __attribute__((always_inline)) {
           T* to = out(j + r) + first;
@@ -301,11 +325,11 @@ __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t col
   }
 }
 
-template <class T>
+template <class S, class T = SumOf<S>>
 void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, int64_t matrix_stride,
-              const T* a, int64_t a_stride, T* out, int64_t out_stride, bool add) {
+              const S* a, int64_t a_stride, T* out, int64_t out_stride, bool add) {
   constexpr int64_t width = kSums * kLanes<T>;
-  product<Columns<1>, T>(rows, depth, columns, 0, (columns + width - 1) / width, panels,
+  product<Columns<1>, S>(rows, depth, columns, 0, (columns + width - 1) / width, panels,
                          matrix_stride, {a, a_stride}, {out, out_stride}, add);
 }
 
@@ -336,7 +360,7 @@ void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* 
           accumulate<Columns<C>, T, R>(
               sum,
               [&](auto r, int64_t k)
-                  __attribute__((always_inline)) { return from[k * a_stride + r]; },
+                  __attribute__((always_inline)) { return from + k * a_stride + r; },
               size, panel);
           unroll<R>([&](auto r) __attribute__((always_inline)) {
             T* to = out + (row + r) * out_stride + first;

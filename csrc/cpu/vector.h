@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../math.h"
+#include "../sequence.h"
 #include "standard.h"
 
 // Vectors are passed between inlined functions only, where no calling convention matters.
@@ -79,6 +80,100 @@ template <class T>
 FUSEDRNN_INLINE void store(T* p, Vec<T> v, int64_t n) {
   n >= kLanes<T> ? store(p, v) : store_first(p, v, n);
 }
+
+// ---- operands of products -----------------------------------------------------------------------
+//
+// A product's operands come in lanes as wide as those of its sums: one float32 or float64, or a
+// pair of bfloat16 that follow one another in the depth of the product. Vectors of them are carried
+// as Vec<T> of the sums' type.
+
+template <class S>
+struct Operand {
+  using Sum = S;
+  static constexpr int kPerLane = 1;
+};
+#if defined(FUSEDRNN_BFLOAT16)
+template <>
+struct Operand<BFloat16> {
+  using Sum = float;
+  static constexpr int kPerLane = 2;
+};
+#endif
+template <class S>
+using SumOf = typename Operand<S>::Sum;
+template <class S>
+inline constexpr int kPerLane = Operand<S>::kPerLane;
+
+/// Lanes that `size` elements fill.
+template <class S>
+FUSEDRNN_INLINE int64_t lanes_of(int64_t size) {
+  return (size + kPerLane<S> - 1) / kPerLane<S>;
+}
+
+template <class S>
+FUSEDRNN_INLINE Vec<SumOf<S>> load_operands(const S* p) {
+  Vec<SumOf<S>> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+/// The first n elements, n up to a whole vector of them or more; the others read as zero.
+template <class S>
+FUSEDRNN_INLINE Vec<SumOf<S>> load_operands(const S* p, int64_t n) {
+  if constexpr (kPerLane<S> == 1) {
+    return load(p, n);
+  } else {
+#if defined(FUSEDRNN_BFLOAT16)
+    if (n >= 2 * kLanes<float>) return load_operands(p);
+    return bit_cast<Vec<float>>(_mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p));
+#endif
+  }
+}
+
+/// The lane at p, in all lanes.
+template <class S>
+FUSEDRNN_INLINE Vec<SumOf<S>> broadcast_operand(const S* p) {
+  SumOf<S> lane;
+  __builtin_memcpy(&lane, p, sizeof(lane));
+  return broadcast<Vec<SumOf<S>>>(lane);
+}
+
+/// sum += a * b, lane by lane.
+template <class S>
+FUSEDRNN_INLINE void multiply_add(Vec<SumOf<S>>& sum, Vec<SumOf<S>> a, Vec<SumOf<S>> b) {
+  if constexpr (kPerLane<S> == 1) {
+    sum += a * b;
+  } else {
+#if defined(FUSEDRNN_BFLOAT16)
+    sum = bit_cast<Vec<float>>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+#endif
+  }
+}
+
+/// The first n elements, or a whole vector of them, as values of the sums' type.
+FUSEDRNN_INLINE Vec<float> load_values(const float* p, int64_t n) { return load(p, n); }
+FUSEDRNN_INLINE Vec<double> load_values(const double* p, int64_t n) { return load(p, n); }
+FUSEDRNN_INLINE void store_values(float* p, Vec<float> v, int64_t n) { store(p, v, n); }
+FUSEDRNN_INLINE void store_values(double* p, Vec<double> v, int64_t n) { store(p, v, n); }
+#if defined(FUSEDRNN_BFLOAT16)
+FUSEDRNN_INLINE __mmask16 first_lanes(int64_t n) {
+  return n >= kLanes<float> ? __mmask16(-1) : __mmask16((1u << n) - 1);
+}
+FUSEDRNN_INLINE Vec<float> load_values(const BFloat16* p, int64_t n) {
+  const __mmask16 lanes = first_lanes(n);
+  const __m256i halves = _mm256_maskz_loadu_epi16(lanes, p);
+  using Bits = Value<Vec<float>>::bits;
+  return bit_cast<Vec<float>>(bit_cast<Bits>(_mm512_maskz_cvtepu16_epi32(lanes, halves)) << 16);
+}
+/// Rounded to the nearest.
+FUSEDRNN_INLINE void store_values(BFloat16* p, Vec<float> v, int64_t n) {
+  const __m256i halves = bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+  _mm256_mask_storeu_epi16(p, first_lanes(n), halves);
+}
+#endif
+
+// ---- shuffles -----------------------------------------------------------------------------------
 
 template <bool high, class V, int... i>
 FUSEDRNN_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {

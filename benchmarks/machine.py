@@ -1,0 +1,87 @@
+"""What a run was made with: the head of a stored run."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusedrnn
+from benchmarks.peers import Peer
+from fusedrnn import _ops
+
+
+def header(device: str, peers: Sequence[Peer]) -> dict[str, Any]:
+    """Machine and versions; warns if other processes are at work."""
+    others = Others()
+    time.sleep(0.3)
+    busy = others.cores()
+    if busy and busy > 0.2:
+        print(f"others use {busy:.1f} cores: the times will be of little worth", file=sys.stderr)
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "isa": _ops.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": str(torch.__version__),
+        "peers": {name: found for peer in peers for name, found in peer.versions().items()},
+        "fusedrnn": fusedrnn.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with -dirty if files differ from it; None outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+class Others:
+    """How many cores other processes use, from now on (Linux); None where that is unknown.
+
+    What a hypervisor takes away counts as theirs.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float] | None:
+        """Seconds of the clock, and of all cores' work that is not this process's."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+            user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields)
+            ticks = os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, AttributeError):
+            return None
+        worked = (user + nice + system + irq + softirq + steal) / ticks
+        return time.perf_counter(), worked - time.process_time()
+
+    def cores(self) -> float | None:
+        now = self._now()
+        if now is None or self._start is None or now[0] == self._start[0]:
+            return None
+        return (now[1] - self._start[1]) / (now[0] - self._start[0])

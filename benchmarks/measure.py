@@ -1,0 +1,185 @@
+"""Times and memory: candidates called in turn, in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.machine import Others
+from benchmarks.peers import Call, Fused, Peer, Torch, Unsupported, check
+
+# ONNX Runtime's and OpenMP's workers spin for a while after a call, on the cores that the next
+# candidate needs; so each candidate has them to itself for this long before it is timed.
+WARM_SECONDS = 0.06
+# More work of other processes than this, in cores, spoils a round: threads wait for each other. The
+# kernel's count of it is rough, by a tick for each core.
+BUSY_CORES = max(0.15, 0.05 * (os.cpu_count() or 1))
+# How many times as long a case may take to find calm rounds.
+PATIENCE = 3
+MODES = ("inference", "training")
+
+
+def in_turn(
+    calls: Mapping[str, Call],
+    seconds: float,
+    before: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Calls the candidates in turn, in rounds.
+
+    A round during which other processes work is made again, for as long as `PATIENCE` allows.
+
+    Args:
+        calls: the candidates.
+        seconds: about how long; at least 3 rounds are made, 5 where a round takes under 0.3 s.
+        before: called with a candidate's name before its turn.
+
+    Returns:
+        Milliseconds a call of each candidate, one figure, the median, for each round.
+    """
+    calm: list[dict[str, float]] = []
+    disturbed: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        while True:
+            others = Others()
+            times = {}
+            for name, call in calls.items():
+                before(name)
+                times[name] = statistics.median(_samples(call))
+            (disturbed if (others.cores() or 0) > BUSY_CORES else calm).append(times)
+            spent = time.perf_counter() - begin
+            each = spent / (len(calm) + len(disturbed))
+            least = 5 if each < 0.3 else 3
+            if len(calm) >= least and spent + each > seconds:
+                break
+            if len(calm) + len(disturbed) >= least and spent + each > PATIENCE * seconds:
+                calm += disturbed
+                break
+    finally:
+        gc.enable()
+    return {name: [times[name] for times in calm] for name in calls}
+
+
+def _samples(call: Call) -> list[float]:
+    clock = time.perf_counter
+    end = clock() + WARM_SECONDS
+    count = 0
+    while count == 0 or clock() < end:
+        call()
+        count += 1
+    samples = []
+    for _ in range(max(3, min(200, count))):
+        start = clock()
+        call()
+        samples.append(1e3 * (clock() - start))
+    return samples
+
+
+def spread(times: Sequence[float]) -> float:
+    """Interquartile range over median: how far the rounds differ."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def peak_memory(call: Call, device: str = "cpu") -> int | None:
+    """Bytes that a warm call needs at its peak, beyond those held before; None if unknown."""
+    if device == "cuda":
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # What the allocator keeps for the next call would not be counted as the call's.
+        ctypes.CDLL(None).malloc_trim(0)
+        # Writing 5 sets the peak, VmHWM, to what is resident now (proc_pid_clear_refs(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def _resident(key: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in status if ":" in line)
+    return 1024 * int(fields[key].split()[0])
+
+
+def _synchronized(call: Call) -> Call:
+    def wait() -> Any:
+        output = call()
+        torch.cuda.synchronize()
+        return output
+
+    return wait
+
+
+def measure(
+    case: Case,
+    mode: str,
+    peers: Sequence[Peer],
+    device: str,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """The rows of a case: one for each of the peers, which support it on the device.
+
+    What is known of its limit, limit_ms, is for the caller to fill in.
+
+    Raises:
+        AssertionError: a candidate's output is not nn.LSTM's.
+    """
+    calls: dict[str, Call] = {}
+    for peer in [Fused(device), *peers]:
+        try:
+            call = peer.prepare(case, mode)
+        except Unsupported as error:
+            print(f"{case.name} {mode}: no {peer.name}: {error}", file=sys.stderr)
+            continue
+        calls[peer.name] = _synchronized(call) if device == "cuda" else call
+    expected = Torch(device).prepare(case, "inference")()
+    for name, call in calls.items():
+        check(name, case, device, call(), expected)
+    memory = {
+        name: peak_memory(call, device)
+        for name, call in calls.items()
+        if name in ("fusedrnn", "torch", "cudnn")
+    }
+    times = in_turn(calls, seconds)
+    ours = times.pop("fusedrnn")
+    sizes = dataclasses.asdict(case)
+    del sizes["compiled"]
+    return [
+        {
+            **sizes,
+            "mode": mode,
+            "peer": name,
+            "ours_ms": statistics.median(ours),
+            "peer_ms": statistics.median(theirs),
+            # Of the same round, so that what slows a machine for a second slows both.
+            "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+            "limit_ms": None,
+            "ours_spread": spread(ours),
+            "peer_spread": spread(theirs),
+            "rounds": len(ours),
+            "ours_bytes": memory["fusedrnn"],
+            "peer_bytes": memory.get(name),
+        }
+        for name, theirs in times.items()
+    ]

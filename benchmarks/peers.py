@@ -1,0 +1,351 @@
+"""The candidates: fusedrnn and what it is compared with, each behind the same small interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fusedrnn
+from benchmarks import onnx_model
+from benchmarks.cases import Case
+
+Call = Callable[[], Any]
+
+# Largest difference from nn.LSTM, absolute and relative: rounding over the longest case. CUDA's
+# float32 is TF32 in cuDNN.
+_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+class Unsupported(Exception):  # noqa: N818
+    """A peer can't run a case after all; the message says why."""
+
+
+@dataclasses.dataclass
+class Problem:
+    """What all candidates of a case share: nn's module with its weights, and the input."""
+
+    module: nn.Module
+    x: Any  # Tensor or PackedSequence, as nn.LSTM takes it
+    states: tuple[Tensor, ...]  # of one step: h, and c; else empty
+    lengths: Tensor  # int64 [B]
+
+
+def problem(case: Case, device: str = "cpu") -> Problem:
+    """The problem of a case; the same numbers at each call."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    module = getattr(nn, case.cell)(case.I, case.H, **_options(case)).to(device, dtype)
+    shape = [case.B, case.I]
+    if not case.is_cell:
+        shape.insert(1 if case.batch_first else 0, case.T)
+    x: Any = torch.randn(shape, dtype=dtype, device=device)
+    states: tuple[Tensor, ...] = ()
+    if case.T == 1:
+        rows = () if case.is_cell else (case.layers * case.directions,)
+        kinds = 2 if case.gates == 4 else 1
+        states = tuple(
+            0.1 * torch.randn(*rows, case.B, case.H, dtype=dtype, device=device)
+            for _ in range(kinds)
+        )
+    lengths = torch.tensor(case.lengths)
+    if case.layout == "packed":
+        x = pack_padded_sequence(x, lengths, case.batch_first)
+    return Problem(module, x, states, lengths)
+
+
+def _options(case: Case) -> dict[str, Any]:
+    if case.is_cell:
+        return {}
+    options: dict[str, Any] = {"num_layers": case.layers, "bidirectional": case.bidirectional}
+    options["batch_first"] = case.batch_first
+    return options | ({"proj_size": case.proj_size} if case.proj_size else {})
+
+
+def _with_mode(module: nn.Module, forward: Call, mode: str) -> Call:
+    """A call of a torch module: without gradients, or with those of all weights."""
+
+    def inference() -> Any:
+        with torch.no_grad():
+            return forward()
+
+    def training() -> Any:
+        module.zero_grad()
+        y = forward()
+        (y.data if isinstance(y, PackedSequence) else y).sum().backward()
+        return y
+
+    return inference if mode == "inference" else training
+
+
+def _forward(module: Any, case: Case, given: Problem) -> Call:
+    """The call of nn's own module, or of one that stands in for it; gives the output alone."""
+    x, lengths = given.x, given.lengths
+    args: tuple[Any, ...] = ()
+    if given.states:
+        args = (given.states if len(given.states) == 2 else given.states[0],)
+    if case.layout == "lengths":
+
+        def packing() -> Any:
+            packed = pack_padded_sequence(x, lengths, case.batch_first, enforce_sorted=False)
+            return pad_packed_sequence(module(packed)[0], case.batch_first, total_length=case.T)[0]
+
+        return packing
+    if case.cell == "GRUCell":
+        return lambda: module(x, *args)
+    return lambda: module(x, *args)[0]
+
+
+class Peer:
+    """A candidate. A peer runs on `device`; results carry `name`."""
+
+    name: str
+    device = "cpu"
+    packages: tuple[str, ...] = ()
+
+    def available(self) -> str | None:
+        """Why the peer is absent from this machine; None if it is there."""
+        for package in self.packages:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                return f"{package}: {error}"
+        return None
+
+    def versions(self) -> dict[str, str]:
+        return {package: _version(package) for package in self.packages}
+
+    def supports(self, case: Case, mode: str) -> bool:
+        raise NotImplementedError
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        """A call of no arguments that gives the case's output: Tensor, PackedSequence, ndarray.
+
+        Raises:
+            Unsupported: the peer can't run the case.
+        """
+        raise NotImplementedError
+
+    def prepare_threads(self, case: Case, mode: str, count: int) -> list[Call]:
+        """Calls of one model for so many threads at once."""
+        return [self.prepare(case, mode)] * count
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Fused(Peer):
+    """fusedrnn itself."""
+
+    name = "fusedrnn"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return True
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        given = problem(case, self.device)
+        module: Any = getattr(fusedrnn, f"Fused{case.cell}")(case.I, case.H, **_options(case))
+        module.to(given.module.weight_ih_l0 if not case.is_cell else given.module.weight_ih)
+        module.load_state_dict(given.module.state_dict())
+        forward = _forward(module, case, given)
+        if case.layout == "lengths":
+            forward = lambda: module(given.x, lengths=given.lengths)[0]  # noqa: E731
+        return _with_mode(module, forward, mode)
+
+
+class Torch(Peer):
+    """torch.nn, the reference."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return True
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        given = problem(case, self.device)
+        return _with_mode(given.module, _forward(given.module, case, given), mode)
+
+
+class Compiled(Peer):
+    """torch.compile of torch.nn's module, with the default backend."""
+
+    name = "torch.compile"
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return case.compiled
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        dynamo: Any = importlib.import_module("torch._dynamo")
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        inductor.compile_threads = 1  # a pool of compilers would go on beside the timings
+        dynamo.reset()
+        given = problem(case, self.device)
+        # Without allow_rnn dynamo leaves nn.LSTM and nn.GRU as they are.
+        with dynamo.config.patch(allow_rnn=True):
+            forward = _forward(torch.compile(given.module), case, given)
+            call = _with_mode(given.module, forward, mode)
+            try:
+                call()
+            except Exception as error:
+                first = str(error).strip().splitlines() or [""]
+                raise Unsupported(f"{type(error).__name__}: {first[0]}") from error
+        return call
+
+
+class _Onnx(Peer):
+    """What the runtimes of ONNX models share: inference in float32, without a projection.
+
+    `lengths` is the operators' sequence_lens; they have no packed layout.
+    """
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return (
+            mode == "inference"
+            and case.dtype == "float32"
+            and case.layout != "packed"
+            and not case.proj_size
+        )
+
+    def _model(self, case: Case) -> tuple[bytes, dict[str, Any]]:
+        """The model and its inputs, as arrays."""
+        given = problem(case)
+        feed = {"x": given.x.numpy()}
+        for kind, state in zip("hc", given.states, strict=False):
+            layers = state.view(case.layers, case.directions, case.B, case.H)
+            feed |= {f"{kind}_{i}": layers[i].numpy() for i in range(case.layers)}
+        if case.layout == "lengths":
+            feed["lengths"] = given.lengths.int().numpy()
+        return onnx_model.build(given.module, case), feed
+
+
+class OnnxRuntime(_Onnx):
+    """ONNX Runtime's CPU provider, with bound inputs and outputs: 6 us less a call than run()."""
+
+    name = "onnxruntime"
+    packages = ("onnx", "onnxruntime")
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        return self.prepare_threads(case, mode, 1)[0]
+
+    def prepare_threads(self, case: Case, mode: str, count: int) -> list[Call]:
+        ort: Any = importlib.import_module("onnxruntime")
+        model, feed = self._model(case)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return [self._bound(ort, session, feed) for _ in range(count)]
+
+    def _bound(self, ort: Any, session: Any, feed: dict[str, Any]) -> Call:
+        bound = session.io_binding()
+        for name, array in feed.items():
+            bound.bind_cpu_input(name, array)
+        results = {}
+        for output in session.get_outputs():
+            results[output.name] = ort.OrtValue.ortvalue_from_shape_and_type(
+                output.shape, "float32"
+            )
+            bound.bind_ortvalue_output(output.name, results[output.name])
+        y = results["y"]
+
+        # Holds the inputs: the runtime reads them where they are.
+        def call(_: object = feed) -> Any:
+            session.run_with_iobinding(bound)
+            return y
+
+        return call
+
+
+class OpenVino(_Onnx):
+    """OpenVINO's CPU plugin in float32, for latency."""
+
+    name = "openvino"
+    packages = ("onnx", "openvino")
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        ov: Any = importlib.import_module("openvino")
+        model, feed = self._model(case)
+        core = ov.Core()
+        compiled = core.compile_model(
+            core.read_model(model),
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": "f32",
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                # Pinning would leave the calling thread, and so torch, on one core.
+                "ENABLE_CPU_PINNING": False,
+            },
+        )
+        request = compiled.create_infer_request()
+        for name, array in feed.items():
+            request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        y = request.get_tensor("y")
+
+        # Holds the inputs, as above.
+        def call(_: object = feed) -> Any:
+            request.infer()
+            return y.data
+
+        return call
+
+
+class CuDnn(Torch):
+    """torch.nn on a CUDA device, that is cuDNN."""
+
+    name = "cudnn"
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+
+    def available(self) -> str | None:
+        return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+    def versions(self) -> dict[str, str]:
+        cudnn: Any = torch.backends.cudnn
+        return {"cudnn": str(cudnn.version())}
+
+
+PEERS: tuple[Peer, ...] = (Torch(), Compiled(), OnnxRuntime(), OpenVino(), CuDnn())
+
+
+def values(output: Any) -> Tensor:
+    """An output as a float64 tensor on the CPU: [T, B, D*P], or [sum of lengths, D*P] packed."""
+    if isinstance(output, PackedSequence):
+        output = output.data
+    if not isinstance(output, Tensor):
+        output = torch.from_numpy(output.numpy() if hasattr(output, "numpy") else output.copy())
+    assert isinstance(output, Tensor)
+    return output.detach().cpu().double()
+
+
+def check(peer: str, case: Case, device: str, output: Any, expected: Any) -> None:
+    """Compares a peer's output with nn.LSTM's.
+
+    Raises:
+        AssertionError: they differ by more than rounding.
+    """
+    tolerance = 5e-3 if (device, case.dtype) == ("cuda", "float32") else _TOLERANCE[case.dtype]
+    torch.testing.assert_close(
+        values(output),
+        values(expected),
+        atol=tolerance,
+        rtol=tolerance,
+        msg=lambda text: f"{peer} is wrong in {case.name}: {text}",
+    )

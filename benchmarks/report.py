@@ -1,0 +1,223 @@
+"""What a run says: lines, the page's table, pictures, and whether it is worse than another."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+TITLES = {
+    "fusedrnn": "fusedrnn",
+    "torch": "torch",
+    "torch.compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "cudnn": "cuDNN",
+}
+
+
+def heading() -> None:
+    print(
+        f"{'case':30}{'mode':11}{'peer':14}{'fusedrnn ms':>12}{'peer ms':>10}{'ratio':>8}"
+        f"{'spread':>8}{'of limit':>9}"
+    )
+
+
+def lines(rows: Sequence[Row]) -> None:
+    """A line for each row; of limit: the share of the least time that the machine allows."""
+    for row in rows:
+        limit = row["limit_ms"]
+        share = f"{limit / row['ours_ms']:9.0%}" if limit else ""
+        print(
+            f"{row['name']:30}{row['mode']:11}{row['peer']:14}{row['ours_ms']:12.4f}"
+            f"{row['peer_ms']:10.4f}{row['ratio']:8.2f}{row['ours_spread']:8.1%}{share}",
+            flush=True,
+        )
+
+
+def show(rows: Sequence[Row]) -> None:
+    heading()
+    lines(rows)
+
+
+def summary(rows: Sequence[Row]) -> None:
+    """Prints the geometric mean and the least ratio over each peer."""
+    for (peer, mode), found in _groups(rows).items():
+        least = min(found, key=lambda row: float(row["ratio"]))
+        print(
+            f"{mode} over {peer}: {_mean(found):.2f} in the geometric mean of {len(found)} cases, "
+            f"at least {least['ratio']:.2f} ({least['name']})"
+        )
+    restless = [r for r in rows if max(r["ours_spread"], r["peer_spread"]) > 0.2]
+    print(f"{len(restless)} of {len(rows)} rows differ by over 20 % between rounds")
+
+
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["peer"], row["mode"]), []).append(row)
+    return groups
+
+
+def _mean(rows: Sequence[Row]) -> float:
+    return statistics.geometric_mean([row["ratio"] for row in rows])
+
+
+def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float) -> list[str]:
+    """What is worse: cases whose ratio over torch dropped by more than the tolerance.
+
+    Ratios, not times, so that runs of different machines can be compared.
+    """
+    before = {(r["name"], r["mode"]): r["ratio"] for r in old if r["peer"] in ("torch", "cudnn")}
+    worse = []
+    for row in new:
+        ratio = before.get((row["name"], row["mode"]))
+        if row["peer"] not in ("torch", "cudnn") or ratio is None:
+            continue
+        if row["ratio"] < ratio * (1 - tolerance):
+            worse.append(f"{row['name']} {row['mode']}: {ratio:.2f} before, {row['ratio']:.2f} now")
+    return worse
+
+
+def write_between(page: Path, marker: str, text: str) -> None:
+    """Puts the text between `<!-- marker -->` and `<!-- /marker -->` of a page."""
+    begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"{page} lacks the lines {begin.strip()} and {end}")
+    page.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
+def caption(header: dict[str, Any]) -> str:
+    """The machine and the versions of a run, in a line."""
+    where = header["device"]
+    if where == "cpu":
+        where = f"{header['processor']} ({header['isa']}), {header['threads']} threads"
+    versions = {"torch": header["torch"], **header["peers"]}
+    found = [f"{TITLES[name]} {versions[name]}" for name in TITLES if name in versions]
+    return f"{where}; {', '.join(found)}; {header['date'][:10]}."
+
+
+def table(run: dict[str, Any]) -> str:
+    """A line for each case: our milliseconds, and the ratios over the peers, in both modes."""
+    rows: list[Row] = run["rows"]
+    groups = _groups(rows)
+    by_mode: dict[str, list[str]] = {}
+    for peer, mode in sorted(groups, key=lambda group: (group[1], list(TITLES).index(group[0]))):
+        if peer != "torch.compile":  # of a few cases only
+            by_mode.setdefault(mode, []).append(peer)
+    head, means = ["case"], ["geometric mean"]
+    for mode, found in by_mode.items():
+        head += [f"{mode}, ms", *(f"over {TITLES[peer]}" for peer in found)]
+        means += ["", *(f"**{_mean(groups[peer, mode]):.2f}**" for peer in found)]
+    body = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = [name]
+        for mode, found in by_mode.items():
+            of = {r["peer"]: r for r in rows if (r["name"], r["mode"]) == (name, mode)}
+            cells.append(digits(next(iter(of.values()))["ours_ms"]) if of else "")
+            cells += [f"{of[peer]['ratio']:.2f}" if peer in of else "" for peer in found]
+        body.append(cells)
+    align = ["---", *("---:" for _ in head[1:])]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, align, *body, means)]
+    return "\n".join([caption(run["header"]), "", *lines])
+
+
+def digits(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+_COLORS = {"fusedrnn": "#0072b2", "torch": "#d55e00", "cudnn": "#d55e00"}
+_COLORS |= {"onnxruntime": "#009e73", "openvino": "#cc79a7", "torch.compile": "#e69f00"}
+
+
+def pictures(run: dict[str, Any], output: Path) -> None:
+    """Draws OUTPUT_ratio.png and, where the limits are known, OUTPUT_limit.png."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+        return
+    rows, where = run["rows"], caption(run["header"])
+    ratios: dict[str, dict[str, dict[str, float]]] = {}
+    shares: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        name, mode, peer, limit = row["name"], row["mode"], row["peer"], row["limit_ms"]
+        ratios.setdefault(mode, {}).setdefault(peer, {})[name] = row["ratio"]
+        if limit and peer == "torch":
+            share = shares.setdefault(mode, {})
+            share.setdefault("fusedrnn", {})[name] = 100 * limit / row["ours_ms"]
+            share.setdefault("torch", {})[name] = 100 * limit / row["peer_ms"]
+    _bars(
+        ratios,
+        f"Time of a peer over fusedrnn's: right of 1, fusedrnn is faster\n{where}",
+        output.with_name(f"{output.stem}_ratio.png"),
+        is_ratio=True,
+    )
+    if shares:
+        _bars(
+            shares,
+            f"Least time by the machine's measured peaks, % of the time taken\n{where}",
+            output.with_name(f"{output.stem}_limit.png"),
+            is_ratio=False,
+        )
+
+
+def _bars(
+    values: dict[str, dict[str, dict[str, float]]], title: str, path: Path, is_ratio: bool
+) -> None:
+    """Horizontal bars by mode (a panel), series (a colour) and case (a group, from above)."""
+    figure_module: Any = importlib.import_module("matplotlib.figure")
+    patches_module: Any = importlib.import_module("matplotlib.patches")
+    names = list(dict.fromkeys(n for m in values.values() for s in m.values() for n in s))
+    figure = figure_module.Figure(figsize=(9, 1.5 + 0.32 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    for panel, (mode, series) in zip(panels, values.items(), strict=True):
+        for at, name in enumerate(names):
+            found = [s for s in series if name in series[s]]
+            height = min(0.3, 0.8 / max(1, len(found)))
+            for i, s in enumerate(found):
+                value = series[s][name]
+                panel.barh(
+                    at + (i + 0.5 - len(found) / 2) * height,
+                    value - 1 if is_ratio else value,
+                    left=1 if is_ratio else 0,
+                    height=height,
+                    color=_COLORS[s],
+                )
+        panel.set_title(mode, fontsize=11)
+        panel.set_yticks(range(len(names)), names, fontsize=9)
+        panel.set_ylim(len(names) - 0.4, -0.6)
+        panel.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        if is_ratio:
+            _ratio_axis(panel, [v for s in series.values() for v in s.values()])
+        else:
+            panel.set_xlim(0, max(100, *(v for s in series.values() for v in s.values())))
+    shown = [s for s in _COLORS if any(s in series for series in values.values())]
+    patches = [patches_module.Patch(color=_COLORS[s], label=TITLES[s]) for s in shown]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(shown), fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=100)
+
+
+def _ratio_axis(panel: Any, ratios: Sequence[float]) -> None:
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    low = max((t for t in ticks if t < min(ratios)), default=ticks[0])
+    high = min((t for t in ticks if t > max(ratios)), default=ticks[-1])
+    low, high = min(low, 0.5), max(high, 2)
+    panel.set_xscale("log")
+    panel.set_xlim(low, high)
+    shown = [tick for tick in ticks if low <= tick <= high]
+    panel.set_xticks(shown, [f"{tick:g}" for tick in shown], fontsize=9)
+    panel.set_xticks([], minor=True)
+    panel.axvline(1, color="black", linewidth=1)

@@ -1,0 +1,257 @@
+"""`python -m benchmarks steady`: single calls in the situations of a service, and more threads.
+
+Medians hide what a service feels: a call that finds the other core busy, the workers asleep, other
+threads in the same process. Here each call is timed by itself and the 50th and 99th percentile
+and the longest are told. After that, whether all threads are at least as fast as one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from benchmarks import machine, report
+from benchmarks.cases import Case, pick
+from benchmarks.measure import in_turn
+from benchmarks.peers import Call, Fused, OnnxRuntime, Peer, Torch
+
+RESULTS = Path(__file__).parent / "results" / "steady.json"
+STEPS = ("step H64", "step H256 x2")
+SCALING = ("step H256 x2", "B1 T100 H256", "B8 T50 H128", "tagger", "B64 T100 H256")
+CALLS = 10_000
+IDLE_SECONDS = 0.05
+THREADS = 4
+
+Run = Callable[[Peer, Case], list[float]]
+
+
+def latencies(call: Call, count: int, seconds: float, idle: float = 0.0) -> list[float]:
+    """Microseconds of each of `count` calls, fewer after `seconds`, each after `idle` seconds."""
+    clock = time.perf_counter
+    end = clock() + 0.2
+    for _ in range(100):  # first calls compile, pack and start threads
+        call()
+        if clock() > end:
+            break
+    samples: list[float] = []
+    end = clock() + seconds
+    while len(samples) < count and clock() < end:
+        if idle:
+            time.sleep(idle)
+        start = clock()
+        call()
+        samples.append(1e6 * (clock() - start))
+    return samples
+
+
+class _Calls(IterableDataset[list[float]]):
+    """A data set whose one sample is the latencies in the process that iterates."""
+
+    def __init__(self, peer: Peer, case: Case, count: int, seconds: float) -> None:
+        self.peer, self.case, self.count, self.seconds = peer, case, count, seconds
+
+    def __iter__(self) -> Iterator[list[float]]:
+        call = self.peer.prepare(self.case, "inference")
+        yield latencies(call, self.count, self.seconds)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's number of threads, within the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def situations(count: int, seconds: float) -> dict[str, Run]:
+    """The situations by name; each gives the microseconds of up to `count` calls of a candidate."""
+
+    def quiet(peer: Peer, case: Case) -> list[float]:
+        return latencies(peer.prepare(case, "inference"), count, 2 * seconds)
+
+    def after_idling(peer: Peer, case: Case) -> list[float]:
+        few = max(1, count // 100)
+        return latencies(peer.prepare(case, "inference"), few, 1e3 * seconds, IDLE_SECONDS)
+
+    def busy_neighbour(peer: Peer, case: Case) -> list[float]:
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+            try:
+                time.sleep(0.1)
+                return latencies(peer.prepare(case, "inference"), count, seconds)
+            finally:
+                neighbour.kill()
+
+    def one_thread(peer: Peer, case: Case) -> list[float]:
+        with threads(1):
+            return latencies(peer.prepare(case, "inference"), count, seconds)
+
+    def data_loader_worker(peer: Peer, case: Case) -> list[float]:
+        calls = _Calls(peer, case, count, seconds)
+        loader = DataLoader(calls, batch_size=None, num_workers=1, timeout=60 + 10 * seconds)
+        (found,) = loader
+        return list(found)
+
+    def four_threads(peer: Peer, case: Case) -> list[float]:
+        calls = peer.prepare_threads(case, "inference", THREADS)
+        found: list[float] = []
+        begin = threading.Barrier(THREADS)
+
+        def run(call: Call) -> None:
+            begin.wait()
+            found.extend(latencies(call, count // THREADS, seconds))
+
+        workers = [threading.Thread(target=run, args=(call,)) for call in calls]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return found
+
+    return {
+        "quiet": quiet,
+        f"after {1e3 * IDLE_SECONDS:.0f} ms idle": after_idling,
+        "busy neighbour process": busy_neighbour,
+        "one thread": one_thread,
+        "DataLoader worker": data_loader_worker,
+        f"{THREADS} Python threads": four_threads,
+    }
+
+
+def steady_rows(candidates: Sequence[Peer], count: int, seconds: float) -> list[dict[str, Any]]:
+    """Percentiles in microseconds of each case, situation and candidate."""
+    rows = []
+    for name, run in situations(count, seconds).items():
+        cases = pick(STEPS) + (pick(["B1 T100 H256"]) if "idle" in name else [])
+        for case, peer in itertools.product(cases, candidates):
+            samples = sorted(run(peer, case))
+            last = len(samples) - 1
+            row = {
+                "name": case.name,
+                "situation": name,
+                "candidate": peer.name,
+                "calls": len(samples),
+                "p50_us": samples[round(0.5 * last)],
+                "p99_us": samples[round(0.99 * last)],
+                "max_us": samples[-1],
+            }
+            rows.append(row)
+            print(
+                f"{case.name:15}{name:25}{peer.name:13}{row['calls']:7}"
+                f"{row['p50_us']:10.1f}{row['p99_us']:10.1f}{row['max_us']:10.1f}",
+                flush=True,
+            )
+    return rows
+
+
+def scaling_rows(names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """Milliseconds with one thread and with all, of fusedrnn and torch."""
+    most = torch.get_num_threads()
+    rows = []
+    for case, mode in itertools.product(pick(names), ("inference", "training")):
+        calls, counts = {}, {}
+        for peer in (Fused(), Torch()):
+            call = peer.prepare(case, mode)
+            for count in (1, most):
+                calls[f"{peer.name} {count}"] = call
+                counts[f"{peer.name} {count}"] = count
+        try:
+            times = in_turn(calls, seconds, lambda key: torch.set_num_threads(counts[key]))  # noqa: B023
+        finally:
+            torch.set_num_threads(most)
+        for name in ("fusedrnn", "torch"):
+            one, all = (statistics.median(times[f"{name} {count}"]) for count in (1, most))
+            rows.append(
+                {
+                    "name": case.name,
+                    "mode": mode,
+                    "candidate": name,
+                    "threads": most,
+                    "one_ms": one,
+                    "all_ms": all,
+                    "speedup": one / all,
+                }
+            )
+            print(
+                f"{case.name:15}{mode:25}{name:13}{one:10.4f} ms, {all:10.4f} ms with {most} "
+                f"threads{'' if all < 1.05 * one else ': slower'}",
+                flush=True,
+            )
+    return rows
+
+
+def table(run: dict[str, Any]) -> str:
+    """The page's two tables."""
+    rows, scaling = run["rows"], run["scaling"]
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    found = {(r["name"], r["situation"], r["candidate"]): r for r in rows}
+    lines = [
+        ["case", "situation", *(report.TITLES[n] for n in names)],
+        ["---", "---", *("---:" for _ in names)],
+    ]
+    for case, situation in dict.fromkeys((r["name"], r["situation"]) for r in rows):
+        cells = [found[case, situation, name] for name in names]
+        times = (
+            " / ".join(report.digits(c[key]) for key in ("p50_us", "p99_us", "max_us"))
+            for c in cells
+        )
+        lines.append([case, situation, *times])
+    lines.append([])
+    most = scaling[0]["threads"]
+    lines.append(["case", "mode", f"fusedrnn, {most} threads over 1", "torch"])
+    lines.append(["---", "---", "---:", "---:"])
+    speedups = {(r["name"], r["mode"], r["candidate"]): r["speedup"] for r in scaling}
+    for case, mode in dict.fromkeys((r["name"], r["mode"]) for r in scaling):
+        both = (f"{speedups[case, mode, peer]:.2f}" for peer in ("fusedrnn", "torch"))
+        lines.append([case, mode, *both])
+    rendered = [f"| {' | '.join(cells)} |" if cells else "" for cells in lines]
+    return "\n".join([report.caption(run["header"]), "", *rendered])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, stores and reports; gives the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks steady",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--calls", type=int, default=CALLS, help="in a row (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="at most (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a JSON file (%(default)s)")
+    parser.add_argument("--readme", type=Path, help="a page whose table to write anew")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="a stored run: no measuring")
+    args = parser.parse_args(argv)
+    if args.report:
+        run = json.loads(args.report.read_text())
+    else:
+        candidates: list[Peer] = [Fused(), Torch()]
+        missing = OnnxRuntime().available()
+        if missing:
+            print(f"without onnxruntime: {missing}", file=sys.stderr)
+        else:
+            candidates.append(OnnxRuntime())
+        header = machine.header("cpu", candidates)
+        print(f"{'case':15}{'situation':25}{'candidate':13}{'calls':>7}", end="")
+        print(f"{'p50 us':>10}{'p99 us':>10}{'max us':>10}")
+        rows = steady_rows(candidates, args.calls, args.seconds)
+        run = {"header": header, "rows": rows, "scaling": scaling_rows(SCALING, args.seconds)}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(run, indent=1) + "\n")
+    if args.readme:
+        report.write_between(args.readme, "steady", table(run))
+    return 0

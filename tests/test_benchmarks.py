@@ -1,0 +1,300 @@
+"""The benchmark suite: its grid, models of cost, peers and reports. No test looks at a clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.nn.utils.rnn import PackedSequence
+
+pytest.importorskip("benchmarks")  # there when the tests run in the root of the checkout
+
+from benchmarks import cases, limits, measure, peers, report, steady
+from benchmarks.__main__ import main
+from benchmarks.cases import Case
+
+PEAKS = limits.Peaks(
+    flops={"float32": 1e9, "float64": 5e8, "bfloat16": 2e9, "float16": 1e9},
+    bandwidth={1 << 10: 4e9, 1 << 12: 1e9},
+)
+
+
+class FixedPeaks:
+    def measure(self) -> limits.Peaks:
+        return PEAKS
+
+
+SIZES = {field.name for field in dataclasses.fields(Case)} - {"compiled"}
+
+
+def has(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
+def row(name: str, ratio: float, mode: str = "inference", peer: str = "torch") -> dict[str, Any]:
+    times = {"ours_ms": 1.0, "peer_ms": ratio, "limit_ms": 0.5}
+    spreads = {"ours_spread": 0.01, "peer_spread": 0.3}
+    return {"name": name, "mode": mode, "peer": peer, "ratio": ratio, **times, **spreads}
+
+
+def stored(path: Path, *rows: dict[str, Any]) -> Path:
+    header = {"device": "cpu", "processor": "some", "isa": "avx2", "threads": 2, "torch": "2.13"}
+    header |= {"peers": {"onnx": "1", "openvino": "2026"}, "date": "2026-01-02T03:04:05+00:00"}
+    path.write_text(json.dumps({"header": header, "rows": rows}))
+    return path
+
+
+def test_grid() -> None:
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names) >= 40
+    assert {case.cell for case in cases.CASES} == {"LSTM", "GRU", "LSTMCell", "GRUCell"}
+    assert {case.layout for case in cases.CASES} == {"padded", "packed", "lengths"}
+    for case in cases.CASES:
+        assert len(case.lengths) == case.B
+        assert max(case.lengths) == case.T
+        assert min(case.lengths) >= 1
+        assert case.T == 1 or not case.is_cell
+        if case.layout == "packed":
+            assert case.lengths == sorted(case.lengths, reverse=True)
+
+
+def test_pick() -> None:
+    assert [case.name for case in cases.pick(["tiny"])] == ["tiny"]  # not "GRU tiny"
+    taggers = ["tagger", "tagger packed", "tagger lengths", "GRU tagger"]
+    assert [case.name for case in cases.pick(["tagg"])] == taggers
+    assert cases.pick([]) == list(cases.CASES)
+    with pytest.raises(ValueError, match="no case matches 'nothing'"):
+        cases.pick(["tiny", "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("case", "inference", "training"),
+    [
+        # 2 * positions * gates * H * (I + H); training without the gradient of the input
+        (Case("a", B=3, T=5, I=2, H=7), 2 * 15 * 28 * 9, 2 * 15 * 28 * (3 * 9 - 2)),
+        (Case("b", "GRU", B=3, T=5, I=2, H=7), 2 * 15 * 21 * 9, 2 * 15 * 21 * (3 * 9 - 2)),
+        (Case("c", "LSTMCell", B=3, H=7), 2 * 3 * 28 * 14, 2 * 3 * 28 * (3 * 14 - 7)),
+        # lengths 10 and 1
+        (Case("d", B=2, T=10, H=4, layout="packed"), 2 * 11 * 16 * 8, 2 * 11 * 16 * 20),
+        # the second layer's input is both directions' output, and needs a gradient
+        (
+            Case("e", T=6, I=3, H=4, layers=2, bidirectional=True),
+            2 * 6 * 2 * 16 * (7 + 12),
+            2 * 6 * 2 * 16 * (3 * 7 - 3 + 3 * 12),
+        ),
+        # 4 gates of 6 from input and h of 2, and the projection
+        (
+            Case("f", T=5, I=3, H=6, proj_size=2),
+            2 * 5 * (24 * 5 + 12),
+            2 * 5 * (3 * (24 * 5 + 12) - 24 * 3),
+        ),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else "",
+)
+def test_flops(case: Case, inference: int, training: int) -> None:
+    assert limits.flops(case, "inference") == inference
+    assert limits.flops(case, "training") == training
+
+
+def test_limit() -> None:
+    assert limits.limit_ms(Case("a"), "inference", None) is None
+    # Operations decide: 2 * 64 * 4 * 8 * 16 of them, at the type's peak.
+    wide = Case("b", B=64, H=8)
+    assert limits.limit_ms(wide, "inference", PEAKS) == pytest.approx(1e3 * 65536 / 1e9)
+    half = dataclasses.replace(wide, dtype="bfloat16")
+    assert limits.limit_ms(half, "inference", PEAKS) == pytest.approx(1e3 * 65536 / 2e9)
+    # Reads decide, with H = 16 and I = 48: 16 KiB of weights once, 4 KiB of W_hh 99 times more.
+    fast = limits.Peaks({"float32": 1e15}, PEAKS.bandwidth)
+    narrow = Case("c", T=100, I=48, H=16)
+    expected = 1e3 * (16384 + 99 * 4096) / 1e9
+    assert limits.limit_ms(narrow, "inference", fast) == pytest.approx(expected)
+    assert limits.limit_ms(narrow, "training", fast) == pytest.approx(2 * expected)
+    # Between two sizes that were measured, on the line through them in logarithms.
+    assert fast.read_seconds(1000, 1 << 11) == pytest.approx(1000 / 2e9)
+    assert fast.read_seconds(1000, 1 << 5) == pytest.approx(1000 / 4e9)
+
+
+def test_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "pictures", lambda run, output: None)
+    old = stored(tmp_path / "old.json", row("a", 2.0), row("b", 2.0), row("gone", 9.0))
+    new = stored(
+        *(tmp_path / "new.json", row("a", 1.85), row("b", 1.7), row("b", 0.1, peer="openvino")),
+        *(row("new", 0.5), row("b", 1.0, "training")),
+    )
+    assert main(["--report", str(new), "--compare", str(old)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "b inference: 2.00 before, 1.70 now"
+    assert main(["--report", str(new), "--compare", str(old), "--tolerance", "0.2"]) == 0
+
+
+def test_table_between_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
+    run = stored(
+        *(tmp_path / "run.json", row("a", 2.0), row("a", 8.0, "training")),
+        *(row("a", 3.0, peer="openvino"), row("b", 4.5)),
+    )
+    for _ in range(2):  # the second time in place of the first
+        assert main(["--report", str(run), "--readme", str(page)]) == 0
+        assert page.read_text().splitlines() == [
+            "above",
+            "<!-- table -->",
+            "some (avx2), 2 threads; torch 2.13, OpenVINO 2026; 2026-01-02.",
+            "",
+            "| case | inference, ms | over torch | over OpenVINO | training, ms | over torch |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            "| a | 1.00 | 2.00 | 3.00 | 1.00 | 8.00 |",
+            "| b | 1.00 | 4.50 |  |  |  |",
+            "| geometric mean |  | **3.00** | **3.00** |  | **8.00** |",
+            "<!-- /table -->",
+            "below",
+        ]
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the lines <!-- table --> and"):
+        main(["--report", str(run), "--readme", str(page)])
+    if has("matplotlib"):
+        for picture in ("run_ratio.png", "run_limit.png"):
+            assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01281, "0.0128"), (9.876, "9.88"), (1234.5, "1234")]
+)
+def test_digits(value: float, text: str) -> None:
+    assert report.digits(value) == text
+
+
+def test_peaks() -> None:
+    probe = limits.probe()
+    if probe is None:
+        pytest.skip("no C++ compiler")
+    peaks = probe.measure(1e-4)
+    assert set(peaks.flops) == {"float32", "float64", "bfloat16", "float16"}
+    assert min(*peaks.flops.values(), *peaks.bandwidth.values()) > 0
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert limits.probe() is None
+    assert "no-such-compiler" in capsys.readouterr().err
+
+
+def test_measured_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "probe", FixedPeaks)
+    monkeypatch.setattr(report, "pictures", lambda run, output: None)
+    monkeypatch.setattr(measure, "WARM_SECONDS", 0.002)
+    wanted = ["torch"] + (["onnxruntime"] if has("onnx", "onnxruntime") else [])
+    output = tmp_path / "run.json"
+    chosen = ["tiny", "--seconds", "0.1", "--output", str(output)]
+    assert main([*chosen, *(arg for name in wanted for arg in ("--peer", name))]) == 0
+    run = json.loads(output.read_text())
+    assert {"isa", "threads", "torch", "fusedrnn", "commit", "date"} <= set(run["header"])
+    found = [(r["name"], r["mode"], r["peer"]) for r in run["rows"]]
+    assert found == [
+        *(("tiny", "inference", peer) for peer in wanted),
+        ("tiny", "training", "torch"),
+    ]
+    for r in run["rows"]:
+        assert set(r) >= SIZES
+        assert r["rounds"] >= 3
+        assert min(r["ours_ms"], r["peer_ms"], r["ratio"]) > 0
+        assert r["limit_ms"] == limits.limit_ms(cases.CASES[0], r["mode"], PEAKS)
+        assert {"ours_spread", "peer_spread", "ours_bytes", "peer_bytes"} <= set(r)
+    assert "inference over torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", measure.MODES)
+@pytest.mark.parametrize(
+    ("cell", "layout"),
+    [
+        *itertools.product(("LSTM", "GRU"), ("padded", "packed", "lengths")),
+        *(("LSTMCell", "padded"), ("GRUCell", "padded")),
+    ],
+)
+def test_ours_is_torchs(cell: str, layout: str, mode: str) -> None:
+    case = Case("small", cell, B=3, H=4, T=1 if cell.endswith("Cell") else 7, layout=layout)
+    ours, theirs = peers.Fused().prepare(case, mode)(), peers.Torch().prepare(case, mode)()
+    assert isinstance(ours, PackedSequence) == (layout == "packed")
+    peers.check("fusedrnn", case, "cpu", ours, theirs)
+
+
+def test_wrong_peer_is_an_error() -> None:
+    case = Case("small", B=2, T=3, H=4)
+    output = peers.Torch().prepare(case, "inference")()
+    with pytest.raises(AssertionError, match="other is wrong in small"):
+        peers.check("other", case, "cpu", output.numpy() + 0.01, output)
+
+
+ONNX_CASES = [
+    Case("cell", "LSTMCell", B=2, I=3, H=4),
+    Case("cell", "GRUCell", B=2, I=3, H=4),
+    *(
+        Case("layers", cell, B=2, T=5, I=3, H=4, layers=2, bidirectional=True, batch_first=first)
+        for cell in ("LSTM", "GRU")
+        for first in (False, True)
+    ),
+    Case("step", "LSTM", I=3, H=4, layers=2),
+    Case("step", "GRU", I=3, H=4, layers=2),
+]
+
+
+@pytest.mark.parametrize("peer", [peers.OnnxRuntime(), peers.OpenVino()], ids=lambda p: p.name)
+def test_onnx_models(peer: peers.Peer) -> None:
+    if not has(*peer.packages):
+        pytest.skip(f"needs {' and '.join(peer.packages)}")
+    for case in ONNX_CASES:
+        assert peer.supports(case, "inference")
+        output = peer.prepare(case, "inference")()
+        peers.check(peer.name, case, "cpu", output, peers.Torch().prepare(case, "inference")())
+
+
+def test_in_turn_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "WARM_SECONDS", 0.0)
+    order: list[str] = []
+    times = measure.in_turn({"a": lambda: None, "b": lambda: None}, 0.0, order.append)
+    assert order == ["a", "b"] * 5
+    assert [len(found) for found in times.values()] == [5, 5]
+    # The first two rounds are disturbed, and made again.
+    monkeypatch.setattr(measure, "PATIENCE", 1e12)
+    cores = iter([1.0, 1.0, *([0.0] * 5)])
+    monkeypatch.setattr(measure.Others, "cores", lambda self: next(cores))
+    order.clear()
+    times = measure.in_turn({"a": lambda: None}, 1e-9, order.append)
+    assert (len(order), len(times["a"])) == (7, 5)
+    assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+
+
+def test_peak_memory() -> None:
+    size = 64 << 20
+    found = measure.peak_memory(lambda: np.ones(size, np.uint8))
+    if found is None:
+        pytest.skip("no VmHWM here")
+    assert size * 0.9 < found < size * 1.5
+
+
+def test_steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "WARM_SECONDS", 0.002)
+    monkeypatch.setattr(steady, "STEPS", ("tiny",))
+    monkeypatch.setattr(steady, "SCALING", ("tiny",))
+    monkeypatch.setattr(steady.OnnxRuntime, "packages", ("no_such_package",))
+    page, output = tmp_path / "page.md", tmp_path / "steady.json"
+    page.write_text("<!-- steady -->\n<!-- /steady -->\n")
+    chosen = ["--calls", "100", "--seconds", "0.02", "--output", str(output)]
+    assert main(["steady", *chosen, "--readme", str(page)]) == 0
+    run = json.loads(output.read_text())
+    assert len({r["situation"] for r in run["rows"]}) == 6
+    assert all(r["p50_us"] <= r["p99_us"] <= r["max_us"] for r in run["rows"])
+    assert [(r["mode"], r["candidate"]) for r in run["scaling"]] == [
+        (mode, name) for mode in measure.MODES for name in ("fusedrnn", "torch")
+    ]
+    assert "| tiny | busy neighbour process |" in page.read_text()
