@@ -49,21 +49,27 @@ Tensor new_tensor(c10::IntArrayRef shape) {
   return Tensor(at::detail::empty_cpu(shape, c10::CppTypeToScalarType<Scalar>::value));
 }
 
-/// Memory of torch's own allocator for the time of a call: `pieces` aligned ones.
+/// Memory for the time of a call, `pieces` aligned ones: here if it is little, else torch's.
 template <class T>
 class Scratch {
  public:
   Scratch() = default;
-  Scratch(int64_t pieces, int64_t size)
-      : stride_(divide_up(size, 64) * 64),
-        memory_(c10::GetCPUAllocator()->allocate(size_t(pieces * stride_) * sizeof(T))) {}
+  Scratch(int64_t pieces, int64_t size) : stride_(divide_up(size, 64) * 64), is_set_(true) {
+    const size_t bytes = size_t(pieces * stride_) * sizeof(T);
+    if (bytes > sizeof(little_)) memory_ = c10::GetCPUAllocator()->allocate(bytes);
+  }
   explicit Scratch(int64_t size) : Scratch(1, size) {}
-  T* operator[](int64_t i) const { return static_cast<T*>(memory_.get()) + i * stride_; }
-  explicit operator bool() const { return bool(memory_); }
+  T* operator[](int64_t i) const {
+    void* const begin = memory_ ? memory_.get() : const_cast<unsigned char*>(little_);
+    return static_cast<T*>(begin) + i * stride_;
+  }
+  explicit operator bool() const { return is_set_; }
 
  private:
   int64_t stride_ = 0;
+  bool is_set_ = false;
   c10::DataPtr memory_;
+  alignas(64) unsigned char little_[4096];
 };
 
 template <class T>

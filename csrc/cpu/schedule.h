@@ -148,7 +148,8 @@ struct Shares {
     const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
     int64_t threads = 1, rows = 1;
     work = step * layer.T * layer.D;
-    if (work >= kSharedWork && !at::in_parallel_region()) {
+    // With one row each weight is read for one multiplication: that takes longer.
+    if (work * (layer.B == 1 ? 2 : 1) >= kSharedWork && !at::in_parallel_region()) {
       threads = std::max<int64_t>(cpu::threads() / layer.D, 1);
     }
     // Few rows leave a tile's weights too little used: then all threads run all rows, each with
