@@ -424,7 +424,8 @@ def test_autocast(theirs: type, ours: type, dtype: torch.dtype) -> None:
         wrong(x)
 
 
-def test_trace_for_inference() -> None:
+def test_trace() -> None:
+    """A trace, saved and loaded, gives the same values and gradients."""
     module = fusedrnn.FusedLSTM(3, 4)
     x = torch.randn(5, 2, 3)
     with warnings.catch_warnings():
@@ -434,8 +435,51 @@ def test_trace_for_inference() -> None:
         torch.jit.save(traced, buffer)
         buffer.seek(0)
         again = torch.jit.load(buffer)
+    longer = torch.randn(7, 3, 3)
+    for call in (module, again):
+        call(longer)[0].square().sum().backward()
+    torch.testing.assert_close(again(longer), module(longer))
+    for theirs, ours in zip(again.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(theirs.grad, ours.grad)
+
+
+def test_the_short_way_agrees_with_the_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What csrc/python.cpp does and what the modules do without it, and that it is taken."""
+    calls = {"taken": 0}
+
+    def short(name: str) -> Any:
+        function = getattr(fusedrnn._ops, name)
+
+        def counted(*arguments: Any) -> Any:
+            result = function(*arguments)
+            calls["taken"] += result is not None
+            return result
+
+        return counted
+
+    x, hx = torch.randn(5, 2, 3), torch.randn(4, 2, 4)
+    module = fusedrnn.FusedLSTM(3, 4, 2, bidirectional=True, batch_first=True)
+    gru = fusedrnn.FusedGRU(3, 4, 2, bidirectional=True)
+    cell, gru_cell = fusedrnn.FusedLSTMCell(3, 4), fusedrnn.FusedGRUCell(3, 4, bias=False)
+    cases = [
+        lambda: module(x.transpose(0, 1), (hx, hx)),
+        lambda: module(x),
+        lambda: gru(x, hx),
+        lambda: cell(x[0], (hx[0], hx[1])),
+        lambda: cell(x[0]),
+        lambda: gru_cell(x[0], hx[0]),
+    ]
+    for name in ("fast_layers", "fast_cell"):
+        monkeypatch.setattr(fusedrnn._ops, name, short(name))
+    fast = [case() for case in cases]
     with torch.no_grad():
-        torch.testing.assert_close(again(x), module(x))
+        without_gradient = [case() for case in cases]
+    assert calls["taken"] == 2 * len(cases)
+    for name in ("fast_layers", "fast_cell"):
+        monkeypatch.setattr(fusedrnn._ops, name, lambda *_: None)
+    slow = [case() for case in cases]
+    torch.testing.assert_close(fast, slow, rtol=0, atol=0)
+    torch.testing.assert_close(without_gradient, slow, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

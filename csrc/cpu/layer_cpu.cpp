@@ -423,6 +423,7 @@ void make_features_even(Layer& layer) {
 }
 
 Output forward_any(Layer& layer, bool save) {
+  const Sharing::Call call;
   if (layer.input.scalar_type() == at::kBFloat16) make_features_even(layer);
   Output out = layer.input.scalar_type() == at::kBFloat16 ? forward<BFloat16>(layer, save)
                : layer.compute_type == at::kDouble        ? forward<double>(layer, save)
@@ -435,6 +436,7 @@ Output forward_any(Layer& layer, bool save) {
 
 Gradients backward_any(const Layer& layer, const OutputGradients& g,
                        const std::vector<bool>& output_mask) {
+  const Sharing::Call call;
   return layer.compute_type == at::kDouble ? backward<double>(layer, g, output_mask)
                                            : backward<float>(layer, g, output_mask);
 }

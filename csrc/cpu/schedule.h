@@ -61,17 +61,31 @@ inline int64_t threads() {
 }
 
 /// Whether the calling thread's short calls are shared at all. Torch's threads wait for each other
-/// at the end of what they share. Where another program holds a processor, or two of the threads
-/// were put on one, that takes milliseconds; and a thread that sleeps wakes too late for a short
-/// call. After a call that such a thread did not help, calls are done alone for a while: a
-/// millisecond, then two, and so on up to a limit.
+/// at the end of what they share, and that takes milliseconds where one sleeps, where another
+/// program holds its processor, or where two of them were put on one. So threads that had time to
+/// fall asleep are not woken for a few short calls; and after a call that some thread did not help,
+/// calls are done alone for a while: a millisecond, then two, and so on up to a limit.
 class Sharing {
   using Clock = std::chrono::steady_clock;
 
  public:
-  /// Whether to share this call, of that many multiplications.
+  /// The time of one call of an op.
+  class Call {
+   public:
+    Call() {
+      State& s = state();
+      const auto now = Clock::now();
+      if (now - s.last > kAsleep) s.first = now;
+      s.awake = now - s.first > kStreak;
+    }
+    ~Call() { state().last = Clock::now(); }
+    Call(const Call&) = delete;
+  };
+
+  /// Whether to share this part of a call, of that many multiplications.
   static bool is_worth(int64_t work) {
-    return work >= kLong || state().pause.count() == 0 || Clock::now() >= state().until;
+    const State& s = state();
+    return work >= kLong || (s.awake && (s.pause.count() == 0 || Clock::now() >= s.until));
   }
 
   /// Calls task(worker) on each of torch's threads. The caller is worker 0.
@@ -98,7 +112,11 @@ class Sharing {
   static constexpr Clock::duration kStall = std::chrono::microseconds(100);
   static constexpr Clock::duration kPause = std::chrono::milliseconds(1),
                                    kLongestPause = 256 * kPause;
+  /// Without a call for so long, the other threads sleep; after so long a streak they are woken.
+  static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
   struct State {
+    Clock::time_point last, first;  ///< end of the last call, begin of the first one since a sleep
+    bool awake = false;
     Clock::duration pause{0};
     Clock::time_point until;
   };
