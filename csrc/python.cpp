@@ -144,7 +144,7 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   const int64_t L = PyLong_AsLongLong(layer_count), total = PyList_GET_SIZE(names);
-  if (L < 1 || total % L != 0) Py_RETURN_NONE;
+  if (L < 1 || total % L != 0 || total < 2 * L) Py_RETURN_NONE;
   if (L > 1 && module[training] != Py_False) {
     PyObject* const p = module[dropout];
     if (!p || !PyFloat_CheckExact(p) || PyFloat_AS_DOUBLE(p) != 0) Py_RETURN_NONE;

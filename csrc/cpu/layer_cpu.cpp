@@ -304,13 +304,17 @@ Output forward(const Layer& layer, bool save) {
     runs[r].workspace = workspace[r];
     k.forward_begin(runs[r]);
   }
+  // One panel for each thread, which packs and uses it while it is in the cache.
+  const Scratch<T> own_panels =
+      packs_at_once ? Scratch<T>(int64_t(runs.size()) * shares.members, panel) : Scratch<T>();
   shares.execute(layer.T, blocks, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
     if (!packs_at_once) return k.forward_step(runs[r], i, begin, end);
-    const Scratch<T> one(panel);  // each block's panel is packed and used while it is in the cache
+    const int64_t member = (begin * shares.members + blocks - 1) / blocks;  // whose part begins so
+    T* const own = own_panels[r * shares.members + member];
     for (int64_t block = begin; block < end; ++block) {
-      pack(shares.runs[r].direction, block, one[0]);
+      pack(shares.runs[r].direction, block, own);
       Forward<T, S> run = runs[r];
-      run.panels = one[0] - block * panel;
+      run.panels = own - block * panel;
       k.forward_step(run, i, block, block + 1);
     }
   });
