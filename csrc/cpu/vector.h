@@ -56,6 +56,28 @@ FUSEDRNN_INLINE void store_first(float* p, Vec<float> v, int64_t n) {
 FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), bit_cast<__m512d>(v));
 }
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+/// All ones in the first n lanes.
+template <class T>
+FUSEDRNN_INLINE __m256i first_lanes(int64_t n) {
+  using Bits = typename Value<Vec<T>>::bits;
+  using Bit = std::remove_reference_t<decltype(std::declval<Bits&>()[0])>;
+  Bits lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = Bit(i);
+  return bit_cast<__m256i>(lane < Bit(n));
+}
+FUSEDRNN_INLINE Vec<float> load_first(const float* p, int64_t n) {
+  return bit_cast<Vec<float>>(_mm256_maskload_ps(p, first_lanes<float>(n)));
+}
+FUSEDRNN_INLINE Vec<double> load_first(const double* p, int64_t n) {
+  return bit_cast<Vec<double>>(_mm256_maskload_pd(p, first_lanes<double>(n)));
+}
+FUSEDRNN_INLINE void store_first(float* p, Vec<float> v, int64_t n) {
+  _mm256_maskstore_ps(p, first_lanes<float>(n), bit_cast<__m256>(v));
+}
+FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
+  _mm256_maskstore_pd(p, first_lanes<double>(n), bit_cast<__m256d>(v));
+}
 #else
 template <class T>
 FUSEDRNN_INLINE Vec<T> load_first(const T* p, int64_t n) {
