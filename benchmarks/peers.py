@@ -144,16 +144,20 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-class Fused(Peer):
-    """fusedrnn itself."""
-
-    name = "fusedrnn"
+class _Module(Peer):
+    """A module on a device, which can do every case."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
 
     def supports(self, case: Case, mode: str) -> bool:
         return True
+
+
+class Fused(_Module):
+    """fusedrnn itself."""
+
+    name = "fusedrnn"
 
     def prepare(self, case: Case, mode: str) -> Call:
         given = problem(case, self.device)
@@ -166,16 +170,10 @@ class Fused(Peer):
         return _with_mode(module, forward, mode)
 
 
-class Torch(Peer):
+class Torch(_Module):
     """torch.nn, the reference."""
 
     name = "torch"
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-
-    def supports(self, case: Case, mode: str) -> bool:
-        return True
 
     def prepare(self, case: Case, mode: str) -> Call:
         given = problem(case, self.device)

@@ -13,20 +13,6 @@ namespace {
 
 using torch::autograd::variable_list;
 
-bool needs_gradient(const Tensor& t) { return t.defined() && t.requires_grad(); }
-bool needs_gradient(const OptionalTensor& t) { return t && needs_gradient(*t); }
-bool needs_gradient(at::TensorList list) {
-  for (const Tensor& t : list) {
-    if (needs_gradient(t)) return true;
-  }
-  return false;
-}
-
-template <class... Tensors>
-bool any_needs_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (needs_gradient(tensors) || ...);
-}
-
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor value(const OptionalTensor& t) { return t ? *t : Tensor(); }
 

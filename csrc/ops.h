@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 
 #include <optional>
 #include <tuple>
@@ -53,6 +54,21 @@ inline const auto& lstm_backward_op() {
 inline const auto& gru_backward_op() {
   static const auto op = find_op<GruBackwardOp>("fusedrnn::gru_backward");
   return op;
+}
+
+inline bool needs_gradient(const Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool needs_gradient(const OptionalTensor& t) { return t && needs_gradient(*t); }
+inline bool needs_gradient(at::TensorList list) {
+  for (const Tensor& t : list) {
+    if (needs_gradient(t)) return true;
+  }
+  return false;
+}
+
+/// Whether a call with these arguments, tensors or lists of them, is to be differentiated.
+template <class... Tensors>
+bool any_needs_gradient(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (needs_gradient(tensors) || ...);
 }
 
 }  // namespace fusedrnn

@@ -18,12 +18,6 @@
 namespace fusedrnn {
 namespace {
 
-/// The attributes of a module, by name.
-struct Attributes {
-  PyObject* dict;
-  PyObject* operator[](PyObject* name) const { return PyDict_GetItemWithError(dict, name); }
-};
-
 #define FUSEDRNN_NAME(name) static PyObject* const name = PyUnicode_InternFromString(#name)
 
 const Tensor* plain_tensor(PyObject* object) {
@@ -73,6 +67,38 @@ bool read_states(PyObject* hx, bool has_c, int64_t dim, States& states) {
   return true;
 }
 
+/// What `layers` and `cell` are called with: a module's attributes, has_c, input, hx.
+class Arguments {
+ public:
+  /// Whether it is the plain case, with an input of `dim` dimensions.
+  bool read(PyObject* const* args, Py_ssize_t count, int64_t dim) {
+    FUSEDRNN_NAME(_parameters);
+    if (count != 4 || !PyDict_CheckExact(args[0])) return false;
+    attributes_ = args[0];
+    has_c = args[1] == Py_True;
+    input = plain_tensor(args[2]);
+    parameters_ = (*this)[_parameters];
+    return input && input->dim() == dim && is_plain(*input, has_c) &&
+           read_states(args[3], has_c, dim, states) && parameters_ &&
+           PyDict_CheckExact(parameters_);
+  }
+  PyObject* operator[](PyObject* name) const { return PyDict_GetItemWithError(attributes_, name); }
+  /// Whether there is such a weight, a plain tensor; appends it to `weights`.
+  bool read_weight(PyObject* name) {
+    const Tensor* w = plain_tensor(PyDict_GetItemWithError(parameters_, name));
+    if (w) weights.push_back(*w);
+    return w;
+  }
+
+  bool has_c = false;
+  const Tensor* input = nullptr;
+  States states;
+  Tensors weights;
+
+ private:
+  PyObject *attributes_ = nullptr, *parameters_ = nullptr;
+};
+
 struct Result {
   Tensor y, h_n, c_n;
 };
@@ -110,11 +136,7 @@ class WithoutGil {
 class BelowAutograd {
  public:
   BelowAutograd(const Tensor& input, const States& states, at::TensorList weights) {
-    const auto needs = [](const OptionalTensor& t) { return t && t->requires_grad(); };
-    const bool any = input.requires_grad() || needs(states.h) || needs(states.c) ||
-                     std::any_of(weights.begin(), weights.end(),
-                                 [](const Tensor& t) { return t.requires_grad(); });
-    if (!any || !at::GradMode::is_enabled()) guard_.emplace();
+    if (!any_needs_gradient(input, states.h, states.c, weights)) guard_.emplace();
   }
 
  private:
@@ -123,24 +145,17 @@ class BelowAutograd {
 
 /// layers(attributes, has_c, input, hx): what FusedLSTM's or FusedGRU's forward returns, or None.
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  FUSEDRNN_NAME(_parameters);
   FUSEDRNN_NAME(_flat_weights_names);
   FUSEDRNN_NAME(num_layers);
   FUSEDRNN_NAME(bidirectional);
   FUSEDRNN_NAME(batch_first);
   FUSEDRNN_NAME(dropout);
   FUSEDRNN_NAME(training);
-  if (count != 4 || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
-  const Attributes module{args[0]};
-  const bool has_c = args[1] == Py_True;
-  const Tensor* input = plain_tensor(args[2]);
-  PyObject* const parameters = module[_parameters];
+  Arguments module;
+  if (!module.read(args, count, 3)) Py_RETURN_NONE;
   PyObject* const names = module[_flat_weights_names];
   PyObject* const layer_count = module[num_layers];
-  States states;
-  if (!input || input->dim() != 3 || !is_plain(*input, has_c) ||
-      !read_states(args[3], has_c, 3, states) || !parameters || !PyDict_CheckExact(parameters) ||
-      !names || !PyList_CheckExact(names) || !layer_count || !PyLong_CheckExact(layer_count)) {
+  if (!names || !PyList_CheckExact(names) || !layer_count || !PyLong_CheckExact(layer_count)) {
     Py_RETURN_NONE;
   }
   const int64_t L = PyLong_AsLongLong(layer_count), total = PyList_GET_SIZE(names);
@@ -149,24 +164,21 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyObject* const p = module[dropout];
     if (!p || !PyFloat_CheckExact(p) || PyFloat_AS_DOUBLE(p) != 0) Py_RETURN_NONE;
   }
-  Tensors weights;
   for (int64_t i = 0; i < total; ++i) {
-    const Tensor* w = plain_tensor(PyDict_GetItemWithError(parameters, PyList_GET_ITEM(names, i)));
-    if (!w) Py_RETURN_NONE;
-    weights.push_back(*w);
+    if (!module.read_weight(PyList_GET_ITEM(names, i))) Py_RETURN_NONE;
   }
   const bool both = module[bidirectional] == Py_True, first = module[batch_first] == Py_True;
   const int64_t D = both ? 2 : 1;
 
   Result result;
   {
-    const WithoutGil no_gil(*input, weights);
-    const BelowAutograd below(*input, states, weights);
-    Tensor x = first ? input->transpose(0, 1) : *input;
+    const WithoutGil no_gil(*module.input, module.weights);
+    const BelowAutograd below(*module.input, module.states, module.weights);
+    Tensor x = first ? module.input->transpose(0, 1) : *module.input;
     if (L == 1) {
-      result = call(has_c, x, states, weights, both);
+      result = call(module.has_c, x, module.states, module.weights, both);
     } else {
-      for (const OptionalTensor& s : {std::cref(states.h), std::cref(states.c)}) {
+      for (const OptionalTensor& s : {std::cref(module.states.h), std::cref(module.states.c)}) {
         if (s && s->size(0) != L * D) throw std::invalid_argument("hx");
       }
       std::vector<Tensor> h, c;
@@ -174,62 +186,50 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
         const auto of_layer = [&](const OptionalTensor& s) {
           return s ? OptionalTensor(s->narrow(0, i * D, D)) : std::nullopt;
         };
-        Result r = call(has_c, x, {of_layer(states.h), of_layer(states.c)},
-                        at::TensorList(weights).slice(i * total / L, total / L), both);
+        Result r = call(module.has_c, x, {of_layer(module.states.h), of_layer(module.states.c)},
+                        at::TensorList(module.weights).slice(i * total / L, total / L), both);
         x = std::move(r.y);
         h.push_back(std::move(r.h_n));
         c.push_back(std::move(r.c_n));
       }
-      result = {std::move(x), at::cat(h), has_c ? at::cat(c) : Tensor()};
+      result = {std::move(x), at::cat(h), module.has_c ? at::cat(c) : Tensor()};
     }
     if (first) result.y = result.y.transpose(0, 1);
   }
   const auto wrap = [](Tensor& t) { return THPVariable_Wrap(std::move(t)); };
   PyObject* final = wrap(result.h_n);
-  if (has_c) final = Py_BuildValue("(NN)", final, wrap(result.c_n));
+  if (module.has_c) final = Py_BuildValue("(NN)", final, wrap(result.c_n));
   return Py_BuildValue("(NN)", wrap(result.y), final);
 }
 
 /// cell(attributes, has_c, input, hx): (h,) or (h, c) after a cell's step, or None.
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  FUSEDRNN_NAME(_parameters);
   FUSEDRNN_NAME(bias);
   FUSEDRNN_NAME(weight_ih);
   FUSEDRNN_NAME(weight_hh);
   FUSEDRNN_NAME(bias_ih);
   FUSEDRNN_NAME(bias_hh);
-  if (count != 4 || !PyDict_CheckExact(args[0])) Py_RETURN_NONE;
-  const Attributes module{args[0]};
-  const bool has_c = args[1] == Py_True;
-  const Tensor* input = plain_tensor(args[2]);
-  PyObject* const parameters = module[_parameters];
-  States states;
-  if (!input || input->dim() != 2 || !is_plain(*input, has_c) ||
-      !read_states(args[3], has_c, 2, states) || !parameters || !PyDict_CheckExact(parameters)) {
-    Py_RETURN_NONE;
-  }
-  Tensors weights;
+  Arguments module;
+  if (!module.read(args, count, 2)) Py_RETURN_NONE;
   PyObject* const names[] = {weight_ih, weight_hh, bias_ih, bias_hh};
   for (int i = 0; i < (module[bias] == Py_True ? 4 : 2); ++i) {
-    const Tensor* w = plain_tensor(PyDict_GetItemWithError(parameters, names[i]));
-    if (!w) Py_RETURN_NONE;
-    weights.push_back(*w);
+    if (!module.read_weight(names[i])) Py_RETURN_NONE;
   }
   Result result;
   {
-    const WithoutGil no_gil(*input, weights);
-    const BelowAutograd below(*input, states, weights);
+    const WithoutGil no_gil(*module.input, module.weights);
+    const BelowAutograd below(*module.input, module.states, module.weights);
     const auto one_step = [](const OptionalTensor& t) {
       return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt;
     };
-    result =
-        call(has_c, input->unsqueeze(0), {one_step(states.h), one_step(states.c)}, weights, false);
+    result = call(module.has_c, module.input->unsqueeze(0),
+                  {one_step(module.states.h), one_step(module.states.c)}, module.weights, false);
     result.h_n = result.h_n.squeeze(0);
-    if (has_c) result.c_n = result.c_n.squeeze(0);
+    if (module.has_c) result.c_n = result.c_n.squeeze(0);
   }
   PyObject* const h = THPVariable_Wrap(std::move(result.h_n));
-  return has_c ? Py_BuildValue("(NN)", h, THPVariable_Wrap(std::move(result.c_n)))
-               : Py_BuildValue("(N)", h);
+  return module.has_c ? Py_BuildValue("(NN)", h, THPVariable_Wrap(std::move(result.c_n)))
+                      : Py_BuildValue("(N)", h);
 }
 
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
