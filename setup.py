@@ -97,7 +97,7 @@ setup(
     ext_modules=[
         CppExtension(  # type: ignore[no-untyped-call]
             "fusedrnn._C",
-            sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
+            sorted(str(p) for p in Path("csrc").glob("**/*.cpp") if p.parent.name != "cuda"),
             depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
             extra_compile_args=flags,
             extra_link_args=link_flags,

@@ -14,7 +14,11 @@
 #define FUSEDRNN_TARGET host
 #endif
 
+#ifdef __CUDACC__
+#define FUSEDRNN_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
@@ -35,6 +39,17 @@ struct Value<double> {
   using scalar = double;
   using bits = uint64_t;
 };
+
+template <class F, int... i>
+FUSEDRNN_INLINE void unroll_sequence(F& f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>{}), ...);
+}
+
+/// Calls f(integral_constant<int, 0>), ..., f(integral_constant<int, N - 1>).
+template <int N, class F>
+FUSEDRNN_INLINE void unroll(F&& f) {
+  unroll_sequence(f, std::make_integer_sequence<int, N>{});
+}
 
 template <class To, class From>
 FUSEDRNN_INLINE To bit_cast(const From& from) {
@@ -92,15 +107,16 @@ FUSEDRNN_INLINE Exp<V> split_exp(V x) {
   using Bits = typename Value<V>::bits;
   using BitScalar = typename Value<T>::bits;
   using K = ExpConstants<T>;
-  const V rounded = x * T(1.44269504088896340736) + K::round;
-  const V n = rounded - K::round;
+  const T round = K::round;
+  const V rounded = x * T(1.44269504088896340736) + round;
+  const V n = rounded - round;
   const V r = (x - n * K::ln2_high) - n * K::ln2_low;
   // Taylor: the remainder is small enough for it to be within half a unit in the last place.
   T inverse_factorial[K::degree + 1] = {1};
   for (int k = 1; k <= K::degree; ++k) inverse_factorial[k] = inverse_factorial[k - 1] / T(k);
   V p = broadcast<V>(inverse_factorial[K::degree]);
   for (int k = K::degree - 1; k >= 2; --k) p = p * r + inverse_factorial[k];
-  const BitScalar offset = BitScalar(K::bias) - bit_cast<BitScalar>(K::round);
+  const BitScalar offset = BitScalar(K::bias) - bit_cast<BitScalar>(round);
   const Bits exponent = (bit_cast<Bits>(rounded) + offset) << K::mantissa;
   return {bit_cast<V>(exponent), p * (r * r) + r};
 }

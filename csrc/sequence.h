@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fusedrnn {
 
@@ -13,6 +14,14 @@ namespace fusedrnn {
 struct BFloat16 {
   uint16_t bits;
 };
+/// IEEE 754's binary16 as it is stored.
+struct Float16 {
+  uint16_t bits;
+};
+
+/// The type that sums of products of operands of type S have.
+template <class S>
+using SumOf = std::conditional_t<sizeof(S) == 2, float, S>;
 
 // T is the type that a kernel computes in, S the type of the operands of its products: weights,
 // input and output. They differ for bfloat16 where the machine multiplies it (S) into float32 (T).

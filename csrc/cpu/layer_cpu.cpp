@@ -15,10 +15,6 @@
 namespace fusedrnn::cpu {
 namespace {
 
-// S is the type of the operands, T that of the sums (sequence.h).
-template <class S>
-using SumOf = std::conditional_t<std::is_same_v<S, BFloat16>, float, S>;
-
 template <class S>
 const S* const_data(const Tensor& t) {
   return t.defined() ? static_cast<const S*>(t.const_data_ptr()) : nullptr;

@@ -20,17 +20,6 @@ using Vec = typename VectorOf<T>::type;
 template <class T>
 inline constexpr int kLanes = FUSEDRNN_VECTOR_BYTES / int(sizeof(T));
 
-template <class F, int... i>
-FUSEDRNN_INLINE void unroll_sequence(F& f, std::integer_sequence<int, i...>) {
-  (f(std::integral_constant<int, i>{}), ...);
-}
-
-/// Calls f(integral_constant<int, 0>), ..., f(integral_constant<int, N - 1>).
-template <int N, class F>
-FUSEDRNN_INLINE void unroll(F&& f) {
-  unroll_sequence(f, std::make_integer_sequence<int, N>{});
-}
-
 template <class T>
 FUSEDRNN_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
@@ -110,21 +99,7 @@ FUSEDRNN_INLINE void store(T* p, Vec<T> v, int64_t n) {
 // as Vec<T> of the sums' type.
 
 template <class S>
-struct Operand {
-  using Sum = S;
-  static constexpr int kPerLane = 1;
-};
-#if defined(FUSEDRNN_BFLOAT16)
-template <>
-struct Operand<BFloat16> {
-  using Sum = float;
-  static constexpr int kPerLane = 2;
-};
-#endif
-template <class S>
-using SumOf = typename Operand<S>::Sum;
-template <class S>
-inline constexpr int kPerLane = Operand<S>::kPerLane;
+inline constexpr int kPerLane = sizeof(SumOf<S>) / sizeof(S);
 
 /// Lanes that `size` elements fill.
 template <class S>

@@ -1,0 +1,181 @@
+// The CUDA kernels as plain functions over plain structs: no torch and nothing of CUDA in here.
+//
+// Cell is one of cells.h; S the type of operands, T that of sums and states (sequence.h). Shapes as
+// in sequence.h. Rows of a batch keep their places: those that have no part in a step, as `lengths`
+// or the sizes of a packed batch say, keep their state. Functions put their work on the stream and
+// return a cudaError_t.
+#pragma once
+
+#include <cstdint>
+
+#include "../cells.h"
+#include "../sequence.h"
+
+namespace fusedrnn::cuda {
+
+using host::Gru;
+using host::Lstm;
+
+// ---- step by step -------------------------------------------------------------------------------
+//
+// The products of a step are the caller's; these are what is between them.
+
+/// The rows of one step: [0, rows), but for those with lengths[row] <= t.
+struct StepRows {
+  int64_t rows = 0, t = 0;
+  const int64_t* lengths = nullptr;  ///< [rows], null: all take part
+};
+
+template <class S, class T = SumOf<S>>
+struct ForwardStep : StepRows {
+  int64_t hidden_size = 0;
+  const T* x_product = nullptr;  ///< [rows, G*H] weight_ih x
+  const T* h_product = nullptr;  ///< [rows, G*H] weight_hh h, null: zeros
+  const S* bias_ih = nullptr;    ///< [G*H], null: zeros
+  const S* bias_hh = nullptr;    ///< [G*H]
+  T* state = nullptr;            ///< [rows, H] read and written
+  S* h = nullptr;                ///< [rows, H] the output, as an operand
+  S* y = nullptr;                ///< [rows, H] the output, y_stride apart; null with a projection
+  int64_t y_stride = 0;
+  T* saved = nullptr;  ///< [rows, A, H], null: not wanted
+};
+
+/// What comes after the product of a projection.
+template <class S, class T = SumOf<S>>
+struct ProjectedStep : StepRows {
+  int64_t output_size = 0;
+  const T* r = nullptr;  ///< [rows, P] the projected output
+  S* h = nullptr;        ///< [rows, P]
+  S* y = nullptr;        ///< [rows, P], y_stride apart
+  int64_t y_stride = 0;
+};
+
+/// What both parts of a step back need to know of the step before.
+struct BackwardRows : StepRows {
+  int64_t before = -1;      ///< the step before t in the order of the run, -1: none
+  int64_t rows_before = 0;  ///< its rows
+};
+
+template <class S, class T = SumOf<S>>
+struct BackwardStep : BackwardRows {
+  int64_t hidden_size = 0;
+  const T* saved = nullptr;         ///< [rows, A, H]
+  const T* saved_before = nullptr;  ///< [rows_before, A, H]
+  const T* h0 = nullptr;            ///< [rows, H] h0_stride apart, null: zeros
+  const T* c0 = nullptr;
+  int64_t h0_stride = 0, c0_stride = 0;
+  const T* dy = nullptr;  ///< [rows, H], dy_stride apart; null: zeros
+  int64_t dy_stride = 0;
+  /// [rows, H] gradient of the output but for dy. Rows that took part are zero on return, for the
+  /// caller to add what goes back through weight_hh.
+  T* dh = nullptr;
+  const T* draw = nullptr;  ///< with a projection, instead of dh and dy: of the output before it
+  T* dstate = nullptr;      ///< [rows, H]
+  S* dsums = nullptr;       ///< [rows, S*H] as operands, zero on entry
+  S* dhidden = nullptr;     ///< [rows, G*H] of the sums that weight_hh feeds, where not just dsums
+  S* h_previous = nullptr;  ///< [rows, H], null with a projection
+  S* h_raw = nullptr;       ///< [rows, H] output before the projection
+};
+
+/// What comes before the product of a projection, going back.
+template <class S, class T = SumOf<S>>
+struct ProjectedStepBack : BackwardRows {
+  int64_t output_size = 0;
+  const T* y_before = nullptr;  ///< [rows_before, P], y_stride apart
+  int64_t y_stride = 0;
+  const T* h0 = nullptr;  ///< [rows, P], null: zeros
+  int64_t h0_stride = 0;
+  const T* dy = nullptr;
+  int64_t dy_stride = 0;
+  T* dh = nullptr;          ///< [rows, P] as in BackwardStep
+  S* dr = nullptr;          ///< [rows, P] gradient of the output, zero on entry
+  S* h_previous = nullptr;  ///< [rows, P]
+};
+
+template <class Cell, class S>
+int forward_step(const ForwardStep<S>& step, void* stream);
+template <class S>
+int projected_step(const ProjectedStep<S>& step, void* stream);
+template <class Cell, class S>
+int backward_step(const BackwardStep<S>& step, void* stream);
+template <class S>
+int projected_step_back(const ProjectedStepBack<S>& step, void* stream);
+
+/// Writes `count` numbers of the host to memory of the device. They travel as a kernel's argument:
+/// no copy that waits, and none that a captured graph would read again when they are gone.
+int upload(const int64_t* numbers, int64_t count, int64_t* to, void* stream);
+
+// ---- all steps in one launch --------------------------------------------------------------------
+//
+// Each CTA keeps its units' part of weight_hh in registers for the whole sequence. A *group* of
+// CTAs runs the units of one direction for a tile of rows; its CTAs tell each other of h, or of the
+// gradients, through `exchange`, and count their arrivals there. No projection.
+
+/// How a layer is cut up.
+struct Cut {
+  int variant = 0;     ///< 0: one CTA has all units; 1, 2: the group's CTAs have 16 units each
+  int64_t ctas = 0;    ///< in a group
+  int64_t groups = 0;  ///< in a direction
+  int64_t tile_rows = 0;
+  int64_t depth = 0;  ///< units that the exchange has room for
+};
+
+enum class Precision { ieee, tf32 };  ///< of products of float32; the half types have their own
+
+/// The cut of a layer of D directions with operands of `operand_bytes` for a device of so many
+/// multiprocessors; groups 0: it can't run in one launch. `grid`: even if one CTA could do it.
+Cut cut_of(int64_t rows, int64_t hidden_size, int64_t directions, int64_t operand_bytes,
+           int64_t multiprocessors, bool grid);
+
+struct Recurrence {
+  int64_t steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
+  const int64_t* lengths = nullptr;   ///< [B], null: all steps
+  const int64_t* position = nullptr;  ///< [T + 1] of a packed batch, null: padded
+  uint32_t* arrivals = nullptr;       ///< [D, groups], zero on entry
+};
+
+template <class S, class T = SumOf<S>>
+struct RecurrentForward : Recurrence {
+  struct Direction {
+    const S* weight_hh = nullptr;  ///< [G*H, H]
+    const S* bias_ih = nullptr;
+    const S* bias_hh = nullptr;
+    const T* x_product = nullptr;  ///< [N, G*H]
+    const T* h0 = nullptr;         ///< [B, H], null: zeros
+    const T* c0 = nullptr;
+    S* y = nullptr;         ///< [N, H], y_stride apart
+    S* h_n = nullptr;       ///< [B, H]
+    T* c_n = nullptr;       ///< [B, H], LSTM only
+    T* saved = nullptr;     ///< [N, A, H], null: not wanted
+    S* exchange = nullptr;  ///< [2, groups * tile_rows, depth], zero on entry
+  } direction[2];
+  int64_t h0_stride = 0, c0_stride = 0, y_stride = 0;
+};
+
+template <class S, class T = SumOf<S>>
+struct RecurrentBackward : Recurrence {
+  struct Direction {
+    const S* weight_hh = nullptr;
+    const T* saved = nullptr;
+    const T* h0 = nullptr;
+    const T* c0 = nullptr;
+    const T* dy = nullptr;    ///< [N, H], dy_stride apart; null: zeros
+    const T* dh_n = nullptr;  ///< [B, H], null: zeros
+    const T* dc_n = nullptr;
+    S* dsums = nullptr;       ///< [N, S*H]
+    S* h_previous = nullptr;  ///< [N, H]
+    T* dh0 = nullptr;         ///< [B, H]
+    T* dc0 = nullptr;         ///< [B, H], LSTM only
+    S* exchange = nullptr;    ///< [2, groups * tile_rows, G, depth], zero on entry
+  } direction[2];
+  int64_t h0_stride = 0, c0_stride = 0, dy_stride = 0;
+};
+
+template <class Cell, class S>
+int recurrent_forward(const RecurrentForward<S>& run, const Cut& cut, Precision precision,
+                      void* stream);
+template <class Cell, class S>
+int recurrent_backward(const RecurrentBackward<S>& run, const Cut& cut, Precision precision,
+                       void* stream);
+
+}  // namespace fusedrnn::cuda

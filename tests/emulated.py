@@ -1,0 +1,94 @@
+"""Builds csrc/cuda for the emulator: the same kernels and the same host code, without a GPU."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EMULATOR = ROOT / "tests" / "emulator"
+BUILD = ROOT / "build" / "emulator"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+COMPILER = os.environ.get("CXX", "g++").split()
+COMMON = shlex.split(
+    "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas"
+)
+
+
+def text_of(folder: Path) -> bytes:
+    """Everything that an object file may depend on."""
+    return b"".join(
+        p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".cu", ".cuh", ".cpp", ".h")
+    )
+
+
+def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], output: Path) -> list[Path]:
+    """The object files of sources with flags of their own, those that changed compiled again."""
+    output.mkdir(parents=True, exist_ok=True)
+    state = text_of(ROOT / "csrc") + text_of(EMULATOR)
+
+    def one(source: Path, flags: Sequence[str]) -> Path:
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        command = [*COMPILER, *COMMON, *flags, *language, "-c", str(source)]
+        key = hashlib.sha256(state + shlex.join(command).encode()).hexdigest()[:16]
+        target = output / f"{source.stem}-{key}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, "-o", str(partial)], check=True)
+            for old in output.glob(f"{source.stem}-*.o"):
+                old.unlink(missing_ok=True)
+            partial.rename(target)
+        return target
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: one(*job), sources))
+
+
+def kernel_flags(csrc: Path = ROOT / "csrc") -> list[str]:
+    return ["-std=c++17", f"-I{csrc}", f"-I{EMULATOR}"]
+
+
+def build_ops() -> Path:
+    """The library with torch.ops.fusedrnn_emulated, for the torch that is running."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    standard = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else "c++17"
+    torch_flags = [f"-std={standard}", f"-I{EMULATOR}", *(f"-I{p}" for p in include_paths())]
+    torch_flags.append(f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}")
+    host = [
+        ROOT / "csrc" / "layer.cpp",
+        ROOT / "csrc" / "cuda" / "layer_cuda.cpp",
+        EMULATOR / "device.cpp",
+        EMULATOR / "register.cpp",
+    ]
+    kernels = [*KERNELS, ROOT / "csrc" / "cuda" / "cut.cpp", EMULATOR / "emulator.cpp"]
+    objects = compile_all(
+        [*((p, torch_flags) for p in host), *((p, kernel_flags()) for p in kernels)], BUILD / "ops"
+    )
+    library = BUILD / f"ops-{hashlib.sha256(str(objects).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
+        partial = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(
+            [*COMPILER, "-shared", *map(str, objects), libraries, "-lc10", "-ltorch_cpu", "-o",
+             str(partial)],
+            check=True,
+        )  # fmt: skip
+        for old in BUILD.glob("ops-*.so"):
+            old.unlink(missing_ok=True)
+        partial.rename(library)
+    return library
+
+
+if __name__ == "__main__":
+    print(build_ops())
+    sys.exit(0)

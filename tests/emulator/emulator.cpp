@@ -1,0 +1,495 @@
+// The scheduler of the emulator: fibers, their waits, and what can be said when they wait for ever.
+//
+// What makes a wrong kernel fail here, where on a GPU it might pass for months: schedules differ
+// from launch to launch (see Order), shared memory begins as NaN and ends at a page that can't be
+// touched, it is gone when its CTA is, no more CTAs run together than a launch asks for, and a
+// launch that can't go on ends with a report of who waits where.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/primitives.cuh"
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+Index3 threadIdx, blockIdx, gridDim;
+
+// ThreadSanitizer's interface, where the program is linked with it.
+extern "C" {
+__attribute__((weak)) void* __tsan_get_current_fiber();
+__attribute__((weak)) void* __tsan_create_fiber(unsigned);
+__attribute__((weak)) void __tsan_destroy_fiber(void*);
+__attribute__((weak)) void __tsan_switch_to_fiber(void*, unsigned);
+__attribute__((weak)) void __tsan_acquire(void*);
+__attribute__((weak)) void __tsan_release(void*);
+}
+
+namespace fusedrnn::emulator {
+namespace {
+
+const bool has_tsan = __tsan_create_fiber != nullptr;
+void acquire(void* p) {
+  if (has_tsan) __tsan_acquire(p);
+}
+void release(void* p) {
+  if (has_tsan) __tsan_release(p);
+}
+
+// ---- switching ----------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer = nullptr;
+};
+extern "C" void fusedrnn_switch(void** save, void* to);
+// Keeps what the calling convention says a function must keep, on the stack that it leaves.
+asm(R"(
+.text
+.type fusedrnn_switch, @function
+fusedrnn_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fusedrnn_switch, .-fusedrnn_switch
+)");
+void switch_context(Context& from, Context& to) {
+  fusedrnn_switch(&from.stack_pointer, to.stack_pointer);
+}
+void make_context(Context& context, unsigned char* stack, size_t size, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + size) - 2;  // aligned as after a call
+  top[0] = reinterpret_cast<void*>(entry);
+  top[1] = nullptr;
+  context.stack_pointer = std::fill_n(top - 6, 6, nullptr) - 6;
+}
+#else
+struct Context {
+  ucontext_t context;
+};
+void switch_context(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+void make_context(Context& context, unsigned char* stack, size_t size, void (*entry)()) {
+  getcontext(&context.context);
+  context.context.uc_stack.ss_sp = stack;
+  context.context.uc_stack.ss_size = size;
+  context.context.uc_link = nullptr;
+  makecontext(&context.context, entry, 0);
+}
+#endif
+
+const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
+
+/// Memory with pages that can't be touched on both sides; what is asked for ends at the second.
+class Guarded {
+ public:
+  explicit Guarded(size_t size) : size_(size), pages_((size + kPage - 1) / kPage * kPage) {
+    void* p = mmap(nullptr, pages_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) std::abort();
+    base_ = static_cast<unsigned char*>(p);
+    if (pages_ && mprotect(base_ + kPage, pages_, PROT_READ | PROT_WRITE)) std::abort();
+  }
+  ~Guarded() { munmap(base_, pages_ + 2 * kPage); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  unsigned char* data() const { return base_ + kPage + pages_ - size_; }
+  size_t size() const { return size_; }
+
+ private:
+  size_t size_, pages_;
+  unsigned char* base_;
+};
+
+constexpr size_t kStack = 256 * 1024;
+
+// ---- a launch -----------------------------------------------------------------------------------
+
+struct Cta;
+
+enum class State { ready, polling, waiting, gone };
+
+struct Fiber {
+  Context context;
+  Cta* cta = nullptr;
+  unsigned thread = 0;
+  State state = State::ready;
+  Where where = {"start", 0};
+  size_t place = 0;  ///< in the list of its state
+  bool starved = false;
+  void* tsan = nullptr;
+  std::unique_ptr<Guarded> stack;
+};
+
+/// Threads that wait for each other: a CTA's or a warp's.
+struct Barrier {
+  unsigned size = 0, gone = 0;
+  std::vector<Fiber*> waiting;
+
+  void expect(unsigned threads) {
+    size = threads;
+    waiting.reserve(threads);  // what grows later, ThreadSanitizer takes for the kernel's
+  }
+};
+
+struct Warp {
+  Barrier barrier, exchange;
+  unsigned round = 0;
+  alignas(64) unsigned char slots[2][32 * 64];
+};
+
+struct Cta {
+  Index3 index;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<Fiber*> fibers;
+  std::unique_ptr<Guarded> shared;
+  unsigned gone = 0;
+};
+
+/// Who is next, of those who can go on.
+enum class Order {
+  random,        ///< any thread
+  warps,         ///< the lanes of a warp, as long as one can go on; then any other warp
+  in_turn,       ///< the one that has waited longest
+  last_first,    ///< the one that became ready last
+  starving_cta,  ///< random, but for the threads of one CTA, which go when nothing else can
+  starving_warp,
+  kCount
+};
+
+struct Launch {
+  const cuda::Grid& grid;
+  unsigned threads;
+  const void* kernel;
+  Thread* thread;
+  std::string name;
+  std::mt19937_64 random;
+  Order order;
+  std::vector<Fiber*> ready, starved, polling;
+  std::vector<std::unique_ptr<Cta>> ctas;
+  Context main;
+  void* main_tsan = nullptr;
+  Fiber* current = nullptr;
+  size_t alive = 0, idle_polls = 0;
+  std::string error;
+};
+
+std::mutex mutex;
+Launch* active = nullptr;
+Settings chosen;
+Counts counted = {};
+std::string error_of_last;
+std::vector<std::unique_ptr<Fiber>> idle_fibers;
+
+std::vector<Fiber*>& list_of(Fiber* f) {
+  return f->state == State::polling ? active->polling
+         : f->starved               ? active->starved
+                                    : active->ready;
+}
+void take_out(Fiber* f) {
+  std::vector<Fiber*>& list = list_of(f);
+  list.back()->place = f->place;
+  list[f->place] = list.back();
+  list.pop_back();
+}
+void put_in(Fiber* f, State state) {
+  f->state = state;
+  if (state == State::ready || state == State::polling) {
+    std::vector<Fiber*>& list = list_of(f);
+    f->place = list.size();
+    list.push_back(f);
+  }
+}
+
+void switch_to(Fiber* f) {
+  active->current = f;
+  threadIdx = {f->thread, 0, 0};
+  blockIdx = f->cta->index;
+  if (has_tsan) __tsan_switch_to_fiber(f->tsan, 1);
+  switch_context(active->main, f->context);
+}
+/// Back to the scheduler, until it chooses this fiber again.
+void leave(State state, Where where) {
+  Fiber* f = active->current;
+  f->where = where;
+  if (f->state != State::polling || state != State::polling) {
+    take_out(f);
+    put_in(f, state);
+    active->idle_polls = 0;
+  }
+  if (has_tsan) __tsan_switch_to_fiber(active->main_tsan, 1);
+  switch_context(f->context, active->main);
+}
+
+std::string describe(const Fiber* f) {
+  const Index3 b = f->cta->index;
+  char text[160];
+  std::snprintf(text, sizeof(text), "thread %u of CTA (%u, %u, %u) in %s, line %d", f->thread, b.x,
+                b.y, b.z, f->where.what, f->where.line);
+  return text;
+}
+
+/// Ends the launch, from inside a fiber or from the scheduler.
+void fail(const std::string& what) {
+  if (active->error.empty()) active->error = what + ", kernel " + active->name;
+}
+[[noreturn]] void fail_here(const std::string& what, Where where) {
+  active->current->where = where;
+  fail(what + ": " + describe(active->current));
+  for (;;) leave(State::waiting, where);
+}
+
+void arrive(Barrier& barrier, Where where, bool orders) {
+  Fiber* const self = active->current;
+  ++counted.waits;
+  if (barrier.gone) fail_here("a thread waits for others that have left the kernel", where);
+  if (!barrier.waiting.empty() && barrier.waiting[0]->where.what != where.what) {
+    fail_here("threads of a warp meet in different places", where);
+  }
+  if (orders) release(&barrier);
+  if (barrier.waiting.size() + 1 < barrier.size) {
+    barrier.waiting.push_back(self);
+    leave(State::waiting, where);
+  } else {
+    for (Fiber* f : barrier.waiting) put_in(f, State::ready);
+    barrier.waiting.clear();
+    leave(State::ready, where);  // the last to come is not always the first to go on
+  }
+  if (orders) acquire(&barrier);
+}
+
+Warp& own_warp() { return active->current->cta->warps[active->current->thread / 32]; }
+
+void enter() {
+  for (;;) {  // a fiber is used again, from here, when its thread has ended
+    Launch& l = *active;
+    Fiber* const f = l.current;
+    l.thread(l.kernel, f->cta->shared->data());
+    Cta& cta = *f->cta;
+    Warp& warp = own_warp();
+    ++cta.gone;
+    ++cta.barrier.gone;
+    ++warp.barrier.gone;
+    ++warp.exchange.gone;
+    for (Barrier* b : {&cta.barrier, &warp.barrier, &warp.exchange}) {
+      if (!b->waiting.empty()) {
+        fail("a thread left the kernel while others wait for it: " + describe(b->waiting[0]));
+      }
+    }
+    release(&l);
+    --l.alive;
+    leave(State::gone, {"end", 0});
+  }
+}
+
+Fiber* new_fiber() {
+  if (!idle_fibers.empty() && !has_tsan) {
+    Fiber* f = idle_fibers.back().release();
+    idle_fibers.pop_back();
+    return f;
+  }
+  Fiber* f = new Fiber;
+  f->stack = std::make_unique<Guarded>(kStack);
+  make_context(f->context, f->stack->data(), kStack, enter);
+  if (has_tsan) f->tsan = __tsan_create_fiber(0);
+  return f;
+}
+
+void start_cta(Index3 index) {
+  Launch& l = *active;
+  ++counted.ctas;
+  auto cta = std::make_unique<Cta>();
+  cta->index = index;
+  cta->barrier.expect(l.threads);
+  cta->warps.resize((l.threads + 31) / 32);
+  for (size_t w = 0; w < cta->warps.size(); ++w) {
+    const unsigned lanes = std::min(32u, l.threads - 32 * unsigned(w));
+    cta->warps[w].barrier.expect(lanes);
+    cta->warps[w].exchange.expect(lanes);
+  }
+  cta->shared = std::make_unique<Guarded>((l.grid.shared + 15) / 16 * 16);
+  std::fill_n(cta->shared->data(), cta->shared->size(), 0xff);
+  const unsigned starved_warp = unsigned(l.random() % cta->warps.size());
+  const bool starved_cta = l.order == Order::starving_cta && index.x == l.random() % l.grid.x;
+  for (unsigned t = 0; t < l.threads; ++t) {
+    Fiber* f = new_fiber();
+    f->cta = cta.get();
+    f->thread = t;
+    f->where = {"start", 0};
+    f->starved = starved_cta || (l.order == Order::starving_warp && t / 32 == starved_warp);
+    cta->fibers.push_back(f);
+    put_in(f, State::ready);
+  }
+  l.alive += l.threads;
+  for (auto* list : {&l.ready, &l.starved, &l.polling}) list->reserve(l.alive);
+  l.ctas.push_back(std::move(cta));
+}
+
+/// Keeps the fiber of a thread that has ended; that of another is of no use any more.
+void give_back(Fiber* f) {
+  if (has_tsan) {
+    __tsan_destroy_fiber(f->tsan);
+  } else if (f->state == State::gone) {
+    idle_fibers.emplace_back(f);
+    return;
+  }
+  delete f;
+}
+
+Fiber* next() {
+  Launch& l = *active;
+  const auto any = [&](std::vector<Fiber*>& list) { return list[l.random() % list.size()]; };
+  if (!l.polling.empty() && (l.ready.empty() || l.random() % 16 == 0)) {
+    // A starved thread goes on only if the others can't without it.
+    if (!l.ready.empty() || l.starved.empty() || l.idle_polls <= l.polling.size()) {
+      ++l.idle_polls;
+      return l.polling[l.idle_polls % l.polling.size()];
+    }
+  }
+  std::vector<Fiber*>& list = l.ready.empty() ? l.starved : l.ready;
+  switch (l.order) {
+    case Order::warps:
+      if (Fiber* last = l.current) {
+        for (Fiber* f : last->cta->fibers) {
+          if (f->thread / 32 == last->thread / 32 && f->state == State::ready) return f;
+        }
+      }
+      return any(list);
+    case Order::in_turn:
+      return list.front();
+    case Order::last_first:
+      return list.back();
+    default:
+      return any(list);
+  }
+}
+
+void report_deadlock() {
+  Launch& l = *active;
+  std::map<std::string, unsigned> places;
+  std::string text = l.polling.empty() ? "deadlock" : "livelock: nothing comes that is waited for";
+  unsigned shown = 0;
+  for (const auto& cta : l.ctas) {
+    for (const Fiber* f : cta->fibers) {
+      if (f->state == State::gone) continue;
+      char place[120];
+      std::snprintf(place, sizeof(place), "CTA (%u, %u, %u) in %s, line %d", cta->index.x,
+                    cta->index.y, cta->index.z, f->where.what, f->where.line);
+      ++places[place];
+    }
+  }
+  for (const auto& [place, count] : places) {
+    if (++shown > 8) break;
+    text += "; " + std::to_string(count) + " threads of " + place;
+  }
+  fail(text);
+}
+
+void run_all() {
+  Launch& l = *active;
+  const uint64_t total = uint64_t(l.grid.x) * l.grid.y * l.grid.z;
+  const uint64_t together = l.grid.resident ? total : 1 + l.random() % 3;
+  std::vector<uint64_t> waiting(total);
+  for (uint64_t i = 0; i < total; ++i) waiting[i] = i;
+  std::shuffle(waiting.begin(), waiting.end(), l.random);
+  for (;;) {
+    while (l.ctas.size() < together && !waiting.empty()) {
+      const uint64_t i = waiting.back();
+      waiting.pop_back();
+      start_cta({unsigned(i % l.grid.x), unsigned(i / l.grid.x % l.grid.y),
+                 unsigned(i / l.grid.x / l.grid.y)});
+    }
+    if (l.alive == 0 && waiting.empty()) return;
+    // Each that polls has looked again, and all that it could wait for waits too.
+    if (l.ready.empty() && l.starved.empty() && l.idle_polls >= 2 * l.polling.size()) {
+      return report_deadlock();
+    }
+    switch_to(next());
+    if (!l.error.empty()) return;
+    Cta* const cta = l.current->cta;
+    if (cta->gone == l.threads) {  // its shared memory goes with it
+      acquire(&l);
+      l.current = nullptr;
+      for (Fiber* f : cta->fibers) give_back(f);
+      l.ctas.erase(std::find_if(l.ctas.begin(), l.ctas.end(),
+                                [&](const auto& c) { return c.get() == cta; }));
+    }
+  }
+}
+
+}  // namespace
+
+void set(const Settings& settings) { chosen = settings; }
+const Settings& settings() { return chosen; }
+const char* last_error() { return error_of_last.c_str(); }
+Counts counts() { return counted; }
+
+int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread* thread,
+           const char* name) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const uint64_t total = uint64_t(grid.x) * grid.y * grid.z;
+  // The limits of a device of compute capability 8.0 and up.
+  if (threads == 0 || threads > 1024 || total == 0 || grid.y > 65535 || grid.z > 65535 ||
+      grid.x > 0x7fffffffu || grid.shared > 99 * 1024) {
+    error_of_last = "a grid that no device takes";
+    return 1;
+  }
+  if (grid.resident && total > uint64_t(chosen.multiprocessors)) {
+    error_of_last = "more CTAs than can run together";
+    return 1;
+  }
+  Launch l{grid,    threads, kernel, thread, name, std::mt19937_64(chosen.seed + counted.launches),
+           {},      {},      {},     {},     {},   {},
+           nullptr, nullptr, 0,      0,      {}};
+  ++counted.launches;
+  l.order = Order(l.random() % uint64_t(Order::kCount));
+  if (has_tsan) l.main_tsan = __tsan_get_current_fiber();
+  gridDim = {grid.x, grid.y, grid.z};
+  active = &l;
+  run_all();
+  for (const auto& cta : l.ctas) {
+    for (Fiber* f : cta->fibers) give_back(f);
+  }
+  active = nullptr;
+  error_of_last = l.error;
+  return l.error.empty() ? 0 : 1;
+}
+
+void sync_cta(Where where) { arrive(active->current->cta->barrier, where, true); }
+void sync_warp(Where where) { arrive(own_warp().barrier, where, true); }
+void pause(Where where) { leave(State::polling, where); }
+
+const unsigned char* exchange(const void* own, unsigned bytes, Where where) {
+  Warp& warp = own_warp();
+  // Two sets of slots: a lane can be one exchange ahead of the slowest, never two.
+  const unsigned lane = active->current->thread % 32;
+  unsigned char* const slots = warp.slots[warp.round % 2];
+  for (unsigned i = 0; i < bytes; ++i) {
+    slots[64 * lane + i] = static_cast<const unsigned char*>(own)[i];
+  }
+  if (warp.exchange.waiting.size() + 1 == warp.exchange.size) ++warp.round;
+  arrive(warp.exchange, where, false);
+  return slots;
+}
+
+}  // namespace fusedrnn::emulator

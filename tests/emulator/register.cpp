@@ -1,0 +1,34 @@
+// The CUDA backend's ops as torch.ops.fusedrnn_emulated.*, for tensors of the CPU.
+#include <torch/library.h>
+
+#include "../../csrc/cuda/layer_cuda.h"
+#include "../../csrc/cuda/primitives.cuh"
+
+namespace {
+
+void set(int64_t seed, int64_t multiprocessors) {
+  fusedrnn::emulator::set({uint64_t(seed), int(multiprocessors)});
+}
+std::vector<int64_t> counts() {
+  const auto c = fusedrnn::emulator::counts();
+  return {int64_t(c.launches), int64_t(c.ctas), int64_t(c.waits)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fusedrnn_emulated, m) {
+  m.def("set(int seed, int multiprocessors) -> ()", &set);
+  m.def("counts() -> int[]", &counts);
+  for (const char* name : {"lstm", "gru", "lstm_backward", "gru_backward"}) {
+    // The same schema as that of the real op.
+    auto schema = c10::Dispatcher::singleton()
+                      .findSchemaOrThrow((std::string("fusedrnn::") + name).c_str(), "")
+                      .schema();
+    m.def(c10::FunctionSchema(std::string("fusedrnn_emulated::") + name, "", schema.arguments(),
+                              schema.returns()));
+  }
+  m.impl("lstm", c10::DispatchKey::CPU, &fusedrnn::cuda::lstm);
+  m.impl("gru", c10::DispatchKey::CPU, &fusedrnn::cuda::gru);
+  m.impl("lstm_backward", c10::DispatchKey::CPU, &fusedrnn::cuda::lstm_backward);
+  m.impl("gru_backward", c10::DispatchKey::CPU, &fusedrnn::cuda::gru_backward);
+}
