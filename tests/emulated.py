@@ -17,7 +17,8 @@ BUILD = ROOT / "build" / "emulator"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 COMPILER = os.environ.get("CXX", "g++").split()
 COMMON = shlex.split(
-    "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas"
+    "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas "
+    "-fno-strict-aliasing"
 )
 
 

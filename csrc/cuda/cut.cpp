@@ -18,11 +18,16 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // that is all of it, one CTA runs a tile of rows by itself; there can be any number of tiles. Else
 // 16 units are a CTA's, and all CTAs must run at the same time, one on a multiprocessor: there are
 // as many groups as find room, down to one product's rows in each.
-Cut cut_of(int64_t rows, int64_t hidden_size, int64_t directions, int64_t operand_bytes,
-           int64_t multiprocessors, bool grid) {
+Cut cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t directions,
+           int64_t operand_bytes, int64_t multiprocessors, bool grid) {
   const int64_t alone = operand_bytes == 2 ? 128 : 64;
   Cut cut;
-  if (rows == 0 || (operand_bytes != 2 && operand_bytes != 4)) return cut;
+  // The kernels count steps, rows and arrivals in 32 bits; a grid has 65,535 tiles at most.
+  if (rows == 0 || rows > 65535 * kRows ||
+      steps * divide_up(hidden_size, kBlockUnits) > INT32_MAX ||
+      (operand_bytes != 2 && operand_bytes != 4)) {
+    return cut;
+  }
   if (hidden_size <= alone && !grid) {
     cut = {0, 1, divide_up(rows, kRows), kRows, alone};
     return cut;

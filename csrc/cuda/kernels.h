@@ -124,11 +124,11 @@ enum class Precision { ieee, tf32 };  ///< of products of float32; the half type
 
 /// The cut of a layer of D directions with operands of `operand_bytes` for a device of so many
 /// multiprocessors; groups 0: it can't run in one launch. `grid`: even if one CTA could do it.
-Cut cut_of(int64_t rows, int64_t hidden_size, int64_t directions, int64_t operand_bytes,
-           int64_t multiprocessors, bool grid);
+Cut cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t directions,
+           int64_t operand_bytes, int64_t multiprocessors, bool grid);
 
 struct Recurrence {
-  int64_t steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
+  int steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
   const int64_t* lengths = nullptr;   ///< [B], null: all steps
   const int64_t* position = nullptr;  ///< [T + 1] of a packed batch, null: padded
   uint32_t* arrivals = nullptr;       ///< [D, groups], zero on entry

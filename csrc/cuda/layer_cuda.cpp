@@ -97,17 +97,17 @@ Cut regime_of(const Layer& layer, const Device& device) {
     return {};
   }
   const Cut cut =
-      cut_of(layer.B, layer.H, layer.D, bytes, device.multiprocessors, regime == "grid");
+      cut_of(layer.T, layer.B, layer.H, layer.D, bytes, device.multiprocessors, regime == "grid");
   return regime == "alone" && cut.variant != 0 ? Cut{} : cut;
 }
 
 void set(Recurrence& r, const Layer& layer, const Cut& cut, const Tensor& position,
          const Tensor& arrivals) {
-  r.steps = layer.T;
-  r.rows = layer.B;
-  r.hidden_size = layer.H;
-  r.directions = layer.D;
-  r.tile_rows = cut.tile_rows;
+  r.steps = int(layer.T);
+  r.rows = int(layer.B);
+  r.hidden_size = int(layer.H);
+  r.directions = int(layer.D);
+  r.tile_rows = int(cut.tile_rows);
   r.lengths = const_data_of<int64_t>(layer.lengths);
   r.position = const_data_of<int64_t>(position);
   r.arrivals = reinterpret_cast<uint32_t*>(data_of<int32_t>(arrivals));

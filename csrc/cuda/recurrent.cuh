@@ -29,7 +29,7 @@ constexpr int kWarp = 32;
 template <class S, bool kShared>
 struct Operands {
   const S* data;
-  int64_t stride;
+  int stride;
 
   FUSEDRNN_DEVICE Words load(int row, int at) const {
     const S* p = data + row * stride + at;
@@ -41,13 +41,6 @@ struct Operands {
   }
 };
 
-FUSEDRNN_DEVICE uint32_t word_of(BFloat16 low, BFloat16 high) {
-  return uint32_t(low.bits) | uint32_t(high.bits) << 16;
-}
-FUSEDRNN_DEVICE uint32_t word_of(Float16 low, Float16 high) {
-  return uint32_t(low.bits) | uint32_t(high.bits) << 16;
-}
-
 /// By tensor cores: the half types, and float32 as TF32. The order of a product's depth is free, so
 /// it is the one in which a thread's operands of two products lie together, 16 bytes.
 template <class S_, int kTiles_, int kDepth_>
@@ -55,24 +48,34 @@ class TensorProduct {
  public:
   using S = S_;
   static constexpr int kTiles = kTiles_, kDepth = kDepth_, kScratch = 0;
+  static constexpr int kLoadScratch = 1024;
 
-  /// weight(row, depth): the matrix.
+  /// Weight::at(row, depth) is the matrix; kDepthFirst: neighbours in depth lie next to each other
+  /// in memory, else neighbouring rows do. `scratch`: kLoadScratch bytes of a warp's own.
   template <class Weight>
-  FUSEDRNN_DEVICE void load(const Weight& weight) {
+  FUSEDRNN_DEVICE void load(const Weight& weight, void* scratch) {
     const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
+    S* const tile = static_cast<S*>(scratch);  // [16, kPair]
     unroll<kTiles>([&](auto m) {
       unroll<kPairs>([&](auto j) {
+#pragma unroll 8
+        for (int i = lane; i < 16 * kPair; i += kWarp) {
+          const int row = Weight::kDepthFirst ? i / kPair : i % 16;
+          const int at = Weight::kDepthFirst ? i % kPair : i / 16;
+          tile[row * kPair + at] = weight.at(16 * m + row, j * kPair + at);
+        }
+        sync_warp();
         unroll<2>([&](auto s) {
           unroll<4>([&](auto i) {
-            const int row = 16 * m + r + i % 2 * 8;
-            const int at = j * kPair + (4 * q + 2 * s + i / 2) * kPerWord;
+            const S* p = tile + (r + i % 2 * 8) * kPair + (4 * q + 2 * s + i / 2) * kPerWord;
             if constexpr (kPerWord == 2) {
-              a_[m][j][s][i] = word_of(weight(row, at), weight(row, at + 1));
+              a_[m][j][s][i] = *reinterpret_cast<const uint32_t*>(p);
             } else {
-              a_[m][j][s][i] = tf32_of(weight(row, at));
+              a_[m][j][s][i] = tf32_of(*p);
             }
           });
         });
+        sync_warp();
       });
     });
   }
@@ -111,7 +114,7 @@ class TensorProduct {
 
  private:
   static constexpr int kPerWord = 4 / sizeof(S), kPair = 16 * kPerWord, kPairs = kDepth / kPair;
-  static_assert(kDepth % kPair == 0);
+  static_assert(kDepth % kPair == 0 && 16 * kPair * sizeof(S) == kLoadScratch);
   uint32_t a_[kTiles][kPairs][2][4];
 };
 
@@ -124,12 +127,13 @@ class PlainProduct {
   static constexpr int kTiles = kTiles_, kDepth = kDepth_;
   static constexpr int kStaged = 4;                        ///< rows of h at a time
   static constexpr int kScratch = kStaged * (kDepth + 4);  ///< elements of a warp
+  static constexpr int kLoadScratch = 0;
 
   template <class Weight>
-  FUSEDRNN_DEVICE void load(const Weight& weight) {
+  FUSEDRNN_DEVICE void load(const Weight& weight, void*) {
     unroll<kOwnRows>([&](auto i) {
       unroll<kOwnDepth>(
-          [&](auto k) { a_[i][k] = row(i) < 16 * kTiles ? weight(row(i), depth() + k) : 0.f; });
+          [&](auto k) { a_[i][k] = row(i) < 16 * kTiles ? weight.at(row(i), depth() + k) : 0.f; });
     });
   }
 
@@ -208,6 +212,7 @@ struct Sharing {
   // and, alone, the exchange.
   static constexpr int kSums = kSplits * kRows * kStride;
   static constexpr int kScratch = kBlocks * kSplits * Product::kScratch;
+  static_assert(kBlocks * kSplits * Product::kLoadScratch <= int(sizeof(float)) * kSums);
   static size_t shared_bytes(int64_t tile_rows, int kept) {
     return sizeof(float) * size_t(kSums + kScratch + kept * tile_rows * kUnits) +
            (kAlone ? 2 * tile_rows * kExchangeStride * sizeof(S) : 0);
@@ -231,22 +236,22 @@ class Worker {
     if constexpr (Shared::kAlone) {
       exchange_ = reinterpret_cast<S*>(kept_ + kept * run.tile_rows * Shared::kUnits);
       half_ = run.tile_rows * Shared::kExchangeStride;
-      for (int64_t i = threadIdx.x; i < 2 * half_; i += Shared::kThreads) exchange_[i] = S{};
+      for (int i = threadIdx.x; i < 2 * half_; i += Shared::kThreads) exchange_[i] = S{};
       sync_cta();
     } else {
       exchange_ = exchange + first_row * Shared::kExchangeStride;
-      half_ = int64_t(gridDim.y) * run.tile_rows * Shared::kExchangeStride;
+      half_ = gridDim.y * run.tile_rows * Shared::kExchangeStride;
     }
   }
 
   /// What a thread has to do of `chunk`: its p-th pair of a row of the batch and a unit.
   struct Pair {
     int row_of_chunk;
-    int64_t row_of_tile, row;  ///< row: of the batch
-    int64_t unit;              ///< always the same for a thread
+    int row_of_tile, row;  ///< row: of the batch
+    int unit;              ///< always the same for a thread
     bool exists;
   };
-  FUSEDRNN_DEVICE Pair pair(int64_t chunk, int p) const {
+  FUSEDRNN_DEVICE Pair pair(int chunk, int p) const {
     Pair pair;
     pair.row_of_chunk = (threadIdx.x + p * Shared::kThreads) / Shared::kUnits;
     pair.row_of_tile = chunk * kRows + pair.row_of_chunk;
@@ -255,7 +260,7 @@ class Worker {
     pair.exists = pair.row < run_.rows && pair.unit < run_.hidden_size;
     return pair;
   }
-  FUSEDRNN_DEVICE int64_t chunks() const { return run_.tile_rows / kRows; }
+  FUSEDRNN_DEVICE int chunks() const { return run_.tile_rows / kRows; }
 
   /// The i-th value that the CTA keeps for a pair from step to step.
   FUSEDRNN_DEVICE float& kept(const Pair& p, int i) const {
@@ -264,15 +269,26 @@ class Worker {
   }
 
   /// Where the pair's unit, or its `part` of several, is in a row of the exchange.
-  FUSEDRNN_DEVICE S& operand(int64_t half, const Pair& p, int64_t part = 0,
-                             int64_t part_size = 0) const {
+  FUSEDRNN_DEVICE S& operand(int half, const Pair& p, int part = 0, int part_size = 0) const {
     return exchange_[half * half_ + p.row_of_tile * Shared::kExchangeStride + part * part_size +
                      p.unit];
   }
 
+  /// Reads the weights that this thread keeps. Weight is made of (first unit, first depth) of the
+  /// warp's part.
+  template <class Weight, class... Args>
+  FUSEDRNN_DEVICE void load(typename Shared::Product& product, const Args&... args) const {
+    const int warp = threadIdx.x / kWarp;
+    const Weight weight{first_unit + warp / Shared::kSplits * kBlockUnits,
+                        warp % Shared::kSplits * Shared::Product::kDepth, args...};
+    product.load(weight,
+                 reinterpret_cast<unsigned char*>(sums_) + warp * Shared::Product::kLoadScratch);
+    sync_cta();  // the scratch memory is that of the sums
+  }
+
   /// The product of a chunk, from a half of the exchange; sum() then has it.
-  FUSEDRNN_DEVICE void multiply(const typename Shared::Product& product, int64_t half,
-                                int64_t chunk) const {
+  FUSEDRNN_DEVICE void multiply(const typename Shared::Product& product, int half,
+                                int chunk) const {
     const int warp = threadIdx.x / kWarp, block = warp / Shared::kSplits;
     const int split = warp % Shared::kSplits;
     const Operands<S, Shared::kAlone> h{exchange_ + half * half_ +
@@ -303,7 +319,7 @@ class Worker {
     }
   }
   /// All CTAs of the group have arrived `times` times.
-  FUSEDRNN_DEVICE void wait(int64_t times) const {
+  FUSEDRNN_DEVICE void wait(int times) const {
     if constexpr (!Shared::kAlone) {
       if (threadIdx.x == 0) {
         while (load_acquire(arrivals_) < uint32_t(times) * gridDim.x) pause();
@@ -313,11 +329,11 @@ class Worker {
   }
 
   /// The time of the i-th step of this direction.
-  FUSEDRNN_DEVICE int64_t time(int64_t i) const { return direction ? run_.steps - 1 - i : i; }
-  FUSEDRNN_DEVICE int64_t position(int64_t t) const {
-    return run_.position ? run_.position[t] : t * run_.rows;
+  FUSEDRNN_DEVICE int time(int i) const { return direction ? run_.steps - 1 - i : i; }
+  FUSEDRNN_DEVICE int64_t position(int t) const {
+    return run_.position ? run_.position[t] : int64_t(t) * run_.rows;
   }
-  FUSEDRNN_DEVICE bool takes_part(int64_t row, int64_t t) const {
+  FUSEDRNN_DEVICE bool takes_part(int row, int t) const {
     if (t < 0 || t >= run_.steps) return false;
     if (run_.lengths) return t < run_.lengths[row];
     return !run_.position || row < run_.position[t + 1] - run_.position[t];
@@ -327,12 +343,12 @@ class Worker {
   const Recurrence& run_;
 
  public:
-  const int64_t direction, first_row, first_unit;
+  const int direction, first_row, first_unit;
 
  private:
   float *sums_, *kept_;
   S* exchange_;
-  int64_t half_;  ///< elements of a half of the exchange
+  int half_;  ///< elements of a half of the exchange
   uint32_t* arrivals_;
 };
 
@@ -350,6 +366,18 @@ struct RecurrentForwardKernel : Shared {
   static constexpr int kKept = 2;  ///< state and h
   RecurrentForward<S> run;
 
+  /// Rows: the gates of 16 units; depth: all units.
+  struct Weight {
+    static constexpr bool kDepthFirst = true;
+    int first_unit, first_depth;
+    const S* weight_hh;
+    int H;
+    FUSEDRNN_DEVICE S at(int row, int depth) const {
+      const int unit = first_unit + row % kBlockUnits, k = first_depth + depth;
+      return unit < H && k < H ? weight_hh[(row / kBlockUnits * H + unit) * H + k] : S{};
+    }
+  };
+
   /// What a step needs besides the product.
   struct Inputs {
     bool takes_part;
@@ -357,11 +385,11 @@ struct RecurrentForwardKernel : Shared {
     float x[Cell::kGates];
   };
 
-  FUSEDRNN_DEVICE Inputs load(const Worker<Shared>& w, const Pair& p, int64_t t) const {
+  FUSEDRNN_DEVICE Inputs load(const Worker<Shared>& w, const Pair& p, int t) const {
     Inputs in;
     in.takes_part = p.exists && w.takes_part(p.row, t);
     if (!in.takes_part) return in;
-    const int64_t H = run.hidden_size;
+    const int H = run.hidden_size;
     in.position = w.position(t) + p.row;
     const float* x = run.direction[w.direction].x_product + in.position * Cell::kGates * H + p.unit;
     unroll<Cell::kGates>([&](auto g) { in.x[g] = x[g * H]; });
@@ -369,22 +397,14 @@ struct RecurrentForwardKernel : Shared {
   }
 
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
-    const int64_t H = run.hidden_size;
+    const int H = run.hidden_size;
     const auto& of = run.direction[blockIdx.z];
     const Worker<Shared> w(run, of.exchange, memory, kKept);
 
     typename Shared::Product product;
-    {
-      const int warp = threadIdx.x / kWarp;
-      const int64_t unit0 = w.first_unit + warp / Shared::kSplits * kBlockUnits;
-      const int64_t depth0 = warp % Shared::kSplits * Shared::Product::kDepth;
-      product.load([&](int row, int depth) {
-        const int64_t unit = unit0 + row % kBlockUnits, k = depth0 + depth;
-        return unit < H && k < H ? of.weight_hh[(row / kBlockUnits * H + unit) * H + k] : S{};
-      });
-    }
+    w.template load<Weight>(product, of.weight_hh, H);
     float bias[Cell::kSums] = {};
-    const int64_t own_unit = w.pair(0, 0).unit;
+    const int own_unit = w.pair(0, 0).unit;
     if (of.bias_ih && own_unit < H) {
       unroll<Cell::kGates>([&](auto g) {
         constexpr int in = Cell::input_sum[g], hidden = Cell::hidden_sum[g];
@@ -392,7 +412,7 @@ struct RecurrentForwardKernel : Shared {
         bias[hidden] += value_of(of.bias_hh[g * H + own_unit]);
       });
     }
-    for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+    for (int chunk = 0; chunk < w.chunks(); ++chunk) {
       for (int i = 0; i < Shared::kPairs; ++i) {
         const Pair p = w.pair(chunk, i);
         if (!p.exists) continue;
@@ -405,9 +425,9 @@ struct RecurrentForwardKernel : Shared {
     }
     w.arrive();
 
-    for (int64_t i = 0; i < run.steps; ++i) {
-      const int64_t t = w.time(i);
-      for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+    for (int i = 0; i < run.steps; ++i) {
+      const int t = w.time(i);
+      for (int chunk = 0; chunk < w.chunks(); ++chunk) {
         // A thread with one pair asks for its inputs before it waits for the others.
         Inputs in;
         if constexpr (Shared::kPairs == 1) in = load(w, w.pair(chunk, 0), t);
@@ -426,7 +446,7 @@ struct RecurrentForwardKernel : Shared {
       w.arrive();
     }
 
-    for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+    for (int chunk = 0; chunk < w.chunks(); ++chunk) {
       for (int i = 0; i < Shared::kPairs; ++i) {
         const Pair p = w.pair(chunk, i);
         if (!p.exists) continue;
@@ -439,7 +459,7 @@ struct RecurrentForwardKernel : Shared {
   FUSEDRNN_DEVICE void apply(const Worker<Shared>& w, const Pair& p, const Inputs& in,
                              const float (&bias)[Cell::kSums]) const {
     const auto& of = run.direction[w.direction];
-    const int64_t H = run.hidden_size;
+    const int H = run.hidden_size;
     float sum[Cell::kSums], saved[Cell::kSaved];
     unroll<Cell::kSums>([&](auto k) { sum[k] = bias[k]; });
     unroll<Cell::kGates>([&](auto g) {
@@ -467,15 +487,28 @@ struct RecurrentBackwardKernel : Shared {
   static constexpr int kGateDepth = Shared::kDepth / Cell::kGates;  ///< of the exchange, a gate's
   RecurrentBackward<S> run;
 
+  /// Rows: 16 units; depth: the gates of all units.
+  struct Weight {
+    static constexpr bool kDepthFirst = false;
+    int first_unit, first_depth;
+    const S* weight_hh;
+    int H;
+    FUSEDRNN_DEVICE S at(int row, int depth) const {
+      const int unit = first_unit + row, gate = (first_depth + depth) / kGateDepth;
+      const int k = (first_depth + depth) % kGateDepth;
+      return unit < H && k < H ? weight_hh[(gate * H + k) * H + unit] : S{};
+    }
+  };
+
   struct Inputs {
     bool takes_part;
     int64_t position;
     float dy, state, h, saved[Cell::kSaved];
   };
 
-  FUSEDRNN_DEVICE Inputs load(const Worker<Shared>& w, const Pair& p, int64_t i) const {
+  FUSEDRNN_DEVICE Inputs load(const Worker<Shared>& w, const Pair& p, int i) const {
     const auto& of = run.direction[w.direction];
-    const int64_t H = run.hidden_size, t = w.time(i);
+    const int H = run.hidden_size, t = w.time(i);
     Inputs in;
     in.takes_part = p.exists && w.takes_part(p.row, t);
     if (!in.takes_part) return in;
@@ -484,7 +517,7 @@ struct RecurrentBackwardKernel : Shared {
       unroll<Cell::kSaved>(
           [&](auto a) { to[a] = of.saved[(position * Cell::kSaved + a) * H + p.unit]; });
     };
-    const int64_t before = w.time(i - 1);
+    const int before = w.time(i - 1);
     if (w.takes_part(p.row, before)) {
       float saved[Cell::kSaved];
       load_saved(saved, w.position(before) + p.row);
@@ -500,22 +533,13 @@ struct RecurrentBackwardKernel : Shared {
   }
 
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
-    const int64_t H = run.hidden_size;
+    const int H = run.hidden_size;
     const auto& of = run.direction[blockIdx.z];
     const Worker<Shared> w(run, of.exchange, memory, kKept);
 
     typename Shared::Product product;
-    {
-      const int warp = threadIdx.x / kWarp;
-      const int64_t unit0 = w.first_unit + warp / Shared::kSplits * kBlockUnits;
-      const int depth0 = warp % Shared::kSplits * Shared::Product::kDepth;
-      product.load([&](int row, int depth) {
-        const int64_t unit = unit0 + row, gate = (depth0 + depth) / kGateDepth;
-        const int64_t k = (depth0 + depth) % kGateDepth;
-        return unit < H && k < H ? of.weight_hh[(gate * H + k) * H + unit] : S{};
-      });
-    }
-    for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+    w.template load<Weight>(product, of.weight_hh, H);
+    for (int chunk = 0; chunk < w.chunks(); ++chunk) {
       for (int i = 0; i < Shared::kPairs; ++i) {
         const Pair p = w.pair(chunk, i);
         if (!p.exists) continue;
@@ -525,9 +549,9 @@ struct RecurrentBackwardKernel : Shared {
     }
 
     // Back from the last step; after the first there is one more product, for the gradient of h0.
-    for (int64_t n = 0; n <= run.steps; ++n) {
-      const int64_t i = run.steps - 1 - n;
-      for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+    for (int n = 0; n <= run.steps; ++n) {
+      const int i = run.steps - 1 - n;
+      for (int chunk = 0; chunk < w.chunks(); ++chunk) {
         Inputs in;
         if constexpr (Shared::kPairs == 1) in = load(w, w.pair(chunk, 0), i);
         if (n > 0) {
@@ -547,7 +571,7 @@ struct RecurrentBackwardKernel : Shared {
       if (i >= 0) w.arrive();
     }
 
-    for (int64_t chunk = 0; chunk < w.chunks(); ++chunk) {
+    for (int chunk = 0; chunk < w.chunks(); ++chunk) {
       for (int i = 0; i < Shared::kPairs; ++i) {
         const Pair p = w.pair(chunk, i);
         if (!p.exists) continue;
@@ -559,9 +583,9 @@ struct RecurrentBackwardKernel : Shared {
   }
 
   FUSEDRNN_DEVICE void apply(const Worker<Shared>& w, const Pair& p, const Inputs& in,
-                             int64_t half) const {
+                             int half) const {
     const auto& of = run.direction[w.direction];
-    const int64_t H = run.hidden_size;
+    const int H = run.hidden_size;
     if (!in.takes_part) {
       unroll<Cell::kGates>([&](auto g) { w.operand(half, p, g, kGateDepth) = S{}; });
       return;

@@ -218,14 +218,14 @@ std::string run(const Case& c, unsigned seed) {
   Buffer<float> out_dh0(dh0.size(), kNan), out_dc0(dc0.size(), kNan);
   int status = 0;
   if (!step) {
-    Cut cut = cut_of(B, H, D, sizeof(S), c.multiprocessors, std::string(c.regime) == "grid");
+    Cut cut = cut_of(T, B, H, D, sizeof(S), c.multiprocessors, std::string(c.regime) == "grid");
     if (cut.groups == 0 || cut.variant != c.variant) return "the case has another cut";
     const auto set = [&](Recurrence& r) {
-      r.steps = T;
-      r.rows = B;
-      r.hidden_size = H;
-      r.directions = D;
-      r.tile_rows = cut.tile_rows;
+      r.steps = int(T);
+      r.rows = int(B);
+      r.hidden_size = int(H);
+      r.directions = int(D);
+      r.tile_rows = int(cut.tile_rows);
       r.lengths = packed ? nullptr : lengths.data();
       r.position = packed ? position.data() : nullptr;
       r.arrivals = Buffer<uint32_t>(size_t(D * cut.groups)).data();
