@@ -4,13 +4,18 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+CUDA_VENV ?= .venv-cuda
+# Installed so, a torch for Linux is a CUDA build.
+CUDA_TORCH ?= torch==2.11.0
+CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
+CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
 
-.PHONY: help demo test lint format bench sanitize clean
+.PHONY: help demo test lint format bench sanitize cuda-check cuda-build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # torch is installed only where there is none, so that a venv with another one can be brought along.
 $(VENV)/torch:
@@ -42,12 +47,12 @@ lint: $(VENV)/built  ## check formats, types and style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find benchmarks csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find benchmarks csrc tests $(CPP))
 
 format: $(VENV)/built  ## rewrite to the project's formats
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find benchmarks csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find benchmarks csrc tests $(CPP))
 
 # Leaks are not looked for: the interpreter and torch keep much on purpose.
 sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
@@ -59,6 +64,19 @@ sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=../build/sanitize \
 	  FUSEDRNN_TEST_EXAMPLES=$${FUSEDRNN_TEST_EXAMPLES:-500} \
 	  ../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_ARGS)
+
+cuda-check:  ## compile the CUDA kernels with nvcc alone; check registers and spills
+	$(PYTHON) tests/cuda_check.py $(CUDA_CHECK_ARGS)
+
+# From outside the source tree, so that it is the installed package that is imported.
+cuda-build:  ## build for CUDA as pip does, which needs a toolkit but no GPU
+	test -x $(CUDA_PYTHON) || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PYTHON) -c 'import torch' 2>/dev/null || $(CUDA_PYTHON) -m pip install -q '$(CUDA_TORCH)'
+	start=$$(date +%s); FUSEDRNN_CUDA=1 $(CUDA_PYTHON) -m pip install -q --force-reinstall \
+	  --no-deps --no-cache-dir . && echo "built and installed in $$(($$(date +%s) - start)) s"
+	cd / && $(CUDA_PYTHON) -c "import torch, fusedrnn; \
+	  assert torch._C._dispatch_has_kernel_for_dispatch_key('fusedrnn::lstm', 'CUDA')"
+	cd / && $(CUDA_PYTHON) -m fusedrnn
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info fusedrnn/*.so fusedrnn/_build.py $(VENV)/built

@@ -1,6 +1,7 @@
 """Builds fusedrnn against the torch that is already installed; what is static: pyproject.toml.
 
-Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan; MAX_JOBS limits compilers.
+Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan, for the CPU only; MAX_JOBS
+limits compilers. CUDA: setup_cuda.py.
 """
 
 import os
@@ -50,19 +51,23 @@ def find_compiler() -> None:
 find_torch()
 find_compiler()
 
+# A build backend does not put the source tree there.
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch  # noqa: E402
-from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+
+import setup_cuda  # noqa: E402
+
+# Before cpp_extension, which looks for a toolkit on import and may find another, or half of one.
+toolkit = setup_cuda.find(str(torch.__version__), torch.version.cuda)
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 # The version is a flag so that objects for another torch are never taken for up to date.
-flags = [
-    f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}",
-    "-O3",
-    "-g0",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unused-parameter",
-    "-fvisibility=hidden",
-]
+shared_flags = [f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}", "-O3"]
+host_flags = ["-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+nvcc_flags = [*shared_flags, f"-Xcompiler={','.join(host_flags)}"]
+flags = [*shared_flags, *host_flags]
 link_flags = []
 if sys.platform.startswith("linux"):
     # Compiled for OpenMP but not linked with it: the calls then go to the OpenMP library that torch
@@ -90,16 +95,24 @@ class Build(BuildExtension):
         (package / "_build.py").write_text(
             f'"""Written by setup.py: what the binary was built for."""\n\n'
             f"torch_version = {torch.__version__!r}\n"
+            f"cuda: str | None = {toolkit.version if toolkit else None!r}\n"
+            f"cuda_archs: list[str] = {toolkit.archs if toolkit else []!r}\n"
         )
+
+
+def sources(*patterns: str) -> list[str]:
+    """The files of csrc with such names, without those of a backend that is not built."""
+    found = [path for pattern in patterns for path in Path("csrc").glob(f"**/{pattern}")]
+    return sorted(str(p) for p in found if toolkit or Path("csrc/cuda") not in p.parents)
 
 
 setup(
     ext_modules=[
-        CppExtension(  # type: ignore[no-untyped-call]
+        (CUDAExtension if toolkit else CppExtension)(  # type: ignore[no-untyped-call]
             "fusedrnn._C",
-            sorted(str(p) for p in Path("csrc").glob("**/*.cpp") if p.parent.name != "cuda"),
-            depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
-            extra_compile_args=flags,
+            sources("*.cpp", "*.cu"),
+            depends=sources("*.h", "*.cuh"),
+            extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
             extra_link_args=link_flags,
         )
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fusedrnn
-from fusedrnn import _ops
+from fusedrnn import _build, _ops
 
 
 def self_check() -> list[str]:
@@ -47,10 +47,11 @@ def main() -> int:
     print(f"python     {platform.python_version()}, {platform.system()} {platform.machine()}")
     print(f"kernels    {', '.join(devices)}")
     print(f"CPU ISA    {_ops.cpu_isa()}")
-    if torch.version.cuda is None:
+    if "cuda" in devices:
+        archs = " ".join(_build.cuda_archs)
+        print(f"CUDA       {torch.version.cuda}, kernels by nvcc {_build.cuda} for {archs}")
+    elif torch.version.cuda is None:
         print("CUDA       none: this torch is a CPU build")
-    elif "cuda" in devices:
-        print(f"CUDA       {torch.version.cuda}, arch {' '.join(torch.cuda.get_arch_list())}")
     else:
         print(f"CUDA       {torch.version.cuda}, no kernels: layers there run on torch's own ops")
     problems = self_check()

@@ -1,4 +1,4 @@
-"""The doctor, and what an import says when the binary does not fit."""
+"""The doctor; what import and build say when something does not fit; the check of CUDA kernels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_check
 import pytest
 import torch
+from cuda_check import Kernel, setup_cuda
 
 import fusedrnn
+from fusedrnn import __main__, _build, _ops
 
 PACKAGE = Path(fusedrnn.__file__).parent
 
@@ -54,6 +57,18 @@ def test_doctor() -> None:
     )
     assert re.search(r"^CPU ISA +baseline$", lower.stdout, re.M)
     assert "self-check passed" in report.stdout
+
+
+def test_doctor_tells_the_archs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_ops, "_DEVICES", frozenset(("cpu", "cuda")))
+    monkeypatch.setattr(_build, "cuda", "13.0")
+    monkeypatch.setattr(_build, "cuda_archs", ["sm_80", "compute_80"])
+    monkeypatch.setattr(torch.version, "cuda", "13.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert __main__.main() == 0
+    assert "CUDA       13.1, kernels by nvcc 13.0 for sm_80 compute_80\n" in capsys.readouterr().out
 
 
 def test_built_for_another_torch(tmp_path: Path) -> None:
@@ -117,3 +132,243 @@ def test_kernels_without_torch(tmp_path: Path) -> None:
 def test_kernels_on_arm64(tmp_path: Path) -> None:
     program = compiled(tmp_path, "aarch64-linux-gnu-g++", "-static")
     subprocess.run(["qemu-aarch64-static", program], check=True)
+
+
+def toolkit(
+    home: Path, version: str = "13.0", archs: str = "75 80 86 90 100", rest: str = ""
+) -> Path:
+    """A folder that looks like a CUDA toolkit; `rest`: what its nvcc does when it compiles."""
+    nvcc = home / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f"""#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {version}, V{version}.88";;
+--list-gpu-arch) for arch in {archs}; do echo compute_$arch; done;;
+--dryrun) echo "#$ _HERE_={nvcc.parent}" >&2;;
+*) {rest or "exit 1"};;
+esac
+"""
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+@pytest.fixture
+def no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine without CUDA, and no setting."""
+    for name in ("CUDA", "SANITIZE"):
+        monkeypatch.setenv(f"FUSEDRNN_{name}", "")
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(setup_cuda, "DEFAULT_HOME", tmp_path / "default")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return monkeypatch
+
+
+REASONS = {
+    "cpu torch": (
+        "torch 2.13.0 is no CUDA build: pip install --force-reinstall torch "
+        "of CUDA"
+    ),
+    "no toolkit": (
+        "there is no nvcc in CUDA_HOME, in {0}/default or on PATH: install CUDA 13.0's toolkit "
+        "(from NVIDIA's repository: apt-get install cuda-toolkit-13-0) and set CUDA_HOME to its "
+        "root"
+    ),
+    "wrong home": (
+        "{0}/none, which CUDA_HOME or CUDA_PATH names, has no bin/nvcc: set CUDA_HOME to the root "
+        "of a CUDA toolkit, or unset both"
+    ),
+    "another major": (
+        "{0}/default is CUDA 12.8 and torch 2.13.0 is built for 13.0: install CUDA 13.0's toolkit "
+        "(from NVIDIA's repository: apt-get install cuda-toolkit-13-0) and set CUDA_HOME to its "
+        "root"
+    ),
+    "no release": "{0}/default/bin/nvcc --version tells no release, but 'broken': reinstall it",
+    "sanitizers": "FUSEDRNN_SANITIZE=1 is for the CPU's kernels alone: unset it for CUDA",
+}
+
+
+@pytest.mark.parametrize("setting", ["", "1"])
+@pytest.mark.parametrize("case", REASONS)
+def test_cuda_cannot_be_built(
+    case: str,
+    setting: str,
+    tmp_path: Path,
+    no_cuda: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reason = REASONS[case].format(tmp_path)
+    if case == "wrong home":
+        no_cuda.setenv("CUDA_HOME", str(tmp_path / "none"))
+    if case == "another major":
+        toolkit(tmp_path / "default", version="12.8")
+    if case == "no release":
+        (toolkit(tmp_path / "default") / "bin/nvcc").write_text("#!/bin/sh\necho broken\n")
+    if case == "sanitizers":
+        toolkit(tmp_path / "default")
+        no_cuda.setenv("FUSEDRNN_SANITIZE", "1")
+    no_cuda.setenv("FUSEDRNN_CUDA", setting)
+    torch_cuda = None if case == "cpu torch" else "13.0"
+    if setting:
+        with pytest.raises(SystemExit) as error:
+            setup_cuda.find("2.13.0", torch_cuda)
+        assert str(error.value) == f"FUSEDRNN_CUDA=1, but {reason}"
+    else:
+        assert setup_cuda.find("2.13.0", torch_cuda) is None
+        assert capsys.readouterr().out == f"fusedrnn is built for the CPU only: {reason}\n"
+
+
+def test_cuda_setting(tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
+    toolkit(tmp_path / "default")
+    no_cuda.setenv("FUSEDRNN_CUDA", "0")
+    assert setup_cuda.find("2.13.0", "13.0") is None
+    no_cuda.setenv("FUSEDRNN_CUDA", "yes")
+    with pytest.raises(SystemExit, match=r"^FUSEDRNN_CUDA=yes is neither 1 .* nor 0 .*: unset it"):
+        setup_cuda.find("2.13.0", "13.0")
+
+
+@pytest.mark.parametrize("place", ["CUDA_HOME", "CUDA_PATH", "default", "PATH"])
+def test_cuda_toolkit(place: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
+    home = toolkit(tmp_path / ("default" if place == "default" else "cuda"))
+    if place.startswith("CUDA"):
+        no_cuda.setenv(place, str(home))
+    if place == "PATH":  # a script that calls the nvcc of another folder
+        wrapper = tmp_path / "local/bin/nvcc"
+        wrapper.parent.mkdir(parents=True)
+        wrapper.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+        wrapper.chmod(0o755)
+        no_cuda.setattr(shutil, "which", lambda name: str(wrapper))
+    found = setup_cuda.find("2.13.0", "13.2")
+    archs = ["sm_80", "sm_90", "sm_100", "compute_100"]
+    assert found == setup_cuda.Toolkit(home, "13.0", archs)
+    assert os.environ["CUDA_HOME"] == str(home)  # where torch looks for it
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;10.0+PTX"
+
+
+@pytest.mark.parametrize(
+    ("asked", "archs"),
+    [
+        ("", ["sm_80", "sm_90", "compute_90"]),  # cut to what the toolkit knows
+        ("native", ["sm_80", "sm_90", "compute_90"]),
+        ("8.0 9.0a+PTX", ["sm_80", "sm_90a", "compute_90a"]),
+        ("Turing;Hopper", ["sm_75", "compute_75", "sm_90", "compute_90"]),
+        ("10.0+PTX", "CUDA 12.6 in {0} has no arch 10.0: "),
+        ("Volta;8.0;12.0a", "CUDA 12.6 in {0} has no arch 7.0, 12.0: "),
+        ("8.0;", "TORCH_CUDA_ARCH_LIST=8.0;: Unknown CUDA arch () or GPU not supported: "),
+        ("sm_80", "TORCH_CUDA_ARCH_LIST=sm_80: Unknown CUDA arch (sm_80) or GPU not supported: "),
+    ],
+)
+def test_cuda_archs(
+    asked: str, archs: list[str] | str, tmp_path: Path, no_cuda: pytest.MonkeyPatch
+) -> None:
+    home = toolkit(tmp_path / "default", version="12.6", archs="75 80 90")
+    no_cuda.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    if isinstance(archs, list):
+        assert setup_cuda.find_archs(home, "12.6") == archs
+    else:  # whether or not CUDA is insisted on
+        with pytest.raises(SystemExit) as error:
+            setup_cuda.find("2.13.0", "12.6")
+        mend = "set TORCH_CUDA_ARCH_LIST to some of 7.5;8.0;9.0, +PTX behind the last"
+        assert str(error.value) == archs.format(home) + mend
+
+
+def test_cuda_archs_of_the_gpus_here(tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
+    gpus = [(9, 0), (8, 6)]
+    no_cuda.setattr(torch.cuda, "is_available", lambda: True)
+    no_cuda.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    no_cuda.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
+    no_cuda.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_120"])
+    found = setup_cuda.find_archs(toolkit(tmp_path), "13.0")
+    assert found == ["sm_86", "sm_90", "compute_90"]
+
+
+# What nvcc 13.0 -Xptxas -v prints, the spills of the second kernel and the function put in.
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8fusedrnn4cuda3runINS0_4StepINS0_4LstmEfLNS0_4ModeE1E\
+Li64EEEEEvT_' for 'sm_90a'
+ptxas info    : Function properties for _ZN8fusedrnn4cuda3runINS0_4StepINS0_4LstmEfLNS0_4ModeE1ELi\
+64EEEEEvT_
+    80 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 28 registers, used 1 barriers, 80 bytes cumulative stack size, 256 bytes smem
+ptxas info    : Compile time = 2.941 ms
+ptxas info    : Compiling entry function '_ZN8fusedrnn4cuda3runINS0_5SpillIfEEEEvT_' for 'sm_90a'
+ptxas info    : Function properties for _ZN8fusedrnn4cuda3runINS0_5SpillIfEEEEvT_
+    800 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 800 bytes cumulative stack size
+ptxas info    : Compile time = 453.375 ms
+ptxas info    : Function properties for _ZN8fusedrnn4cuda6helperEfi
+    0 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+"""
+KERNELS = [
+    Kernel("Spill<float>", "sm_90a", 255, 8, 16, 800, 0),
+    Kernel("Step<Lstm, float, (Mode)1, 64>", "sm_90a", 28, 0, 0, 80, 256),
+    Kernel("helper(float, int)", "sm_90a", None, 4, 0, 0, 0),
+]
+
+
+def check(
+    argv: list[str], compiling: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch
+) -> tuple[int, Path]:
+    """cuda_check on one source, with an nvcc that prints PTXAS."""
+    (tmp_path / "ptxas.txt").write_text(PTXAS)
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    (tmp_path / "csrc/cuda/step.cu").touch()
+    toolkit(tmp_path / "default", rest=f"cat {tmp_path}/ptxas.txt >&2; {compiling}")
+    no_cuda.setattr(cuda_check, "ROOT", tmp_path)
+    output = tmp_path / "ptxas.md"
+    no_cuda.setattr(sys, "argv", ["cuda_check.py", "--output", str(output), *argv])
+    return cuda_check.main(), output
+
+
+def test_cuda_check(
+    tmp_path: Path, no_cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, output = check(["--arch", "sm_90a"], "true", tmp_path, no_cuda)
+    assert status == 1
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("FAILED")] == [
+        "FAILED Spill<float> for sm_90a: 8 bytes of spill stores and 16 of loads, over 0",
+        "FAILED helper(float, int) for sm_90a: 4 bytes of spill stores and 0 of loads, over 0",
+    ]
+    table = cuda_check.table(KERNELS)
+    assert "| `Step<Lstm, float, (Mode)1, 64>` | sm_90a | 28 | 0 | 0 | 80 | 256 |\n" in table
+    assert table in printed
+    assert output.read_text().endswith(table)
+
+
+def test_cuda_check_budgets(
+    tmp_path: Path, no_cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budgets = {"Spill": cuda_check.Budget(spill=16), "helper(float, int)": cuda_check.Budget(0, 4)}
+    no_cuda.setattr(cuda_check, "BUDGETS", budgets)
+    assert check(["--arch", "sm_90a"], "true", tmp_path, no_cuda)[0] == 0
+    assert "FAILED" not in capsys.readouterr().out
+    budgets["Step"] = cuda_check.Budget(registers=27)
+    assert cuda_check.problems(KERNELS[1]) == [
+        "Step<Lstm, float, (Mode)1, 64> for sm_90a: 28 registers, over 27"
+    ]
+
+
+def test_cuda_check_of_what_does_not_compile(
+    tmp_path: Path, no_cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check([], "echo 'error: no such thing'; exit 1", tmp_path, no_cuda)[0] == 1
+    printed = capsys.readouterr().out
+    assert "error: no such thing" in printed
+    for arch in cuda_check.ARCHS:
+        assert f"FAILED csrc/cuda/step.cu for {arch}: nvcc warns or fails\n" in printed
+
+
+def test_cuda_check_without_nvcc(
+    no_cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_cuda.setattr(sys, "argv", ["cuda_check.py"])
+    assert cuda_check.main() == 1
+    assert capsys.readouterr().out == (
+        "the CUDA kernels can't be checked: there is no nvcc: set CUDA_HOME to a CUDA toolkit's "
+        "root\n"
+    )

@@ -1,0 +1,141 @@
+"""Whether setup.py builds the CUDA kernels, with which toolkit and for which architectures.
+
+Environment: FUSEDRNN_CUDA=0 builds for the CPU only, 1 ends where CUDA can't be built; unset, it is
+built where it can be. CUDA_HOME or CUDA_PATH names the toolkit, TORCH_CUDA_ARCH_LIST the
+architectures.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_HOME = Path("/usr/local/cuda")
+# Ampere, Hopper and Blackwell: what runs where no GPU tells; PTX of the last for those to come.
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit, and what it compiles for: sm_80 is code, compute_100 is PTX."""
+
+    home: Path
+    version: str
+    archs: list[str]
+
+
+class MissingError(Exception):
+    """Why the CUDA kernels can't be built, and what mends it."""
+
+
+def find_home() -> Path | None:
+    """The root of the toolkit, which has bin/nvcc."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        if not (Path(named) / "bin/nvcc").is_file():
+            raise MissingError(
+                f"{named}, which CUDA_HOME or CUDA_PATH names, has no bin/nvcc: "
+                "set CUDA_HOME to the root of a CUDA toolkit, or unset both"
+            )
+        return Path(named)
+    if (DEFAULT_HOME / "bin/nvcc").is_file():
+        return DEFAULT_HOME
+    if nvcc := shutil.which("nvcc"):
+        # It may be a script that calls an nvcc elsewhere, and only that one tells where it is.
+        found = re.search(r"_HERE_=(.+)", _ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
+        if found and (Path(found[1]) / "nvcc").is_file():
+            return Path(found[1]).parent
+    return None
+
+
+def find_version(home: Path) -> str:
+    """The release of a toolkit, as 13.0."""
+    found = re.search(r"release (\d+\.\d+)", answer := _ask(str(home / "bin/nvcc"), "--version"))
+    if not found:
+        raise MissingError(
+            f"{home}/bin/nvcc --version tells no release, but {answer.strip()!r}: reinstall it"
+        )
+    return found[1]
+
+
+def find(torch_version: str, torch_cuda: str | None) -> Toolkit | None:
+    """The toolkit to build with, or None for the CPU only. `torch_cuda`: torch.version.cuda."""
+    setting = os.environ.get("FUSEDRNN_CUDA", "")
+    if setting not in ("", "0", "1"):
+        raise SystemExit(
+            f"FUSEDRNN_CUDA={setting} is neither 1 (build the CUDA kernels) nor 0 (don't): "
+            "unset it to build them where that can be done"
+        )
+    if setting == "0":
+        return None
+    try:
+        if os.environ.get("FUSEDRNN_SANITIZE") == "1":
+            raise MissingError(
+                "FUSEDRNN_SANITIZE=1 is for the CPU's kernels alone: unset it for CUDA"
+            )
+        home, version = _fitting(torch_version, torch_cuda)
+    except MissingError as why:
+        if setting == "1":
+            raise SystemExit(f"FUSEDRNN_CUDA=1, but {why}") from None
+        print(f"fusedrnn is built for the CPU only: {why}")
+        return None
+    os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it on import
+    return Toolkit(home, version, find_archs(home, version))
+
+
+def _fitting(torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
+    """Root and release of a toolkit that can build for this torch."""
+    if torch_cuda is None:
+        raise MissingError(
+            f"torch {torch_version} is no CUDA build: pip install --force-reinstall torch "
+            "of CUDA"
+        )
+    mend = (
+        f"install CUDA {torch_cuda}'s toolkit (from NVIDIA's repository: apt-get install "
+        f"cuda-toolkit-{torch_cuda.replace('.', '-')}) and set CUDA_HOME to its root"
+    )
+    home = find_home()
+    if home is None:
+        raise MissingError(f"there is no nvcc in CUDA_HOME, in {DEFAULT_HOME} or on PATH: {mend}")
+    version = find_version(home)
+    if version.split(".")[0] != torch_cuda.split(".")[0]:
+        raise MissingError(
+            f"{home} is CUDA {version} and torch {torch_version} is built for {torch_cuda}: {mend}"
+        )
+    return home, version
+
+
+def find_archs(home: Path, version: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, or else what the GPUs here have, or else DEFAULT_ARCHS."""
+    import torch
+    from torch.utils import cpp_extension
+
+    listed = _ask(str(home / "bin/nvcc"), "--list-gpu-arch")
+    known = sorted({_number(arch) for arch in re.findall(r"compute_\d+", listed)}, key=float)
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if asked in ("", "native") and not torch.cuda.is_available():
+        asked = ";".join(a for a in DEFAULT_ARCHS if a in known) + "+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = asked
+    mend = f"set TORCH_CUDA_ARCH_LIST to some of {';'.join(known)}, +PTX behind the last"
+    try:  # torch alone knows its names, as Hopper; the flags are those that it passes to nvcc
+        flags = cpp_extension._get_cuda_arch_flags()
+    except ValueError as error:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked}: {error}: {mend}") from None
+    archs = {str(flag).split(",code=")[1] for flag in flags}
+    unknown = sorted({_number(arch) for arch in archs} - {*known}, key=float)
+    if unknown:
+        raise SystemExit(f"CUDA {version} in {home} has no arch {', '.join(unknown)}: {mend}")
+    return sorted(archs, key=lambda arch: (float(_number(arch)), arch.startswith("compute"), arch))
+
+
+def _number(arch: str) -> str:
+    """9.0 of sm_90a: nvcc lists an arch without its letter."""
+    digits = re.sub(r"\D", "", arch)
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def _ask(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout + result.stderr

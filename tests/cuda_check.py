@@ -1,0 +1,191 @@
+"""Compiles csrc/cuda/*.cu with nvcc alone; holds kernels to budgets of registers and spills.
+
+Needs neither torch nor a GPU: python tests/cuda_check.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import setup_cuda  # noqa: E402
+
+ARCHS = ("sm_80", "sm_90a", "sm_100")
+# The second line and those after it are what a build through torch passes too.
+FLAGS = (
+    *("-std=c++17", "-O3", "-Icsrc", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"),
+    "--expt-relaxed-constexpr",
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a kernel may use: registers a thread, bytes of spill stores or loads."""
+
+    registers: int = 255
+    spill: int = 0
+
+
+DEFAULT = Budget()
+# Exceptions, by name as in the table, with or without template arguments; say why at each.
+BUDGETS: dict[str, Budget] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of a kernel, or of a function that one calls, which has no registers told."""
+
+    name: str
+    arch: str
+    registers: int | None
+    stores: int
+    loads: int
+    stack: int
+    shared: int
+
+
+def short(name: str) -> str:
+    """The functor of `void run<Functor>(Functor)`, else the function; without namespaces."""
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name)
+    name = name.replace(" >", ">").removeprefix("void ")
+    if name.startswith("run<"):
+        depth = 0
+        for i, c in enumerate(name):
+            depth += (c == "<") - (c == ">")
+            if c == ">" and depth == 0:
+                return name[len("run<") : i]
+    return name
+
+
+def parse(text: str) -> Iterator[Kernel]:
+    """The kernels of `nvcc -Xptxas -v`'s output, demangled."""
+    arch = ""
+    for entry, function, stack, stores, loads, used in re.findall(
+        r"Compiling entry function '(?:.*)' for '(\w+)'"
+        r"|Function properties for (.+)\n"
+        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r"(?:\nptxas info *: (Used .*))?",
+        text,
+    ):
+        if entry:
+            arch = entry
+            continue
+        registers = re.search(r"(\d+) registers", used)
+        shared = re.search(r"(\d+) bytes smem", used)
+        yield Kernel(
+            short(function),
+            arch,
+            int(registers[1]) if registers else None,
+            int(stores),
+            int(loads),
+            int(stack),
+            int(shared[1]) if shared else 0,
+        )
+
+
+def problems(kernel: Kernel) -> list[str]:
+    """Where a kernel breaks its budget."""
+    budget = BUDGETS.get(kernel.name) or BUDGETS.get(kernel.name.split("<")[0]) or DEFAULT
+    found = []
+    if (kernel.registers or 0) > budget.registers:
+        found.append(f"{kernel.registers} registers, over {budget.registers}")
+    if max(kernel.stores, kernel.loads) > budget.spill:
+        found.append(
+            f"{kernel.stores} bytes of spill stores and {kernel.loads} of loads, "
+            f"over {budget.spill}"
+        )
+    return [f"{kernel.name} for {kernel.arch}: {problem}" for problem in found]
+
+
+def table(kernels: Sequence[Kernel]) -> str:
+    """As Markdown; one row a kernel and arch."""
+    lines = [
+        "| kernel | arch | registers | spill stores | spill loads | stack | static shared |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for k in kernels:
+        registers = "" if k.registers is None else k.registers
+        lines.append(
+            f"| `{k.name}` | {k.arch} | {registers} | {k.stores} | {k.loads} | {k.stack} "
+            f"| {k.shared} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def compiled(nvcc: Path, source: Path, arch: str) -> tuple[bool, str]:
+    """Whether nvcc succeeds without a warning, and its demangled output."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(nvcc), *FLAGS, f"-arch={arch}", "-o", f"{folder}/cubin", str(source)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    demangled = subprocess.run(
+        ["c++filt"], input=output, capture_output=True, text=True, check=True
+    )
+    return result.returncode == 0, demangled.stdout
+
+
+def main() -> int:
+    """1 if a file does not compile, a kernel breaks its budget or there is no nvcc."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", default=ARCHS, help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (%(default)s)")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    try:
+        home = setup_cuda.find_home()
+        if home is None:
+            raise setup_cuda.MissingError(
+                "there is no nvcc: set CUDA_HOME to a CUDA toolkit's root"
+            )
+        version = setup_cuda.find_version(home)
+    except setup_cuda.MissingError as why:
+        print(f"the CUDA kernels can't be checked: {why}")
+        return 1
+    start = time.monotonic()
+    runs = [
+        (path.relative_to(ROOT), arch)
+        for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        for arch in args.arch
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(lambda run: compiled(home / "bin/nvcc", *run), runs))
+    failed: list[str] = []
+    kernels: dict[Kernel, None] = {}  # a set in order; headers' functions are in many files
+    for (source, arch), (succeeded, output) in zip(runs, results, strict=True):
+        if not succeeded:
+            print(output)
+            failed.append(f"{source} for {arch}: nvcc warns or fails")
+        kernels.update(dict.fromkeys(parse(output)))
+    rows = sorted(kernels, key=lambda k: (k.name, list(args.arch).index(k.arch)))
+    failed += [problem for kernel in rows for problem in problems(kernel)]
+    text = table(rows)
+    print(text)
+    if args.output:
+        args.output.write_text(
+            f"nvcc {version}: registers a thread; spills, stack and static shared memory in bytes. "
+            f"Written by `make cuda-check`.\n\n{text}"
+        )
+    for line in failed:
+        print(f"FAILED {line}")
+    minutes = (time.monotonic() - start) / 60
+    print(f"{len(kernels)} kernels and functions of {len(runs)} compilations, {minutes:.1f} min")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
