@@ -165,7 +165,8 @@ class PlainProduct {
         unroll<kStaged>([&](auto n) {
           float sum = c[i][n];
           if constexpr (kHalves == 2) sum += shuffle_xor(sum, 16);
-          if (row(i) < 16 * kTiles) partial[(first + n) * stride + row(i)] = sum;
+          const bool own = kHalves == 2 ? lane < 16 : row(i) < 16 * kTiles;
+          if (own) partial[(first + n) * stride + row(i)] = sum;
         });
       });
       sync_warp();
@@ -275,7 +276,7 @@ class Worker {
   }
 
   /// Reads the weights that this thread keeps. Weight is made of (first unit, first depth) of the
-  /// warp's part.
+  /// warp's part. It uses the memory of the sums: all must arrive() before the first product.
   template <class Weight, class... Args>
   FUSEDRNN_DEVICE void load(typename Shared::Product& product, const Args&... args) const {
     const int warp = threadIdx.x / kWarp;
@@ -283,7 +284,6 @@ class Worker {
                         warp % Shared::kSplits * Shared::Product::kDepth, args...};
     product.load(weight,
                  reinterpret_cast<unsigned char*>(sums_) + warp * Shared::Product::kLoadScratch);
-    sync_cta();  // the scratch memory is that of the sums
   }
 
   /// The product of a chunk, from a half of the exchange; sum() then has it.

@@ -1,0 +1,315 @@
+"""The CUDA backend in the emulator, kernels and host code, against the ops on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from torch import Tensor
+
+import fusedrnn  # noqa: F401  loads the ops
+
+GATES = {"lstm": 4, "gru": 3}
+# What operands of a product are rounded to.
+ROUNDING = {
+    (torch.float64, "ieee"): 2.0**-53,
+    (torch.float32, "ieee"): 2.0**-24,
+    (torch.float32, "tf32"): 2.0**-11,
+    (torch.bfloat16, "ieee"): 2.0**-9,
+    (torch.float16, "ieee"): 2.0**-12,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ops() -> Any:
+    torch.ops.load_library(emulated.build_ops())
+    return torch.ops.fusedrnn_emulated
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("FUSEDRNN_CUDA_REGIME", raising=False)
+    monkeypatch.delenv("FUSEDRNN_EMULATOR_PRECISION", raising=False)
+    yield
+    torch.ops.fusedrnn_emulated.set(0, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    cell: str = "lstm"
+    dtype: torch.dtype = torch.float32
+    precision: str = "ieee"
+    regime: str = ""
+    layout: str = "padded"
+    bidirectional: bool = False
+    T: int = 5
+    B: int = 3
+    I: int = 7
+    H: int = 21
+    proj_size: int = 0
+    bias: bool = True
+    hx: bool = True
+    used: tuple[bool, bool, bool] = (True, True, True)  # of y, h_n, c_n
+    multiprocessors: int = 8
+    seed: int = 0
+
+    def __str__(self) -> str:
+        changed = [
+            str(getattr(self, f.name)).removeprefix("torch.")
+            if f.type == "str" or f.name == "dtype"
+            else f"{f.name}{getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return "-".join(changed).replace(" ", "") or "plain"
+
+
+class Problem:
+    """The arguments of a case, in the values that its type can hold, as any type."""
+
+    def __init__(self, c: Case) -> None:
+        self.c = c
+        self.generator = torch.Generator().manual_seed(c.seed)
+        G, D, P = GATES[c.cell], 2 if c.bidirectional else 1, c.proj_size or c.H
+        self.batch_sizes = self.lengths = None
+        rng = random.Random(c.seed)
+        rows: tuple[int, ...] = (c.T, c.B)
+        if c.layout == "packed":
+            lengths = sorted([c.T, *(rng.randint(1, c.T) for _ in range(c.B - 1))], reverse=True)
+            self.batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(c.T)])
+            rows = (sum(lengths),)
+        elif c.layout == "lengths":
+            self.lengths = torch.tensor([rng.randint(0, c.T) for _ in range(c.B)])
+        self.x = self.values(*rows, c.I)
+        widths = [P, c.H][: 2 if c.cell == "lstm" else 1]
+        self.states = [self.values(D, c.B, n) if c.hx else None for n in widths]
+        scale = 1.5 * c.H**-0.5
+        shapes: list[tuple[int, ...]] = [(G * c.H, c.I), (G * c.H, P)]
+        shapes += [(G * c.H,)] * 2 if c.bias else []
+        shapes += [(P, c.H)] if c.proj_size else []
+        self.weights = [scale * self.values(*s) for _ in range(D) for s in shapes]
+        self.weights = [w.to(c.dtype).double() for w in self.weights]
+        outputs = [(*rows, D * P), *((D, c.B, n) for n in widths)]
+        self.gradients = [
+            self.values(*s) if used else None for s, used in zip(outputs, c.used, strict=False)
+        ]
+
+    def values(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.c.dtype).double()
+
+    def run(self, ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        """Outputs and gradients."""
+        c = self.c
+        to = lambda t: None if t is None else t.to(dtype)  # noqa: E731
+        arguments = (
+            to(self.x),
+            *map(to, self.states),
+            [w.to(dtype) for w in self.weights],
+            c.bidirectional,
+            self.batch_sizes,
+            self.lengths,
+        )
+        *outputs, saved = getattr(ops, c.cell)(*arguments, True)
+        mask = [True] * (1 + len(self.states) + len(self.weights))
+        output = outputs[0] if c.proj_size else None
+        *of_inputs, of_weights = getattr(ops, f"{c.cell}_backward")(
+            *map(to, self.gradients), *arguments, output, saved, mask
+        )
+        return [*outputs, *of_inputs, *of_weights]
+
+
+def check(c: Case, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", c.regime)
+    monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", c.precision)
+    torch.ops.fusedrnn_emulated.set(c.seed, c.multiprocessors)
+    problem = Problem(c)
+    exact = problem.run(torch.ops.fusedrnn, torch.float64)
+    results = problem.run(torch.ops.fusedrnn_emulated, c.dtype)
+    # A few roundings of operands as large as the largest value; over many steps they add up like a
+    # random walk.
+    unit = ROUNDING[c.dtype, c.precision] * max(1, c.T**0.5 / 4)
+    for i, (ours, e) in enumerate(zip(results, exact, strict=True)):
+        assert ours.shape == e.shape
+        assert ours.dtype == c.dtype
+        if not e.numel():
+            continue
+        error = (ours.double() - e).abs().max().item()
+        scale = max(1.0, e.abs().max().item())
+        assert error <= 16 * unit * scale, f"tensor {i}: {error / unit / scale:.3g} roundings"
+    return results
+
+
+def covering() -> list[Case]:
+    """Every regime, type and layout in both cells and directions, with sizes of its own each."""
+    rng = random.Random(1)
+    cases = []
+    kinds = [(torch.float64, "ieee", ["step"])]
+    kinds += [(t, "ieee", ["step", "alone", "grid"]) for t in (torch.float32, torch.bfloat16)]
+    kinds += [(torch.float16, "ieee", ["step", "alone", "grid"])]
+    kinds += [(torch.float32, "tf32", ["alone", "grid"])]
+    for (dtype, precision, regimes), cell, layout, bidirectional in itertools.product(
+        kinds, ("lstm", "gru"), ("padded", "packed", "lengths"), (False, True)
+    ):
+        for regime in regimes:
+            H = rng.choice([1, 5, 16, 21, 24, 33])
+            projected = cell == "lstm" and regime == "step" and rng.random() < 0.5
+            used = (rng.random() < 0.7, rng.random() < 0.7, rng.random() < 0.7)
+            cases.append(
+                Case(
+                    cell,
+                    dtype,
+                    precision,
+                    regime,
+                    layout,
+                    bidirectional,
+                    T=rng.randint(1, 6),
+                    B=rng.choice([1, 2, 3, 8, 17, 19, 33]),
+                    I=rng.choice([1, 3, 8, 13]),
+                    H=H,
+                    proj_size=rng.choice([4, 3, 1]) if projected and H > 4 else 0,
+                    bias=rng.random() < 0.8,
+                    hx=rng.random() < 0.7,
+                    used=used if any(used) else (True, True, True),
+                    multiprocessors=rng.choice([6, 8, 16]),
+                    seed=len(cases),
+                )
+            )
+    return cases
+
+
+@pytest.mark.parametrize("case", covering(), ids=str)
+def test_like_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dtype=torch.bfloat16, H=128, T=6),
+        Case(dtype=torch.bfloat16, H=129, T=6, B=9, multiprocessors=9),
+        Case(cell="gru", dtype=torch.float16, H=530, T=2, B=2, regime="grid", multiprocessors=34),
+        Case(cell="gru", dtype=torch.float32, H=64, T=6, B=16),
+        Case(dtype=torch.float32, H=65, T=6, B=40, multiprocessors=5),
+        Case(dtype=torch.float32, H=260, T=2, B=2, regime="grid", multiprocessors=17),
+        Case(cell="gru", dtype=torch.float32, precision="tf32", H=290, T=2, B=2, regime="grid",
+             multiprocessors=19),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_where_kernels_change(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
+
+
+def launches(c: Case, monkeypatch: pytest.MonkeyPatch) -> int:
+    before = torch.ops.fusedrnn_emulated.counts()[0]
+    check(c, monkeypatch)
+    return int(torch.ops.fusedrnn_emulated.counts()[0] - before)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(), 2),
+        (Case(bidirectional=True, layout="lengths"), 2),
+        (Case(layout="packed"), 4),  # the positions travel too
+        (Case(dtype=torch.bfloat16, H=128), 2),
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=9), 2),
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=8), 10),  # nine CTAs don't fit
+        (Case(H=70, B=129, multiprocessors=9), 10),  # one tile has 128 rows at most
+        (Case(H=70, B=129, multiprocessors=10), 2),
+        (Case(dtype=torch.float64), 10),
+        (Case(T=4), 8),
+        (Case(proj_size=3), 20),
+        (Case(regime="step"), 10),
+        (Case(regime="alone", H=65), 10),
+        (Case(B=0), 0),
+    ],
+    ids=str,
+)
+def test_regimes(case: Case, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch a pass where the weights fit into the device, one or two a step elsewhere."""
+    assert launches(case, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("regime", ["step", "alone", "grid"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_same_bits_in_any_order(cell: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(cell, torch.bfloat16, regime=regime, layout="lengths", B=19, bidirectional=True)
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
+    problem, runs = Problem(case), []
+    for seed in range(5):
+        torch.ops.fusedrnn_emulated.set(seed, 8)
+        runs.append(problem.run(torch.ops.fusedrnn_emulated, case.dtype))
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the 16 bits that cuDNN counts steps in, or a kernel's argument holds positions."""
+    check(Case(T=1000, B=2, H=3, layout="packed", regime="step"), monkeypatch)
+    check(Case(T=600, B=2, H=3, layout="packed", regime="grid"), monkeypatch)
+
+
+@pytest.mark.parametrize("regime", ["step", "alone", "grid"])
+def test_inputs_stay_as_they_are(regime: str, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are strided, or share their memory, and where some of it may not be read."""
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
+    T, B, I, H = 5, 3, 4, 8
+    lengths = torch.tensor([2, 5, 0])
+    x = torch.randn(B, I, T).permute(2, 0, 1)
+    x[2:, 0] = float("nan")
+    x[:, 2] = float("inf")
+    h0 = torch.randn(1, 1, H).expand(1, B, H)
+    flat = torch.randn(4 * H * I + 4 * H * H + 1)[1:]  # nothing is aligned to more than a float
+    weights = [flat[: 4 * H * I].view(4 * H, I), flat[4 * H * I :].view(4 * H, H)]
+    clones = [t.clone() for t in (x, h0, lengths, *weights)]
+    arguments = (x, h0, h0, weights, False, None, lengths)
+    y, h_n, c_n, saved = ops.lstm(*arguments, True)
+    expected = torch.ops.fusedrnn.lstm(*arguments, True)[:3]
+    torch.testing.assert_close((y, h_n, c_n), tuple(expected))
+    saved_clone = saved.clone()
+    masks = [True] * 5
+    grads = (torch.ones_like(y), None, None)
+    first = ops.lstm_backward(*grads, *arguments, None, saved, masks)
+    second = ops.lstm_backward(*grads, *arguments, None, saved, masks)
+    assert all(g.isfinite().all() for g in (*first[:3], *first[3]))
+    for a, b in zip((*first[:3], *first[3]), (*second[:3], *second[3]), strict=True):
+        assert torch.equal(a, b)
+    for t, clone in zip((x, h0, lengths, *weights), clones, strict=True):
+        assert torch.equal(t.nan_to_num(), clone.nan_to_num())
+    taken = torch.arange(T)[:, None] < lengths
+    of_padding = (saved == saved_clone) | ~taken.view(1, T * B, 1, 1)
+    assert of_padding.all()
+
+
+def test_masked_gradients(ops: Any) -> None:
+    problem = Problem(Case(bidirectional=True))
+    full = problem.run(ops, torch.float32)[3:]
+    arguments = (
+        problem.x.float(),
+        *(s.float() for s in problem.states if s is not None),
+        [w.float() for w in problem.weights],
+        True,
+        None,
+        None,
+    )
+    saved = ops.lstm(*arguments, True)[3]
+    mask = [i % 2 == 0 for i in range(len(full))]
+    grads = [g.float() for g in problem.gradients if g is not None]
+    *of_inputs, of_weights = ops.lstm_backward(*grads, *arguments, None, saved, mask)
+    for wanted, g, all_of_it in zip(mask, (*of_inputs, *of_weights), full, strict=True):
+        assert torch.equal(g, all_of_it) if wanted else g.numel() == 0
+
+
+@pytest.mark.parametrize("lengths", [[1, 2, 6], [1, -1, 2]])
+def test_lengths_out_of_range(lengths: list[int], ops: Any) -> None:
+    x, w = torch.randn(5, 3, 2), [torch.randn(16, 2), torch.randn(16, 4)]
+    with pytest.raises(RuntimeError, match="lengths must be from 0 to the sequence length"):
+        ops.lstm(x, None, None, w, False, None, torch.tensor(lengths), False)
