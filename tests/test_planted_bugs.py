@@ -221,8 +221,8 @@ BUGS = [
     Bug(
         "a gradient that is not carried past a row's end",
         STEP,
-        "if (!takes_part(s, row)) {\n      if",
-        "if (!takes_part(s, row)) {\n      s.dh[row * H + u] = 0;\n      if",
+        "store(s.dh + at, part ? Pack<T, V>{} : dh);",
+        "store(s.dh + at, Pack<T, V>{});",
         "wrong",
     ),
 ]

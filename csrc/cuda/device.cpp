@@ -67,9 +67,8 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   Tensor result = out;
   if (out.scalar_type() == a.scalar_type()) {
     add ? at::addmm_out(result, out, a, b) : at::mm_out(result, a, b);
-  } else if (add) {
-    at::addmm_out(result, out, a, b, out.scalar_type());
   } else {
+    TORCH_INTERNAL_ASSERT(!add);
     at::mm_out(result, a, b, out.scalar_type());
   }
 }

@@ -35,7 +35,8 @@ void check(int status);
 /// The precision that torch.backends.cudnn.rnn.fp32_precision asks for.
 Precision rnn_precision();
 
-/// out = a b, or += with add. `out` has the type of the operands or, for the half types, float32.
+/// out = a b, or += with add. `out` has the type of the operands or, without add, float32 for the
+/// half types.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
 
 /// Has torch's products of float32 in the given precision while it lives.

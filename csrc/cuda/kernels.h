@@ -50,26 +50,28 @@ struct ProjectedStep : StepRows {
   int64_t y_stride = 0;
 };
 
-/// What both parts of a step back need to know of the step before.
-struct BackwardRows : StepRows {
+/// What a step back is given of the gradients of its output, F features: the sum of all three.
+template <class T>
+struct StepBack : StepRows {
   int64_t before = -1;      ///< the step before t in the order of the run, -1: none
   int64_t rows_before = 0;  ///< its rows
+  const T* dy = nullptr;    ///< [rows, F], dy_stride apart; null: zeros
+  int64_t dy_stride = 0;
+  /// [rows, F] through weight_hh from the step after, zeros without one.
+  const T* product = nullptr;
+  /// [rows, F] of h_n. Rows that take no part add `product` to it, those that do leave zeros.
+  T* dh = nullptr;
 };
 
 template <class S, class T = SumOf<S>>
-struct BackwardStep : BackwardRows {
+struct BackwardStep : StepBack<T> {
   int64_t hidden_size = 0;
   const T* saved = nullptr;         ///< [rows, A, H]
   const T* saved_before = nullptr;  ///< [rows_before, A, H]
   const T* h0 = nullptr;            ///< [rows, H] h0_stride apart, null: zeros
   const T* c0 = nullptr;
   int64_t h0_stride = 0, c0_stride = 0;
-  const T* dy = nullptr;  ///< [rows, H], dy_stride apart; null: zeros
-  int64_t dy_stride = 0;
-  /// [rows, H] gradient of the output but for dy. Rows that took part are zero on return, for the
-  /// caller to add what goes back through weight_hh.
-  T* dh = nullptr;
-  const T* draw = nullptr;  ///< with a projection, instead of dh and dy: of the output before it
+  const T* draw = nullptr;  ///< with a projection, [rows, H] instead: of the output before it
   T* dstate = nullptr;      ///< [rows, H]
   S* dsums = nullptr;       ///< [rows, S*H] as operands, zero on entry
   S* dhidden = nullptr;     ///< [rows, G*H] of the sums that weight_hh feeds, where not just dsums
@@ -79,15 +81,12 @@ struct BackwardStep : BackwardRows {
 
 /// What comes before the product of a projection, going back.
 template <class S, class T = SumOf<S>>
-struct ProjectedStepBack : BackwardRows {
+struct ProjectedStepBack : StepBack<T> {
   int64_t output_size = 0;
   const T* y_before = nullptr;  ///< [rows_before, P], y_stride apart
   int64_t y_stride = 0;
   const T* h0 = nullptr;  ///< [rows, P], null: zeros
   int64_t h0_stride = 0;
-  const T* dy = nullptr;
-  int64_t dy_stride = 0;
-  T* dh = nullptr;          ///< [rows, P] as in BackwardStep
   S* dr = nullptr;          ///< [rows, P] gradient of the output, zero on entry
   S* h_previous = nullptr;  ///< [rows, P]
 };

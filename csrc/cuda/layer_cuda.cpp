@@ -62,8 +62,9 @@ class Steps {
     s.lengths = const_data_of<int64_t>(layer_.lengths);
   }
   /// For the i-th step of a direction.
-  void set(BackwardRows& s, int64_t i, bool reverse) const {
-    set(s, time(i, reverse));
+  template <class T>
+  void set(StepBack<T>& s, int64_t i, bool reverse) const {
+    set(static_cast<StepRows&>(s), time(i, reverse));
     s.before = time(i - 1, reverse);
     s.rows_before = s.before < 0 ? 0 : rows(s.before);
   }
@@ -331,6 +332,8 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
         from.defined() ? to.copy_(from[d]) : to.zero_();
       };
       start(dh, g.dh_n);
+      // Rows that no step has come back to yet are zero.
+      const Tensor product = new_zeros<T>(layer, {B, P});
       start(dstate, g.dc_n);
       for (int64_t i = layer.T - 1; i >= 0; --i) {
         const int64_t t = steps.time(i, d == 1), position = steps.position(t);
@@ -347,6 +350,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
           p.h0_stride = h0_stride;
           p.dy = dy;
           p.dy_stride = D * P;
+          p.product = const_data_of<T>(product);
           p.dh = data_of<T>(dh);
           p.dr = data_of<S>(dr, at * P);
           p.h_previous = data_of<S>(h_previous, at * P);
@@ -364,6 +368,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
         s.c0_stride = c0_stride;
         s.dy = layer.has_projection ? nullptr : dy;
         s.dy_stride = D * P;
+        s.product = const_data_of<T>(product);
         s.dh = data_of<T>(dh);
         s.draw = const_data_of<T>(draw);
         s.dstate = data_of<T>(dstate);
@@ -374,8 +379,9 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
         check(backward_step<Cell>(s, device.stream));
         const Tensor fed =
             dhidden.defined() ? dhidden.narrow(0, 0, rows) : dsums[d].narrow(0, position, rows);
-        multiply(dh.narrow(0, 0, rows), fed, w.hh, true);
+        multiply(product.narrow(0, 0, rows), fed, w.hh, false);
       }
+      dh.add_(product);
       if (Cell::kStateIsOutput) dh.add_(dstate);
     }
   }

@@ -40,8 +40,25 @@ FUSEDRNN_DEVICE const T* row_of(const T* p, int64_t row, int64_t stride) {
 FUSEDRNN_DEVICE bool takes_part(const StepRows& s, int64_t row) {
   return !s.lengths || s.lengths[row] > s.t;
 }
-FUSEDRNN_DEVICE bool has_before(const BackwardRows& s, int64_t row) {
+template <class T>
+FUSEDRNN_DEVICE bool has_before(const StepBack<T>& s, int64_t row) {
   return s.before >= 0 && row < s.rows_before && (!s.lengths || s.lengths[row] > s.before);
+}
+
+/// The gradient of the output, where the row takes part; dh keeps it where not.
+template <int V, class T>
+FUSEDRNN_DEVICE Pack<T, V> take_gradient(const StepBack<T>& s, int64_t row, int64_t feature,
+                                         int64_t features, bool part) {
+  const int64_t at = row * features + feature;
+  Pack<T, V> dh = load<V>(s.dh + at);
+  const Pack<T, V> product = load<V>(s.product + at);
+  unroll<V>([&](auto v) { dh.value[v] += product.value[v]; });
+  store(s.dh + at, part ? Pack<T, V>{} : dh);
+  if (part && s.dy) {
+    const Pack<T, V> dy = load<V>(s.dy + row * s.dy_stride + feature);
+    unroll<V>([&](auto v) { dh.value[v] += dy.value[v]; });
+  }
+  return dh;
 }
 
 /// One thread for V neighbouring features of a row.
@@ -129,7 +146,10 @@ struct BackwardStepKernel : RowKernel<V> {
     const auto place = this->place(s.rows, H);
     const int64_t row = place.row, u = place.feature;
     if (row < 0) return;
-    if (!takes_part(s, row)) {
+    const bool part = takes_part(s, row);
+    const Pack<T, V> dh =
+        s.draw ? load<V>(s.draw + row * H + u) : take_gradient<V>(s, row, u, H, part);
+    if (!part) {
       if (s.dhidden) {  // used again each step
         unroll<Cell::kGates>(
             [&](auto g) { store(s.dhidden + (row * Cell::kGates + g) * H + u, Pack<S, V>{}); });
@@ -157,12 +177,6 @@ struct BackwardStepKernel : RowKernel<V> {
     }
     if (s.h_previous) store(s.h_previous + row * H + u, rounded<V, S>(h));
 
-    Pack<T, V> dh = load<V>((s.draw ? s.draw : s.dh) + row * H + u);
-    if (!s.draw) {
-      store(s.dh + row * H + u, Pack<T, V>{});
-      const Pack<T, V> dy = load_or_zeros<V>(row_of(s.dy, 1, row * s.dy_stride + u));
-      unroll<V>([&](auto v) { dh.value[v] += dy.value[v]; });
-    }
     load_saved(saved, s.saved);
     Pack<T, V> dstate = load<V>(s.dstate + row * H + u), raw, dsums[Cell::kSums];
     unroll<V>([&](auto v) {
@@ -194,15 +208,14 @@ struct ProjectedStepBackKernel : RowKernel<V> {
     const int64_t P = s.output_size;
     const auto place = this->place(s.rows, P);
     const int64_t row = place.row, u = place.feature;
-    if (row < 0 || !takes_part(s, row)) return;
+    if (row < 0) return;
+    const bool part = takes_part(s, row);
+    const Pack<T, V> dh = take_gradient<V>(s, row, u, P, part);
+    if (!part) return;
     const T* const before =
         has_before(s, row) ? s.y_before + row * s.y_stride : row_of(s.h0, row, s.h0_stride);
     const Pack<T, V> h = load_or_zeros<V>(row_of(before, 1, u));
     store(s.h_previous + row * P + u, rounded<V, S>(h));
-    Pack<T, V> dh = load<V>(s.dh + row * P + u);
-    const Pack<T, V> dy = load_or_zeros<V>(row_of(s.dy, 1, row * s.dy_stride + u));
-    unroll<V>([&](auto v) { dh.value[v] += dy.value[v]; });
-    store(s.dh + row * P + u, Pack<T, V>{});
     store(s.dr + row * P + u, rounded<V, S>(dh));
   }
 };
@@ -280,16 +293,17 @@ template <class Cell, class S>
 int backward_step(const BackwardStep<S>& s, void* stream) {
   constexpr int V = kVector<S>;
   using T = SumOf<S>;
-  const bool fit = fits<V, T>({s.saved, s.saved_before, s.h0, s.c0, s.dy, s.dh, s.draw, s.dstate},
-                              {s.hidden_size, s.h0_stride, s.c0_stride, s.dy_stride}) &&
-                   fits<V, S>({s.dsums, s.dhidden, s.h_previous, s.h_raw}, {});
+  const bool fit =
+      fits<V, T>({s.saved, s.saved_before, s.h0, s.c0, s.dy, s.product, s.dh, s.draw, s.dstate},
+                 {s.hidden_size, s.h0_stride, s.c0_stride, s.dy_stride}) &&
+      fits<V, S>({s.dsums, s.dhidden, s.h_previous, s.h_raw}, {});
   return launch_rows<Kernels<Cell, S>::template Backward, V>(s, s.hidden_size, fit, stream);
 }
 
 template <class S>
 int projected_step_back(const ProjectedStepBack<S>& s, void* stream) {
   constexpr int V = kVector<S>;
-  const bool fit = fits<V, SumOf<S>>({s.y_before, s.h0, s.dy, s.dh},
+  const bool fit = fits<V, SumOf<S>>({s.y_before, s.h0, s.dy, s.product, s.dh},
                                      {s.output_size, s.y_stride, s.h0_stride, s.dy_stride}) &&
                    fits<V, S>({s.dr, s.h_previous}, {});
   return launch_rows<Kernels<Lstm, S>::template ProjectedBack, V>(s, s.output_size, fit, stream);

@@ -272,6 +272,7 @@ std::string run(const Case& c, unsigned seed) {
       const S* w = weight.data() + d * G * H * H;
       Buffer<S> h(size_t(B * H));
       Buffer<float> state(size_t(B * H)), product(size_t(B * G * H)), dh(size_t(B * H));
+      Buffer<float> back(size_t(B * H));
       Buffer<S> dhidden(size_t(B * G * H));
       for (int64_t i = 0; i < B * H; ++i) {
         round_to(h[i], h0[size_t(d * B * H + i)]);
@@ -323,6 +324,7 @@ std::string run(const Case& c, unsigned seed) {
         s.h0_stride = s.c0_stride = H;
         s.dy = dy.data() + (p.position[s.t] * D + d) * H;
         s.dy_stride = D * H;
+        s.product = back.data();
         s.dh = dh.data();
         s.dstate = state.data();
         s.dsums = out_dsums.data() + (d * N + p.position[s.t]) * kSums * H;
@@ -332,11 +334,11 @@ std::string run(const Case& c, unsigned seed) {
         for (int64_t j = 0; j < s.rows * H; ++j) {
           std::vector<double> fed(static_cast<size_t>(G * H));
           for (int64_t k = 0; k < G * H; ++k) fed[k] = value_of(dhidden[j / H * G * H + k]);
-          dh[j] += float(dot(w + j % H, H, fed.data(), G * H));
+          back[j] = float(dot(w + j % H, H, fed.data(), G * H));
         }
       }
       for (int64_t i = 0; i < B * H; ++i) {
-        out_dh0[size_t(d * B * H + i)] = dh[i] + (Cell::kStateIsOutput ? state[i] : 0);
+        out_dh0[size_t(d * B * H + i)] = dh[i] + back[i] + (Cell::kStateIsOutput ? state[i] : 0);
         out_dc0[size_t(d * B * H + i)] = state[i];
       }
     }
