@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA_VENV ?= .venv-cuda
-# Installed so, a torch for Linux is a CUDA build.
+# Installed for Linux without more said, a CUDA build.
 CUDA_TORCH ?= torch==2.11.0
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'

@@ -15,6 +15,7 @@ from pathlib import Path
 DEFAULT_HOME = Path("/usr/local/cuda")
 # Ampere, Hopper and Blackwell: what runs where no GPU tells; PTX of the last for those to come.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
+OLDEST_ARCH = "8.0"  # the first that multiplies bfloat16 and TF32
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def _fitting(torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
     """Root and release of a toolkit that can build for this torch."""
     if torch_cuda is None:
         raise MissingError(
-            f"torch {torch_version} is no CUDA build: pip install --force-reinstall torch "
-            "of CUDA"
+            f"torch {torch_version} is no CUDA build: install one that is, then build again"
         )
     mend = (
         f"install CUDA {torch_cuda}'s toolkit (from NVIDIA's repository: apt-get install "
@@ -114,6 +114,7 @@ def find_archs(home: Path, version: str) -> list[str]:
 
     listed = _ask(str(home / "bin/nvcc"), "--list-gpu-arch")
     known = sorted({_number(arch) for arch in re.findall(r"compute_\d+", listed)}, key=float)
+    known = [arch for arch in known if float(arch) >= float(OLDEST_ARCH)]
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if asked in ("", "native") and not torch.cuda.is_available():
         asked = ";".join(a for a in DEFAULT_ARCHS if a in known) + "+PTX"
@@ -125,6 +126,11 @@ def find_archs(home: Path, version: str) -> list[str]:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked}: {error}: {mend}") from None
     archs = {str(flag).split(",code=")[1] for flag in flags}
     unknown = sorted({_number(arch) for arch in archs} - {*known}, key=float)
+    if unknown and float(unknown[0]) < float(OLDEST_ARCH):
+        raise SystemExit(
+            f"the CUDA kernels need an arch of {OLDEST_ARCH} or later, not {unknown[0]}: {mend}, "
+            "or FUSEDRNN_CUDA=0 to build for the CPU only"
+        )
     if unknown:
         raise SystemExit(f"CUDA {version} in {home} has no arch {', '.join(unknown)}: {mend}")
     return sorted(archs, key=lambda arch: (float(_number(arch)), arch.startswith("compute"), arch))

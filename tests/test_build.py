@@ -168,10 +168,7 @@ def no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPat
 
 
 REASONS = {
-    "cpu torch": (
-        "torch 2.13.0 is no CUDA build: pip install --force-reinstall torch "
-        "of CUDA"
-    ),
+    "cpu torch": "torch 2.13.0 is no CUDA build: install one that is, then build again",
     "no toolkit": (
         "there is no nvcc in CUDA_HOME, in {0}/default or on PATH: install CUDA 13.0's toolkit "
         "(from NVIDIA's repository: apt-get install cuda-toolkit-13-0) and set CUDA_HOME to its "
@@ -254,9 +251,10 @@ def test_cuda_toolkit(place: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -
         ("", ["sm_80", "sm_90", "compute_90"]),  # cut to what the toolkit knows
         ("native", ["sm_80", "sm_90", "compute_90"]),
         ("8.0 9.0a+PTX", ["sm_80", "sm_90a", "compute_90a"]),
-        ("Turing;Hopper", ["sm_75", "compute_75", "sm_90", "compute_90"]),
+        ("Ampere;Hopper", ["sm_80", "sm_86", "compute_86", "sm_90", "compute_90"]),
         ("10.0+PTX", "CUDA 12.6 in {0} has no arch 10.0: "),
-        ("Volta;8.0;12.0a", "CUDA 12.6 in {0} has no arch 7.0, 12.0: "),
+        ("8.0;12.0a;12.1", "CUDA 12.6 in {0} has no arch 12.0, 12.1: "),
+        ("Turing", "the CUDA kernels need an arch of 8.0 or later, not 7.5: "),
         ("8.0;", "TORCH_CUDA_ARCH_LIST=8.0;: Unknown CUDA arch () or GPU not supported: "),
         ("sm_80", "TORCH_CUDA_ARCH_LIST=sm_80: Unknown CUDA arch (sm_80) or GPU not supported: "),
     ],
@@ -264,15 +262,16 @@ def test_cuda_toolkit(place: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -
 def test_cuda_archs(
     asked: str, archs: list[str] | str, tmp_path: Path, no_cuda: pytest.MonkeyPatch
 ) -> None:
-    home = toolkit(tmp_path / "default", version="12.6", archs="75 80 90")
+    home = toolkit(tmp_path / "default", version="12.6", archs="75 80 86 90")
     no_cuda.setenv("TORCH_CUDA_ARCH_LIST", asked)
     if isinstance(archs, list):
         assert setup_cuda.find_archs(home, "12.6") == archs
     else:  # whether or not CUDA is insisted on
         with pytest.raises(SystemExit) as error:
             setup_cuda.find("2.13.0", "12.6")
-        mend = "set TORCH_CUDA_ARCH_LIST to some of 7.5;8.0;9.0, +PTX behind the last"
-        assert str(error.value) == archs.format(home) + mend
+        mend = "set TORCH_CUDA_ARCH_LIST to some of 8.0;8.6;9.0, +PTX behind the last"
+        old = ", or FUSEDRNN_CUDA=0 to build for the CPU only" if "need an arch" in archs else ""
+        assert str(error.value) == archs.format(home) + mend + old
 
 
 def test_cuda_archs_of_the_gpus_here(tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:

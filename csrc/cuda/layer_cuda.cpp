@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cstdlib>
+#include <optional>
 #include <string_view>
 
 #include "../layer.h"
@@ -145,7 +146,8 @@ Output forward(const Layer& layer, bool save) {
   constexpr int64_t G = Cell::kGates, A = Cell::kSaved;
   const Device device(layer.input);
   const Precision precision = rnn_precision();
-  const WithPrecision with_precision(precision);
+  std::optional<WithPrecision> with_precision;
+  if (layer.type == at::kFloat) with_precision.emplace(precision);
   const Steps steps(layer);
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
   check_lengths(layer);
@@ -270,7 +272,8 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   constexpr int64_t G = Cell::kGates, A = Cell::kSaved, sums = Cell::kSums;
   const Device device(layer.input);
   const Precision precision = rnn_precision();
-  const WithPrecision with_precision(precision);
+  std::optional<WithPrecision> with_precision;
+  if (layer.type == at::kFloat) with_precision.emplace(precision);
   const Steps steps(layer);
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
   const auto positions = [&](int64_t features) {  // padding must not reach the products

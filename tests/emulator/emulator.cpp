@@ -200,6 +200,7 @@ Settings chosen;
 Counts counted = {};
 std::string error_of_last;
 std::vector<std::unique_ptr<Fiber>> idle_fibers;
+std::vector<std::unique_ptr<Guarded>> idle_stacks;
 
 std::vector<Fiber*>& list_of(Fiber* f) {
   return f->state == State::polling ? active->polling
@@ -309,7 +310,12 @@ Fiber* new_fiber() {
     return f;
   }
   Fiber* f = new Fiber;
-  f->stack = std::make_unique<Guarded>(kStack);
+  if (idle_stacks.empty()) {
+    f->stack = std::make_unique<Guarded>(kStack);
+  } else {
+    f->stack = std::move(idle_stacks.back());
+    idle_stacks.pop_back();
+  }
   make_context(f->context, f->stack->data(), kStack, enter);
   if (has_tsan) f->tsan = __tsan_create_fiber(0);
   return f;
@@ -345,7 +351,8 @@ void start_cta(Index3 index) {
   l.ctas.push_back(std::move(cta));
 }
 
-/// Keeps the fiber of a thread that has ended; that of another is of no use any more.
+/// Keeps the fiber of a thread that has ended, but for ThreadSanitizer, to which each thread is a
+/// new one; of other threads only the stack is of use.
 void give_back(Fiber* f) {
   if (has_tsan) {
     __tsan_destroy_fiber(f->tsan);
@@ -353,6 +360,7 @@ void give_back(Fiber* f) {
     idle_fibers.emplace_back(f);
     return;
   }
+  idle_stacks.push_back(std::move(f->stack));
   delete f;
 }
 
