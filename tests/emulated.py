@@ -20,6 +20,8 @@ COMMON = shlex.split(
     "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas "
     "-fno-strict-aliasing"
 )
+# A GPU faults where an access is not aligned, and so does this, by an illegal instruction.
+ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 def text_of(folder: Path) -> bytes:
@@ -54,7 +56,7 @@ def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], output: Path) -> 
 
 
 def kernel_flags(csrc: Path = ROOT / "csrc") -> list[str]:
-    return ["-std=c++17", f"-I{csrc}", f"-I{EMULATOR}"]
+    return ["-std=c++17", *ALIGNED, f"-I{csrc}", f"-I{EMULATOR}"]
 
 
 def build_ops() -> Path:

@@ -212,11 +212,25 @@ BUGS = [
         "outside of a buffer|wrong",
     ),
     Bug(
-        "wide accesses at odd addresses",
+        "wide accesses where there is no room for them",
         STEP,
         "  return fit;",
         "  return true;",
-        "outside of a buffer|wrong",
+        "outside of a buffer|wrong|misaligned",
+    ),
+    Bug(
+        "wide accesses at odd addresses",
+        STEP,
+        "fit &= reinterpret_cast<uintptr_t>(p) % (V * sizeof(T)) == 0;",
+        "fit &= p != p + 1;",
+        "misaligned",
+    ),
+    Bug(
+        "rows of the exchange at odd addresses",
+        KERNEL,
+        "kAlone ? kDepth + int(16 / sizeof(S)) : kDepth;",
+        "kAlone ? kDepth + 1 : kDepth;",
+        "misaligned",
     ),
     Bug(
         "a gradient that is not carried past a row's end",
@@ -243,6 +257,7 @@ def compile_part(part: str, root: Path, kind: tuple[str, str], sanitizer: bool) 
     """The object file of one part, from the sources in `root`."""
     source, watched, _ = PARTS[part]
     flags = [*emulated.COMMON, "-O1", "-std=c++17", "-fno-tree-loop-distribute-patterns"]
+    flags += emulated.ALIGNED
     flags += [f"-I{root / p}" for p in ("csrc/cuda", "csrc", EMULATOR)]
     flags += [f"-DFUSEDRNN_CELL={kind[0]}", f"-DFUSEDRNN_OPERAND={kind[1]}"]
     flags += ["-fsanitize=thread"] if sanitizer and watched else []

@@ -16,6 +16,7 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "recurrent.cuh"
@@ -128,7 +129,8 @@ std::string run(const Case& c, unsigned seed) {
   const bool packed = std::string(c.layout) == "packed";
   emulator::set({seed, c.multiprocessors});
   const auto weight = p.values<S>(size_t(D * G * H * H), 1.5f / std::sqrt(float(H)));
-  const auto bias_ih = p.values<S>(size_t(D * G * H)), bias_hh = p.values<S>(size_t(D * G * H));
+  // One element more than is used, so that it is not aligned to more than one.
+  const auto bias_ih = p.values<S>(size_t(D * G * H + 1)), bias_hh = p.values<S>(size_t(D * G * H));
   const auto x = p.values<float>(size_t(D * N * G * H));
   const auto h0 = p.values<float>(size_t(D * B * H)), c0 = p.values<float>(size_t(D * B * H));
   const auto dy = p.values<float>(size_t(N * D * H));
@@ -367,9 +369,10 @@ std::string run(const Case& c, unsigned seed) {
   return "";
 }
 
-void on_fault(int) {
-  static const char text[] = "FAILED: touched memory outside of a buffer\n";
-  const ssize_t written = write(1, text, sizeof(text) - 1);
+void on_fault(int signal) {
+  const std::string_view text = signal == SIGILL ? "FAILED: a misaligned access\n"
+                                                 : "FAILED: touched memory outside of a buffer\n";
+  const ssize_t written = write(1, text.data(), text.size());
   _exit(written > 0 ? 1 : 2);
 }
 
@@ -385,8 +388,7 @@ int main(int argc, char** argv) {
   struct sigaction action = {};
   action.sa_handler = on_fault;
   action.sa_flags = SA_ONSTACK;
-  sigaction(SIGSEGV, &action, nullptr);
-  sigaction(SIGBUS, &action, nullptr);
+  for (const int signal : {SIGSEGV, SIGBUS, SIGILL}) sigaction(signal, &action, nullptr);
 
   // Alone: all units in one CTA. Grid: two or three CTAs a group; tiles of one and of two products.
   const Precision own = sizeof(S) == 4 ? Precision::ieee : Precision::tf32;
