@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import setup_cuda  # noqa: E402
 from benchmarks.report import slug, store  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -168,10 +169,12 @@ def clean_but_for_others(status: int, output: str) -> bool:
 
 
 def sanitize(results: Path) -> list[Command]:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    try:
+        home = setup_cuda.find_home()
+    except setup_cuda.MissingError:
+        home = None
     path = f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}"
-    nvcc = shutil.which("nvcc", path=path) or "nvcc"
-    sanitizer = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
+    nvcc, sanitizer = (shutil.which(n, path=path) or n for n in ("nvcc", "compute-sanitizer"))
     compiled = [nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-arch=native", "-lineinfo"]
     compiled += ["-Icsrc", "tests/primitives.cu", "-o", str(PRIMITIVES)]
     commands = [Command("nvcc", compiled)]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_check import setup_cuda
 from emulated import COMPILER, EMULATOR, kernel_flags
 
 SOURCE = Path(__file__).with_name("primitives.cu")
-CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-NVCC = shutil.which("nvcc", path=f"{CUDA_HOME}/bin{os.pathsep}{os.environ.get('PATH', '')}")
+try:
+    CUDA_HOME = setup_cuda.find_home()
+except setup_cuda.MissingError:
+    CUDA_HOME = None
 
 
 def run(program: Path) -> None:
@@ -30,14 +31,15 @@ def test_on_the_emulator(tmp_path: Path) -> None:
     run(program)
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.skipif(CUDA_HOME is None, reason="needs nvcc")
 def test_on_a_gpu(tmp_path: Path) -> None:
     """Where there is none, it compiles."""
+    nvcc = f"{CUDA_HOME}/bin/nvcc"
     program = tmp_path / "primitives"
     arch = "native" if torch.cuda.is_available() else "sm_90"
     flags = ["-std=c++17", "--expt-relaxed-constexpr", f"-arch={arch}", "-Werror=all-warnings"]
     subprocess.run(
-        [str(NVCC), *flags, f"-I{SOURCE.parent.parent / 'csrc'}", str(SOURCE), "-o", str(program)],
+        [nvcc, *flags, f"-I{SOURCE.parent.parent / 'csrc'}", str(SOURCE), "-o", str(program)],
         check=True,
     )
     if not torch.cuda.is_available():
