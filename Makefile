@@ -11,7 +11,7 @@ CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
 
-.PHONY: help demo test lint format bench sanitize cuda-check cuda-build clean
+.PHONY: help demo test lint format bench sanitize cuda-check cuda-build gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -77,6 +77,10 @@ cuda-build:  ## build for CUDA as pip does, which needs a toolkit but no GPU
 	cd / && $(CUDA_PYTHON) -c "import torch, fusedrnn; \
 	  assert torch._C._dispatch_has_kernel_for_dispatch_key('fusedrnn::lstm', 'CUDA')"
 	cd / && $(CUDA_PYTHON) -m fusedrnn
+
+# With the torch that PYTHON has, in place: a machine with a GPU may have no network.
+gpu:  ## build, test, sanitize and time the CUDA kernels; STAGES="build tests" for some
+	$(PYTHON) tests/gpu.py $(STAGES)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info fusedrnn/*.so fusedrnn/_build.py $(VENV)/built

@@ -1,7 +1,9 @@
 """`python -m benchmarks [case ...]`: times of fusedrnn and its peers, in turn, in one process.
 
-`python -m benchmarks steady` is about single calls instead: steady.py. A run of the whole grid is
-stored in benchmarks/results/, with pictures; a part of it only where --output says.
+`python -m benchmarks steady` is about single calls instead: steady.py; `python -m benchmarks
+checks` about the kernels of a GPU: checks.py. A run of the whole grid is stored in
+benchmarks/results/, with pictures; a part of it only where --output says. On a GPU the time of a
+call includes the wait for its end.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, limits, machine, measure, peers, report, steady
+from benchmarks import cases, checks, limits, machine, measure, peers, report, steady
+from fusedrnn import _ops
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["steady"]:
         return steady.main(argv[1:])
+    if argv[:1] == ["checks"]:
+        return checks.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -51,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = args.report
     else:
         try:
-            chosen = cases.pick(args.cases)
+            chosen = cases.pick(args.cases, args.device)
         except ValueError as error:
             parser.error(str(error))
         modes = [args.mode] if args.mode else measure.MODES
         run = _measure(chosen, modes, args.device, args.peer, args.seconds)
         is_whole = not (args.cases or args.mode or args.peer)
-        output = args.output or (RESULTS / f"{args.device}.json" if is_whole else None)
+        name = report.slug(run["header"]["device"])
+        output = args.output or (RESULTS / f"{name}.json" if is_whole else None)
         if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(run, indent=1) + "\n")
+            report.store(output, run)
     report.summary(run["rows"])
     if output:
         report.pictures(run, output)
@@ -81,6 +86,8 @@ def _measure(
     names: Sequence[str] | None,
     seconds: float,
 ) -> dict[str, Any]:
+    if device not in _ops.devices():
+        raise SystemExit(f"this build of fusedrnn has no kernels for {device}")
     present = []
     for peer in peers.PEERS:
         if peer.device == device and (not names or peer.name in names):

@@ -127,18 +127,34 @@ CASES: tuple[Case, ...] = (
     Case("GRU B32 T50 H128 float64", "GRU", B=32, T=50, H=128, dtype="float64"),
 )
 
+# What a GPU runs besides: half types, and layers that are large for a CPU.
+CUDA_CASES: tuple[Case, ...] = (
+    Case("B1 T1000 H512 float16", T=1000, H=512, dtype="float16"),
+    Case("B16 T200 H128 bidirectional float16", B=16, T=200, H=128, bidirectional=True,
+         dtype="float16"),
+    dataclasses.replace(_TAGGER, name="tagger float16", dtype="float16"),
+    dataclasses.replace(_TAGGER, name="tagger lengths float16", layout="lengths", dtype="float16"),
+    Case("B64 T100 H128 float16", B=64, T=100, H=128, dtype="float16"),
+    Case("B64 T100 H512", B=64, T=100, H=512),
+    Case("B64 T100 H512 float16", B=64, T=100, H=512, dtype="float16"),
+    Case("GRU B64 T100 H512 float16", "GRU", B=64, T=100, H=512, dtype="float16"),
+    Case("B128 T100 H1024 bfloat16", B=128, T=100, H=1024, dtype="bfloat16"),
+    Case("B512 T100 H256 float16", B=512, T=100, H=256, dtype="float16"),
+)  # fmt: skip
 
-def pick(parts: Sequence[str]) -> list[Case]:
+
+def pick(parts: Sequence[str], device: str = "cpu") -> list[Case]:
     """The cases with these names, or with these parts in their names; all if there are none.
 
     Raises:
         ValueError: a part is in no name.
     """
-    names = {case.name for case in CASES}
+    cases = CASES + (CUDA_CASES if device == "cuda" else ())
+    names = {case.name for case in cases}
     chosen: set[str] = set()
     for part in parts:
         found = {part} & names or {name for name in names if part in name}
         if not found:
             raise ValueError(f"no case matches {part!r}; there are: {', '.join(sorted(names))}")
         chosen |= found
-    return [case for case in CASES if not parts or case.name in chosen]
+    return [case for case in cases if not parts or case.name in chosen]

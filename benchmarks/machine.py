@@ -26,7 +26,7 @@ def header(device: str, peers: Sequence[Peer]) -> dict[str, Any]:
     busy = others.cores()
     if busy and busy > 0.2:
         print(f"others use {busy:.1f} cores: the times will be of little worth", file=sys.stderr)
-    return {
+    found = {
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -39,6 +39,17 @@ def header(device: str, peers: Sequence[Peer]) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    return found | (_cuda() if device == "cuda" else {})
+
+
+def _cuda() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }
 
 
 def _processor() -> str:
@@ -50,14 +61,18 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout, with -dirty if files differ from it; None outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
+    """The first line that a command prints; None where it fails."""
     try:
         found = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return found.stdout.strip().partition("\n")[0]
 
 
 class Others:

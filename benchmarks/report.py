@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,18 @@ TITLES = {
     "openvino": "OpenVINO",
     "cudnn": "cuDNN",
 }
+
+
+def slug(name: str) -> str:
+    """A device's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def store(output: Path, found: dict[str, Any]) -> None:
+    """Writes what was found to a stored run; what else is in it stays."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(output.read_text()) if output.exists() else {}
+    output.write_text(json.dumps({**old, **found}, indent=1) + "\n")
 
 
 def heading() -> None:

@@ -44,18 +44,22 @@ def fused_like(theirs: nn.Module) -> nn.Module:
 
 
 def double(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).double()
+    """The oracle's module: in float64, on the CPU."""
+    return copy.deepcopy(module).cpu().double()
 
 
 def error(values: Tensor, oracle: Tensor) -> float:
-    return (values.double() - oracle).abs().max().item() if oracle.numel() else 0.0
+    return (values.cpu().double() - oracle).abs().max().item() if oracle.numel() else 0.0
 
 
 class Nearby:
-    """Values that differ from the given by a rounding each: what no algorithm can tell apart."""
+    """Values that differ from the given by a rounding each: what no algorithm can tell apart.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.eps = torch.finfo(dtype).eps
+    `eps`: of the products, where it is not the type's.
+    """
+
+    def __init__(self, dtype: torch.dtype, eps: float | None = None) -> None:
+        self.eps = eps or torch.finfo(dtype).eps
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -73,11 +77,12 @@ class Nearby:
 
 def assert_as_exact(
     ours: Sequence[Tensor],
-    theirs: Sequence[Tensor],
+    theirs: Sequence[Tensor] | None,
     exact: Sequence[Tensor],
     nearby: Sequence[Tensor],
     dtype: torch.dtype,
     amplitude: float = 4.0,
+    eps: float | None = None,
 ) -> None:
     """Our error against a float64 oracle is at most twice torch's, plus a rounding floor.
 
@@ -86,16 +91,17 @@ def assert_as_exact(
     changes by when every input and weight is rounded once (`nearby`): the problem's own condition,
     and about as many roundings as a value goes through in a step. It makes room for luck, in one of
     many tensors, not for less care: test_as_exact_as_torch_on_average is without it. In float64,
-    where torch is the oracle, its unknown error is taken to be the floor.
+    where torch is the oracle, its unknown error is taken to be the floor, and so it is where there
+    is nothing of torch's. `eps`: as Nearby's.
     """
-    eps = torch.finfo(dtype).eps
-    for i, (a, b, e, n) in enumerate(zip(ours, theirs, exact, nearby, strict=True)):
+    eps = eps or torch.finfo(dtype).eps
+    for i, (a, b, e, n) in enumerate(zip(ours, theirs or ours, exact, nearby, strict=True)):
         assert a.shape == b.shape, f"tensor {i}: shape {a.shape}, torch's {b.shape}"
         assert a.dtype == b.dtype, f"tensor {i}: type {a.dtype}, torch's {b.dtype}"
         assert not a.isnan().any() or e.isnan().any(), f"tensor {i} has NaN"
         scale = max(amplitude, e.abs().max().item()) if e.numel() else 1.0
         floor = eps * scale + 10 * error(n, e)
-        torchs = floor if dtype == torch.float64 else error(b, e)
+        torchs = floor if dtype == torch.float64 or theirs is None else error(b, e)
         assert error(a, e) <= 2 * torchs + floor, (
             f"tensor {i} of shape {list(a.shape)}: error {error(a, e):.3g}, torch's {torchs:.3g}, "
             f"floor {floor:.3g}"

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 pytest.importorskip("benchmarks")  # there when the tests run in the root of the checkout
 
-from benchmarks import cases, limits, measure, peers, report, steady
+from benchmarks import cases, checks, limits, measure, peers, report, steady
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
+from fusedrnn import _ops
 
 PEAKS = limits.Peaks(
     flops={"float32": 1e9, "float64": 5e8, "bfloat16": 2e9, "float16": 1e9},
@@ -69,6 +71,9 @@ def test_pick() -> None:
     taggers = ["tagger", "tagger packed", "tagger lengths", "GRU tagger"]
     assert [case.name for case in cases.pick(["tagg"])] == taggers
     assert cases.pick([]) == list(cases.CASES)
+    on_cuda = cases.pick([], "cuda")
+    assert on_cuda == [*cases.CASES, *cases.CUDA_CASES]
+    assert len({case.name for case in on_cuda}) == len(on_cuda)
     with pytest.raises(ValueError, match="no case matches 'nothing'"):
         cases.pick(["tiny", "nothing"])
 
@@ -298,3 +303,48 @@ def test_steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (mode, name) for mode in measure.MODES for name in ("fusedrnn", "torch")
     ]
     assert "| tiny | busy neighbour process |" in page.read_text()
+
+
+def test_a_device_of_its_own(tmp_path: Path) -> None:
+    assert report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    output = tmp_path / "new" / "run.json"
+    report.store(output, {"rows": [1], "checks": 2})
+    report.store(output, {"rows": [3]})
+    assert json.loads(output.read_text()) == {"rows": [3], "checks": 2}
+    if "cuda" not in _ops.devices():
+        with pytest.raises(SystemExit, match="has no kernels for cuda"):
+            main(["tiny", "--device", "cuda"])
+        assert main(["checks", "--output", str(output)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [
+        ("run<(anonymous namespace)::ForwardStepKernel<host::Lstm, float, 4>>", "step"),
+        ("run<R<Lstm, cuda::Sharing<cuda::TensorProduct<float, 4, 64>, 4, 1> >", "alone"),
+        ("run<R<Gru, Sharing<PlainProduct<(int)1, (int)192>, (int)1, (int)8>>", "grid"),
+        ("void cutlass::Kernel<Sharing>", None),
+    ],
+)
+def test_regimes_by_kernels(name: str, regime: str | None) -> None:
+    assert checks.regimes_in([name]) == ({regime} if regime else set())
+
+
+def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU, as if its kernels were those of two regimes."""
+    monkeypatch.setattr(checks, "STEPS", (2, 30))
+
+    def kernels_of(call: peers.Call) -> list[checks.Kernel]:
+        call()
+        regime = os.environ["FUSEDRNN_CUDA_REGIME"]
+        names = {"step": "ForwardStepKernel<x", "alone": "Sharing<a::TensorProduct<x>, 4, 1>"}
+        return [(names.get(regime, "other"), 3, 6.0)]
+
+    monkeypatch.setattr(checks, "kernels_of", kernels_of)
+    (row,) = checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
+    assert list(row) == ["cell", "kind", "H", "B", "cudnn", "step", "alone"]
+    assert set(row["alone"]) == {"inference_us", "training_us", "tflops"}
+    first, second = checks.cudnn_kernels(["ieee"], [4], [1], "cpu")
+    assert (first["cell"], second["cell"]) == ("LSTM", "GRU")
+    assert first["training"] == ["3 x 2.0 us other"]
+    assert "us a step: cudnn" in capsys.readouterr().out

@@ -32,7 +32,7 @@ MODES = [
 COVERING = MODES[::13] + MODES[5::29]
 
 
-def problem(mode: tuple) -> tuple:
+def problem(mode: tuple, device: str = "cpu") -> tuple:
     """A function of tensors, all of them, and the tensors."""
     cell, layers, bidirectional, bias, proj, layout, states = mode
     torch.manual_seed(0)
@@ -40,10 +40,10 @@ def problem(mode: tuple) -> tuple:
     P, D, G = proj or H, 2 if bidirectional else 1, 4 if cell == "lstm" else 3
 
     def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).requires_grad_()
+        return torch.randn(shape, dtype=torch.float64).to(device).requires_grad_()
 
     batch_sizes = torch.tensor([3, 2, 1]) if layout == "packed" else None
-    lengths = torch.tensor([2, 0, 3]) if layout == "lengths" else None
+    lengths = torch.tensor([2, 0, 3], device=device) if layout == "lengths" else None
     x = tensor(6, I) if layout == "packed" else tensor(T, B, I)
     hx = [tensor(layers * D, B, P), tensor(layers * D, B, H)][: 2 if cell == "lstm" else 1]
     weights = []

@@ -81,21 +81,26 @@ def configurations(draw: st.DrawFn) -> Configuration:
     )
 
 
-def states_of(c: Configuration, generator: torch.Generator) -> list[Tensor] | None:
+def states_of(
+    c: Configuration, generator: torch.Generator, device: torch.device
+) -> list[Tensor] | None:
     if c.hx == "none":
         return None
     layers = c.num_layers * (2 if c.bidirectional else 1)
     widths = [c.proj_size or c.hidden_size, c.hidden_size][: 2 if c.cell == "LSTM" else 1]
     rows = len(c.lengths)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
     states = []
     for width in widths:
         if c.hx == "expanded":
-            state = torch.randn(layers, 1, width, generator=generator).expand(layers, rows, width)
+            state = random(layers, 1, width).expand(layers, rows, width)
         elif c.hx == "strided":
-            state = torch.randn(layers, width, rows * 2, generator=generator)[..., ::2]
-            state = state.transpose(1, 2)
+            state = random(layers, width, rows * 2)[..., ::2].transpose(1, 2)
         else:
-            state = torch.randn(layers, rows, width, generator=generator)
+            state = random(layers, rows, width)
         states.append(state.squeeze(1) if c.layout == "unbatched" else state)
     return states
 
@@ -107,11 +112,12 @@ def run(
     change: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> list[Tensor]:
     """Output, states and all gradients of a loss of the outputs that are used."""
+    device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(c.seed)
     steps, rows = max(c.lengths), len(c.lengths)
     x = torch.randn(steps, rows, c.input_size, generator=generator) * c.scale
     # The values that the storage type can hold, in every type.
-    x = change(x.to(c.dtype).to(dtype))
+    x = change(x.to(c.dtype).to(dtype)).to(device)
     if c.strided:
         x = torch.stack((x, x), -1)[..., 0]
     if c.batch_first:
@@ -119,7 +125,7 @@ def run(
     if c.layout == "unbatched":
         x = x.squeeze(0 if c.batch_first else 1)
     x = x.detach().requires_grad_()
-    states = states_of(c, generator)
+    states = states_of(c, generator, device)
     leaves = [x]
     if states is not None:
         states = [change(s.to(c.dtype).to(dtype)).detach().requires_grad_() for s in states]
@@ -136,7 +142,7 @@ def run(
         output, final = module(x, hx)
     outputs = [output, *(final if c.cell == "LSTM" else [final])]
     used = [y for y, use in zip(outputs, c.used, strict=False) if use] or outputs
-    weights = [torch.randn(y.shape, generator=generator).to(c.dtype).to(dtype) for y in used]
+    weights = [torch.randn(y.shape, generator=generator).to(c.dtype).to(y) for y in used]
     loss = sum((y * w).sum() for y, w in zip(used, weights, strict=True))
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
@@ -148,7 +154,8 @@ def run(
     return [*outputs, *filled]
 
 
-def check(c: Configuration) -> None:
+def check(c: Configuration, device: str = "cpu", eps: float | None = None) -> None:
+    """`eps`: as Nearby's."""
     torch.manual_seed(c.seed)
     arguments = {
         "num_layers": c.num_layers,
@@ -161,12 +168,12 @@ def check(c: Configuration) -> None:
         arguments["proj_size"] = c.proj_size
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-        theirs = getattr(nn, c.cell)(c.input_size, c.hidden_size, **arguments)
+        theirs = getattr(nn, c.cell)(c.input_size, c.hidden_size, **arguments).to(device)
         results = [run(c, m, c.dtype) for m in (fused_like(theirs), theirs)]
         exact = run(c, double(theirs), torch.float64)
-        nearby = Nearby(c.dtype)
+        nearby = Nearby(c.dtype, eps)
         close = run(c, nearby.weights(theirs), torch.float64, nearby)
-    assert_as_exact(results[0], results[1], exact, close, c.dtype, amplitude=4 * c.scale)
+    assert_as_exact(results[0], results[1], exact, close, c.dtype, 4 * c.scale, eps)
 
 
 @settings(

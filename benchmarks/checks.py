@@ -1,0 +1,221 @@
+"""`python -m benchmarks checks`: which kernels run on a GPU, and what a step of each costs.
+
+The kernels that cuDNN runs for nn.LSTM and nn.GRU, by torch.profiler; then microseconds a step of
+each regime of ours and of cuDNN, from the difference between long sequences and short ones, which
+leaves out launches and the loading of weights, but has in it whatever else grows with the steps:
+the products with the input, small here, and in training those of the weights' gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fusedrnn
+from benchmarks import machine, report
+from benchmarks.measure import MODES
+from benchmarks.peers import Call, CuDnn
+from fusedrnn import _ops
+
+REGIMES = ("step", "alone", "grid")
+# Type and, of float32, the precision of products.
+KINDS = {"tf32": "float32", "ieee": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+INPUT_SIZE = 8
+STEPS = (200, 1200)
+
+# Sharing<the product, blocks, splits> of recurrent.cuh: one split where a CTA is alone.
+_SPLITS = re.compile(r"Sharing<(?:\w+::)*\w+Product<[^>]*>, *(?:\(int\))?\d+, *(?:\(int\))?(\d+)>")
+
+Kernel = tuple[str, int, float]
+
+
+def kernels_of(call: Call) -> list[Kernel]:
+    """Name, launches and microseconds of each kernel of a warm call, the longest first.
+
+    Empty where the profiler can't tell.
+    """
+    profiler: Any = torch.profiler
+    activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.CUDA]
+    call()
+    for _ in range(2):  # the first profile of a process may miss its kernels
+        with profiler.profile(activities=activities) as profile:
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        found = [
+            (event.key, event.count, event.self_device_time_total)
+            for event in profile.key_averages()
+            if event.device_type.name == "CUDA"
+            and not event.key.startswith(("Mem", "Activity", "Context"))
+        ]
+        if found:
+            break
+    return sorted(found, key=lambda kernel: -kernel[2])
+
+
+def regimes_in(names: Sequence[str]) -> set[str]:
+    """The regimes that kernels with these names belong to, by their template arguments."""
+    found = set()
+    for name in names:
+        if re.search(r"\b(Forward|Backward)StepKernel<", name):
+            found.add("step")
+        if splits := _SPLITS.search(name):
+            found.add("alone" if splits[1] == "1" else "grid")
+    return found
+
+
+@contextlib.contextmanager
+def running(regime: str, kind: str) -> Iterator[None]:
+    """Layers run in this regime and in the precision of this kind."""
+    rnn: Any = torch.backends.cudnn.rnn
+    before, precision = os.environ.get("FUSEDRNN_CUDA_REGIME", ""), rnn.fp32_precision
+    os.environ["FUSEDRNN_CUDA_REGIME"] = regime
+    rnn.fp32_precision = "ieee" if kind == "ieee" else "tf32"
+    try:
+        yield
+    finally:
+        os.environ["FUSEDRNN_CUDA_REGIME"] = before
+        rnn.fp32_precision = precision
+
+
+def call_of(module: Any, steps: int, rows: int, mode: str) -> Call:
+    """A call of a module with a random batch, without gradients or with those of all weights."""
+    weight = next(module.parameters())
+    x = torch.randn(steps, rows, module.input_size, device=weight.device, dtype=weight.dtype)
+
+    def inference() -> Any:
+        with torch.no_grad():
+            return module(x)[0]
+
+    def training() -> Any:
+        module.zero_grad()
+        module(x)[0].sum().backward()
+
+    return inference if mode == "inference" else training
+
+
+def _modules(cell: str, hidden: int, kind: str, device: str) -> tuple[Any, Any]:
+    """Torch's layer and ours."""
+    dtype = getattr(torch, KINDS[kind])
+    theirs = getattr(nn, cell)(INPUT_SIZE, hidden).to(device, dtype)
+    ours = getattr(fusedrnn, f"Fused{cell}")(INPUT_SIZE, hidden).to(device, dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def cudnn_kernels(
+    kinds: Sequence[str], sizes: Sequence[int], rows: Sequence[int], device: str = "cuda"
+) -> list[dict[str, Any]]:
+    """The kernels in which cuDNN spends most of its time, by cell, type, H and B."""
+    found = []
+    for cell, kind, H, B in itertools.product(("LSTM", "GRU"), kinds, sizes, rows):
+        module, _ = _modules(cell, H, kind, device)
+        with running("", kind):
+            kernels = {m: kernels_of(call_of(module, 50, B, m)) for m in MODES}
+        row: dict[str, Any] = {"cell": cell, "kind": kind, "H": H, "B": B}
+        for mode, of_mode in kernels.items():
+            row[mode] = [f"{n} x {us / n:.1f} us {name[:120]}" for name, n, us in of_mode[:3]]
+            longest = row[mode][0] if of_mode else "unknown"
+            print(f"{cell:5}{kind:9}H{H:<5}B{B:<4}{mode:10} {longest[:110]}", flush=True)
+        found.append(row)
+    return found
+
+
+def _milliseconds(call: Call, device: str) -> float:
+    """The median of a few calls, each with the wait for its end."""
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    call()
+    times = []
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def step_times(
+    cells: Sequence[str],
+    kinds: Sequence[str],
+    sizes: Sequence[int],
+    rows: Sequence[int],
+    device: str = "cuda",
+) -> list[dict[str, Any]]:
+    """Microseconds a step of cuDNN and of each of our regimes that can run.
+
+    `tflops`: of the products with weight_hh in inference.
+    """
+    found = []
+    for cell, kind, H, B in itertools.product(cells, kinds, sizes, rows):
+        theirs, ours = _modules(cell, H, kind, device)
+        gates = 4 if cell == "LSTM" else 3
+        row: dict[str, Any] = {"cell": cell, "kind": kind, "H": H, "B": B}
+        for name in ("cudnn", *REGIMES):
+            module = theirs if name == "cudnn" else ours
+            with running("" if name == "cudnn" else name, kind):
+                if name != "cudnn":
+                    short = kernels_of(call_of(module, 6, B, "inference"))
+                    if regimes_in([kernel for kernel, _, _ in short]) != {name}:
+                        continue
+                us = {}
+                for mode in MODES:
+                    few, many = (
+                        _milliseconds(call_of(module, steps, B, mode), device) for steps in STEPS
+                    )
+                    us[mode] = 1e3 * (many - few) / (STEPS[1] - STEPS[0])
+            row[name] = {
+                **{f"{mode}_us": round(value, 3) for mode, value in us.items()},
+                "tflops": round(2e-6 * B * gates * H * H / us["inference"], 3),
+            }
+        found.append(row)
+        times = (
+            f"{name} {row[name]['inference_us']:.2f} {row[name]['training_us']:.2f}"
+            for name in ("cudnn", *REGIMES)
+            if name in row
+        )
+        print(f"{cell:5}{kind:9}H{H:<5}B{B:<4}us a step: {', '.join(times)}", flush=True)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks, stores under "checks" and reports; gives the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks checks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
+    args = parser.parse_args(argv)
+    missing = CuDnn().available()
+    if missing or "cuda" not in _ops.devices():
+        print(missing or "this build of fusedrnn has no kernels for cuda")
+        return 1
+    header = machine.header("cuda", [CuDnn()])
+    print(report.caption(header))
+    checks = {
+        "header": header,
+        "cudnn_kernels": cudnn_kernels(("tf32", "float16", "bfloat16"), (128, 512, 1024), (1, 64)),
+        "steps": [
+            *step_times(
+                ("LSTM",), ("tf32", "ieee", "bfloat16"), (64, 128, 256, 512, 1024), (1, 16, 64, 128)
+            ),
+            *step_times(("GRU",), ("tf32", "float16"), (128, 512), (1, 64)),
+        ],
+    }
+    results = Path(__file__).parent / "results"
+    report.store(
+        args.output or results / f"{report.slug(header['device'])}.json", {"checks": checks}
+    )
+    return 0

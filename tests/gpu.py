@@ -1,0 +1,281 @@
+"""`make gpu`: what needs an NVIDIA GPU, with the torch that is there and without a network.
+
+    python tests/gpu.py [build] [tests] [sanitize] [bench] [checks]
+
+Stages, all by default, each under eight minutes. A stage that fails does not stop those after it;
+the exit status is 1 if any did. Results go to benchmarks/results/<device>.json, the end of what
+each command printed to <device>.log beside it, all of it to build/gpu/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import setup_cuda  # noqa: E402
+from benchmarks.report import slug, store  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+BUILD = ROOT / "build" / "gpu"
+LIMIT_SECONDS = 470
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+PRIMITIVES = BUILD / "primitives"
+
+
+def is_zero(status: int, output: str) -> bool:
+    return status == 0
+
+
+def some_passed(status: int, output: str) -> bool:
+    """Of pytest: that no test failed and not all were skipped."""
+    return status == 0 and re.search(r"^\d+ passed", output, re.M) is not None
+
+
+def excerpt(text: str, passed: bool) -> list[str]:
+    """The end of what was printed and, of a failure, where it begins."""
+    frames = re.compile(r"/(_pytest|pluggy)/")  # of a traceback: not where it failed
+    text = text.replace(f"{ROOT}{os.sep}", "").replace(
+        sys.prefix, "..."
+    )  # where is nobody's matter
+    lines = [line[:200] for line in text.splitlines() if not frames.search(line)]
+    if passed:
+        return lines[-25:]
+    begin = next((i for i, line in enumerate(lines) if "= FAILURES =" in line), 0)
+    if len(lines) - begin <= 120:
+        return lines[begin:]
+    return [*lines[begin : begin + 60], "...", *lines[-60:]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a stage.
+
+    Attributes:
+        share: of what is left of the stage's time, relative to the commands after it.
+        passed: judges the exit status and the output.
+    """
+
+    name: str
+    args: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
+    passed: Callable[[int, str], bool] = is_zero
+
+
+@dataclass
+class Outcome:
+    name: str
+    passed: bool
+    seconds: float
+    lines: list[str]
+
+
+def run(command: Command, limit: float, output: Path) -> Outcome:
+    """Runs a command, and ends it and its children after `limit` seconds."""
+    print(f"-- {command.name}: {' '.join(command.args)}", flush=True)
+    paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        **command.environment,
+    }
+    start = time.monotonic()
+    with output.open("w") as file:
+        try:
+            process = subprocess.Popen(
+                command.args,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            print(f"   FAILED: {error}", flush=True)
+            return Outcome(command.name, False, 0, [str(error)])
+        try:
+            status: int | None = process.wait(max(1, limit))
+        except subprocess.TimeoutExpired:
+            status = None
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        if status is None:
+            # pytest then tells what failed so far; Python where it was; nothing can refuse.
+            for end in (signal.SIGINT, signal.SIGABRT, signal.SIGKILL):
+                os.killpg(process.pid, end)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                    break
+    seconds = time.monotonic() - start
+    text = output.read_text(errors="replace")
+    passed = status is not None and command.passed(status, text)
+    lines = excerpt(text, passed)
+    if status is None:
+        lines.append(f"ended after {seconds:.0f} s")
+    print("\n".join(lines[-(6 if passed else 40) :]))
+    print(f"   {'passed' if passed else 'FAILED'} in {seconds:.0f} s", flush=True)
+    return Outcome(command.name, passed, seconds, lines)
+
+
+def build(results: Path) -> list[Command]:
+    import torch
+
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    environment = {"FUSEDRNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
+    has_kernels = "from fusedrnn import _ops; assert 'cuda' in _ops.devices(), 'no kernels'"
+    return [
+        Command("build", [sys.executable, "setup.py", "build_ext", "--inplace"], environment, 10),
+        Command("kernels", [sys.executable, "-c", has_kernels]),
+        Command("doctor", [sys.executable, "-m", "fusedrnn"]),
+    ]
+
+
+def tests(results: Path) -> list[Command]:
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    # After an illegal access all tests fail. Of a kernel that waits for ever: where.
+    pytest += ["--maxfail=25", "-o", "faulthandler_timeout=120"]
+    others = ["tests/test_ops.py"]
+    if importlib.util.find_spec("expecttest"):  # which torch's own samples need
+        others.append("tests/test_modules.py")
+    return [
+        Command("primitives", [*pytest, "tests/test_primitives.py"], passed=some_passed),
+        Command("CUDA", [*pytest, "tests/test_cuda.py"], share=5, passed=some_passed),
+        Command("CPU", [*pytest, *others]),
+    ]
+
+
+def clean_but_for_others(status: int, output: str) -> bool:
+    """No error in a kernel of ours: initcheck finds some in those of libraries."""
+    ours = re.search(r"^=+ +at .*fusedrnn", output, re.M)
+    return "cases, forward and backward" in output and ours is None
+
+
+def sanitize(results: Path) -> list[Command]:
+    try:
+        home = setup_cuda.find_home()
+    except setup_cuda.MissingError:
+        home = None
+    path = f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}"
+    nvcc, sanitizer = (shutil.which(n, path=path) or n for n in ("nvcc", "compute-sanitizer"))
+    compiled = [nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-arch=native", "-lineinfo"]
+    compiled += ["-Icsrc", "tests/primitives.cu", "-o", str(PRIMITIVES)]
+    commands = [Command("nvcc", compiled)]
+    for tool in TOOLS:
+        check = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
+        # The launches that have to fail are no errors of the program's.
+        api = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        commands.append(Command(f"{tool}, primitives", [*check, *api, str(PRIMITIVES)], share=0.3))
+    for tool in TOOLS:
+        check = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--show-backtrace", "no"]
+        # initcheck has to see what other kernels write.
+        ours = [] if tool == "initcheck" else ["--kernel-name", "kns=fusedrnn"]
+        commands.append(
+            Command(
+                f"{tool}, layers",
+                [*check, *ours, sys.executable, "tests/sanitized.py"],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else bounds are those of torch's blocks
+                passed=clean_but_for_others if tool == "initcheck" else is_zero,
+            )
+        )
+    return commands
+
+
+def bench(results: Path) -> list[Command]:
+    measure = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--seconds", "1"]
+    return [Command("bench", [*measure, "--output", str(results)])]
+
+
+def checks(results: Path) -> list[Command]:
+    return [
+        Command("checks", [sys.executable, "-m", "benchmarks", "checks", "--output", str(results)])
+    ]
+
+
+STAGES = {s.__name__: s for s in (build, tests, sanitize, bench, checks)}
+
+
+def write_log(path: Path, sections: dict[str, str]) -> None:
+    """The sections of stages run now; those of others stay as they are."""
+    old = path.read_text() if path.exists() else ""
+    found = dict(re.findall(r"^==== (\w+): (.*?)(?=^==== \w+: |\Z)", old, re.M | re.S))
+    found |= sections
+    path.write_text("".join(f"==== {s}: {found[s].strip()}\n\n" for s in STAGES if s in found))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(STAGES)}")
+    names = parser.parse_args().stages or list(STAGES)
+    if unknown := [name for name in names if name not in STAGES]:
+        parser.error(f"no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    try:
+        import torch
+    except ImportError:
+        print(f"make gpu needs torch for {sys.executable}: make gpu PYTHON=...")
+        return 1
+    if not torch.cuda.is_available():
+        print(f"make gpu needs an NVIDIA GPU, and torch {torch.__version__} finds none here")
+        return 1
+    BUILD.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name()
+    results = RESULTS / f"{slug(device)}.json"
+    print(f"{device}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    table, sections, stored = [], {}, {}
+    for name in names:
+        print(f"==== {name}", flush=True)
+        begin = time.monotonic()
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        outcomes: list[Outcome] = []
+        commands = STAGES[name](results)
+        for i, command in enumerate(commands):
+            left = LIMIT_SECONDS - (time.monotonic() - begin)
+            limit = left * command.share / sum(c.share for c in commands[i:])
+            outcomes.append(run(command, limit, BUILD / f"{name}-{i}.txt"))
+        table += [(name, o) for o in outcomes]
+        stored[name] = {
+            "date": date,
+            "passed": all(o.passed for o in outcomes),
+            "seconds": {o.name: round(o.seconds, 1) for o in outcomes},
+            "failed": [o.name for o in outcomes if not o.passed],
+        }
+        sections[name] = "\n".join(
+            [f"{device}, torch {torch.__version__}, {date}"]
+            + [
+                f"-- {o.name}: {'passed' if o.passed else 'FAILED'}, {o.seconds:.0f} s\n"
+                + "\n".join(o.lines)
+                for o in outcomes
+            ]
+        )
+        # After each stage, for a run may be cut off.
+        old = json.loads(results.read_text()) if results.exists() else {}
+        store(results, {"stages": {**old.get("stages", {}), **stored}})
+        write_log(results.with_suffix(".log"), sections)
+    print(f"\n{'stage':10}{'command':24}{'seconds':>8}")
+    for name, o in table:
+        print(f"{name:10}{o.name:24}{o.seconds:8.0f}  {'passed' if o.passed else 'FAILED'}")
+    print(f"{results.relative_to(ROOT)} and {results.with_suffix('.log').name} beside it")
+    return 0 if all(o.passed for _, o in table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

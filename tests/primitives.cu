@@ -1,0 +1,517 @@
+// Every primitive of csrc/cuda/primitives.cuh by itself: a line each, exit 1 if one is wrong.
+//
+//   nvcc -std=c++17 --expt-relaxed-constexpr -arch=native -Icsrc tests/primitives.cu
+//   g++ -std=c++17 -Icsrc -Itests/emulator -x c++ tests/primitives.cu tests/emulator/emulator.cpp
+//
+// The second is of the emulator, so that what it says of the kernels holds on a GPU.
+#include "cuda/primitives.cuh"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+using namespace fusedrnn;
+using namespace fusedrnn::cuda;
+
+namespace {
+
+// ---- memory of the device -----------------------------------------------------------------------
+
+#ifdef __CUDACC__
+void check(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::printf("FAILED %s\n", cudaGetErrorString(status));
+  std::exit(1);
+}
+int multiprocessors() {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
+  return count;
+}
+const char* why(int status) { return cudaGetErrorString(cudaError_t(status)); }
+
+/// `size` elements on the device, and what they are to begin with.
+template <class T>
+class Memory {
+ public:
+  explicit Memory(const std::vector<T>& values) : size_(values.size()) {
+    check(cudaMalloc(&data_, size_ * sizeof(T)));
+    check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  explicit Memory(size_t size) : Memory(std::vector<T>(size)) {}
+  ~Memory() { cudaFree(data_); }
+  Memory(const Memory&) = delete;
+  T* data() const { return data_; }
+  std::vector<T> values() const {
+    std::vector<T> values(size_);
+    check(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  size_t size_;
+  T* data_ = nullptr;
+};
+#else
+int multiprocessors() { return emulator::settings().multiprocessors; }
+const char* why(int) { return emulator::last_error(); }
+
+template <class T>
+class Memory {
+ public:
+  explicit Memory(const std::vector<T>& values) : values_(values) {}
+  explicit Memory(size_t size) : values_(size) {}
+  T* data() { return values_.data(); }
+  std::vector<T> values() const { return values_; }
+
+ private:
+  std::vector<T> values_;
+};
+#endif
+
+bool failed = false;
+
+/// Launches the kernel; false if that fails.
+template <class Kernel>
+bool ran(const char* name, const Kernel& kernel, const Grid& grid) {
+  int status = launch(kernel, grid, nullptr);
+#ifdef __CUDACC__
+  if (!status) status = cudaDeviceSynchronize();
+#endif
+  if (!status) return true;
+  std::printf("FAILED %s: %s\n", name, why(status));
+  failed = true;
+  return false;
+}
+void report(const char* name, size_t wrong, size_t of, const char* first = "") {
+  std::printf("%s %s: %zu of %zu wrong %s\n", wrong ? "FAILED" : "ok    ", name, wrong, of, first);
+  failed |= wrong > 0;
+}
+
+// ---- launching ----------------------------------------------------------------------------------
+
+/// A place in the grid for each thread, from an argument of almost 4 KB.
+struct Places {
+  static constexpr int kThreads = 96;
+  uint32_t* out;
+  uint32_t table[1000];
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const uint32_t cta = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    out[cta * kThreads + threadIdx.x] =
+        table[cta] + 1000 * blockIdx.x + 100 * blockIdx.y + 10 * blockIdx.z + 100000 * threadIdx.x;
+  }
+};
+
+void test_launch() {
+  const unsigned X = 5, Y = 4, Z = 3;
+  Memory<uint32_t> out(X * Y * Z * Places::kThreads);
+  Places kernel{out.data(), {}};
+  for (uint32_t i = 0; i < 1000; ++i) kernel.table[i] = i * i * 100000;
+  if (!ran("launch", kernel, {X, Y, Z})) return;
+  size_t wrong = 0, i = 0;
+  const auto found = out.values();
+  for (unsigned z = 0; z < Z; ++z) {
+    for (unsigned y = 0; y < Y; ++y) {
+      for (unsigned x = 0; x < X; ++x) {
+        const uint32_t cta = (z * Y + y) * X + x;
+        for (uint32_t t = 0; t < Places::kThreads; ++t) {
+          wrong +=
+              found[i++] != uint32_t(cta * cta * 100000 + 1000 * x + 100 * y + 10 * z + 100000 * t);
+        }
+      }
+    }
+  }
+  report("launch", wrong, i);
+  // What no device has room for is an error, not a launch. (An error that is not sticky.)
+  const size_t accepted = (launch(kernel, {1, 1, 1, 8 << 20}, nullptr) == 0) +
+                          (launch(kernel, {100000, 1, 1, 0, true}, nullptr) == 0);
+#ifdef __CUDACC__
+  cudaGetLastError();
+#endif
+  report("launch, errors", accepted, 2);
+}
+
+/// Shared memory: each thread writes words, and reads those of another, end to end.
+struct SharedMemory {
+  static constexpr int kThreads = 256;
+  uint32_t* out;
+  int words;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
+    uint32_t* const shared = reinterpret_cast<uint32_t*>(memory);
+    for (int i = threadIdx.x; i < words; i += kThreads) shared[i] = 7 * i + 1000003 * blockIdx.x;
+    sync_cta();
+    for (int i = threadIdx.x; i < words; i += kThreads) {
+      out[blockIdx.x * words + i] = shared[words - 1 - i];
+    }
+  }
+};
+
+void test_shared_memory() {
+  for (const int bytes : {1024, 48 * 1024, 96 * 1024}) {  // over 48 KB it has to be asked for
+    const int words = bytes / 4, ctas = 3;
+    Memory<uint32_t> out(size_t(ctas) * words);
+    if (!ran("shared memory", SharedMemory{out.data(), words}, {ctas, 1, 1, size_t(bytes)})) {
+      return;
+    }
+    const auto found = out.values();
+    size_t wrong = 0;
+    for (int c = 0; c < ctas; ++c) {
+      for (int i = 0; i < words; ++i) {
+        wrong += found[size_t(c) * words + i] != uint32_t(7 * (words - 1 - i) + 1000003 * c);
+      }
+    }
+    char name[40];
+    std::snprintf(name, sizeof(name), "shared memory, %d KB", bytes / 1024);
+    report(name, wrong, found.size());
+  }
+}
+
+// ---- threads that wait for each other -----------------------------------------------------------
+
+/// Rounds in which each thread reads what another wrote: of its warp, or of the CTA.
+template <bool kWarp>
+struct Turns {
+  static constexpr int kThreads = 256;
+  static constexpr int kRounds = 50;
+  uint32_t* wrong;
+
+  FUSEDRNN_DEVICE static void sync() {
+    if constexpr (kWarp) {
+      sync_warp();
+    } else {
+      sync_cta();
+    }
+  }
+  FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
+    volatile uint32_t* const shared = reinterpret_cast<volatile uint32_t*>(memory);
+    const int size = kWarp ? 32 : kThreads, first = threadIdx.x / size * size;
+    uint32_t count = 0;
+    for (uint32_t round = 0; round < kRounds; ++round) {
+      shared[threadIdx.x] = round * 1000 + threadIdx.x;
+      sync();
+      const int other = first + (threadIdx.x - first + 5 * round + 1) % size;
+      count += shared[other] != round * 1000 + other;
+      sync();
+    }
+    wrong[blockIdx.x * kThreads + threadIdx.x] = count;
+  }
+};
+
+template <bool kWarp>
+void test_turns(const char* name) {
+  const unsigned ctas = 3;
+  Memory<uint32_t> wrong(ctas * Turns<kWarp>::kThreads);
+  if (!ran(name, Turns<kWarp>{wrong.data()}, {ctas, 1, 1, 4 * Turns<kWarp>::kThreads})) return;
+  size_t sum = 0;
+  for (const uint32_t w : wrong.values()) sum += w;
+  report(name, sum, wrong.values().size() * Turns<kWarp>::kRounds);
+}
+
+/// CTAs that all run at once and hand on 16 bytes a thread in each round, as recurrent.cuh does.
+struct Handshake {
+  static constexpr int kThreads = 64;
+  Words* exchange;  ///< [2, CTAs, kThreads]
+  uint32_t* arrivals;
+  uint32_t* wrong;
+  uint32_t rounds;
+
+  FUSEDRNN_DEVICE static uint32_t value(uint32_t round, uint32_t cta, uint32_t thread, int i) {
+    return round * 2654435761u + cta * 4096 + thread * 8 + i;
+  }
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const uint32_t ctas = gridDim.x, thread = threadIdx.x;
+    uint32_t count = 0;
+    for (uint32_t round = 0; round < rounds; ++round) {
+      Words* const half = exchange + round % 2 * ctas * kThreads;
+      Words own;
+      for (int i = 0; i < 4; ++i) own.word[i] = value(round, blockIdx.x, thread, i);
+      half[blockIdx.x * kThreads + thread] = own;
+      sync_cta();
+      if (thread == 0) {
+        add_release(arrivals, 1);
+        while (load_acquire(arrivals) < (round + 1) * ctas) pause();
+      }
+      sync_cta();
+      for (uint32_t k = 1; k <= 3; ++k) {  // neighbours, the other end, and itself
+        const uint32_t from = (blockIdx.x + (k == 3 ? ctas : k * (ctas / 2) + 1)) % ctas;
+        const uint32_t other = (thread + 7 * k) % kThreads;
+        const Words w = load_shared_by_ctas(half + from * kThreads + other);
+        for (int i = 0; i < 4; ++i) count += w.word[i] != value(round, from, other, i);
+      }
+    }
+    wrong[blockIdx.x * kThreads + thread] = count;
+  }
+};
+
+void test_handshake() {
+  const unsigned ctas = unsigned(multiprocessors()), rounds = 300;
+  Memory<Words> exchange(size_t(2) * ctas * Handshake::kThreads);
+  Memory<uint32_t> arrivals(1), wrong(ctas * Handshake::kThreads);
+  const char* const name = "load_acquire, add_release, pause, load_shared_by_ctas";
+  const Handshake kernel{exchange.data(), arrivals.data(), wrong.data(), rounds};
+  if (!ran(name, kernel, {ctas, 1, 1, 0, true})) return;
+  size_t sum = arrivals.values()[0] != ctas * rounds;
+  for (const uint32_t w : wrong.values()) sum += w;
+  report(name, sum, wrong.values().size() * rounds * 12);
+}
+
+// ---- warps --------------------------------------------------------------------------------------
+
+struct Shuffle {
+  static constexpr int kThreads = 64;
+  float* out;  ///< [31, kThreads]
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    for (int mask = 1; mask < 32; ++mask) {
+      const float own = 1.25f * threadIdx.x + 100.f * mask;
+      out[(mask - 1) * kThreads + threadIdx.x] = shuffle_xor(own, mask);
+    }
+  }
+};
+
+void test_shuffle() {
+  Memory<float> out(31 * Shuffle::kThreads);
+  if (!ran("shuffle_xor", Shuffle{out.data()}, {1})) return;
+  const auto found = out.values();
+  size_t wrong = 0;
+  for (int mask = 1; mask < 32; ++mask) {
+    for (int t = 0; t < Shuffle::kThreads; ++t) {
+      wrong += found[(mask - 1) * Shuffle::kThreads + t] != 1.25f * (t ^ mask) + 100.f * mask;
+    }
+  }
+  report("shuffle_xor", wrong, found.size());
+}
+
+FUSEDRNN_DEVICE uint32_t word_of(const float* at, int next, BFloat16) {
+  BFloat16 low, high;
+  round_to(low, at[0]);
+  round_to(high, at[next]);
+  return low.bits | uint32_t(high.bits) << 16;
+}
+FUSEDRNN_DEVICE uint32_t word_of(const float* at, int next, Float16) {
+  Float16 low, high;
+  round_to(low, at[0]);
+  round_to(high, at[next]);
+  return low.bits | uint32_t(high.bits) << 16;
+}
+FUSEDRNN_DEVICE uint32_t word_of(const float* at, int, float) { return tf32_of(at[0]); }
+
+/// c += a b for two warps with matrices of their own; the fragments as primitives.cuh says.
+template <class S>
+struct MultiplyAdd {
+  static constexpr int kThreads = 64, kPer = 4 / int(sizeof(S)), kDepth = 8 * kPer;
+  const float* a;  ///< [2, 16, kDepth]
+  const float* b;  ///< [2, kDepth, 8]
+  float* c;        ///< [2, 16, 8]
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
+    const float* const A = a + warp * 16 * kDepth;
+    const float* const B = b + warp * kDepth * 8;
+    float* const C = c + warp * 16 * 8;
+    // Depth of the first element: 2q and 2q + 8, or q and q + 4.
+    const int depth[2] = {kPer * q, kPer * q + kDepth / 2};
+    const uint32_t words[4] = {word_of(A + r * kDepth + depth[0], 1, S{}),
+                               word_of(A + (r + 8) * kDepth + depth[0], 1, S{}),
+                               word_of(A + r * kDepth + depth[1], 1, S{}),
+                               word_of(A + (r + 8) * kDepth + depth[1], 1, S{})};
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = C[(r + i / 2 * 8) * 8 + 2 * q + i % 2];
+    multiply_add_16x8<S>(sums, words, word_of(B + depth[0] * 8 + r, 8, S{}),
+                         word_of(B + depth[1] * 8 + r, 8, S{}));
+    for (int i = 0; i < 4; ++i) C[(r + i / 2 * 8) * 8 + 2 * q + i % 2] = sums[i];
+  }
+};
+
+/// Integers, all different within a matrix and exact in the type, as are the sums of products.
+template <class S>
+void test_multiply_add(const char* name, int first) {
+  constexpr int K = MultiplyAdd<S>::kDepth;
+  std::mt19937 random(1);
+  std::vector<float> a(2 * 16 * K), b(2 * K * 8), c(2 * 16 * 8);
+  for (int w = 0; w < 2; ++w) {
+    for (int i = 0; i < 16 * K; ++i) a[w * 16 * K + i] = float(i + first) * (random() % 2 ? 1 : -1);
+    for (int i = 0; i < K * 8; ++i) b[w * K * 8 + i] = float(i + 1) * (random() % 2 ? 1 : -1);
+    for (int i = 0; i < 16 * 8; ++i) c[w * 128 + i] = float(1000 * i + w);
+    std::shuffle(a.begin() + w * 16 * K, a.begin() + (w + 1) * 16 * K, random);
+    std::shuffle(b.begin() + w * K * 8, b.begin() + (w + 1) * K * 8, random);
+  }
+  Memory<float> on_a(a), on_b(b), on_c(c);
+  if (!ran(name, MultiplyAdd<S>{on_a.data(), on_b.data(), on_c.data()}, {1})) return;
+  const auto found = on_c.values();
+  size_t wrong = 0;
+  char first_wrong[100] = "";
+  for (int w = 0; w < 2; ++w) {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 8; ++j) {
+        double sum = c[w * 128 + i * 8 + j];
+        for (int k = 0; k < K; ++k) {
+          sum += double(a[w * 16 * K + i * K + k]) * b[w * K * 8 + k * 8 + j];
+        }
+        const double got = found[w * 128 + i * 8 + j];
+        if (got != sum && !wrong++) {
+          std::snprintf(first_wrong, sizeof(first_wrong), "row %d, column %d: %.9g for %.9g", i, j,
+                        got, sum);
+        }
+      }
+    }
+  }
+  report(name, wrong, found.size(), first_wrong);
+}
+
+// ---- types --------------------------------------------------------------------------------------
+
+/// A type of floating point: bits of its mantissa, and its exponents.
+struct Format {
+  int mantissa, lowest, highest;
+  double most() const { return std::ldexp(2 - std::ldexp(1.0, -mantissa), highest); }
+};
+constexpr Format kBfloat16 = {7, -126, 127}, kFloat16 = {10, -14, 15}, kTf32 = {10, -126, 127};
+
+/// x rounded to the format, from what rounding means.
+double rounded(double x, Format f, bool ties_to_even) {
+  if (std::isnan(x) || std::isinf(x) || x == 0) return x;
+  const int exponent = std::max(std::ilogb(x), f.lowest);
+  const double unit = std::ldexp(1.0, exponent - f.mantissa), units = std::fabs(x) / unit;
+  const double whole = ties_to_even ? std::nearbyint(units) : std::floor(units + 0.5);
+  const double result = std::copysign(whole * unit, x);
+  return std::fabs(result) > f.most() ? std::copysign(INFINITY, x) : result;
+}
+/// The value of 16 bits with such a mantissa.
+double decoded(uint32_t bits, Format f) {
+  const int exponents = f.highest * 2 + 1;  // the exponent of infinities and NaNs
+  const int exponent = int(bits >> f.mantissa) & exponents;
+  const double fraction = bits & ((1u << f.mantissa) - 1), sign = bits & 0x8000u ? -1 : 1;
+  if (exponent == exponents) return fraction ? NAN : sign * INFINITY;
+  const double scaled = std::ldexp(fraction, -f.mantissa) + (exponent > 0);
+  return sign * std::ldexp(scaled, std::max(exponent, 1) - 1 + f.lowest);
+}
+bool same(double a, double b) {
+  return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
+}
+float float_with(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+struct Round {
+  static constexpr int kThreads = 128;
+  const float* in;
+  uint32_t *bfloat16, *float16, *tf32;
+  int count;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const int i = int(blockIdx.x) * kThreads + int(threadIdx.x);
+    if (i >= count) return;
+    BFloat16 b;
+    Float16 h;
+    round_to(b, in[i]);
+    round_to(h, in[i]);
+    bfloat16[i] = b.bits;
+    float16[i] = h.bits;
+    tf32[i] = tf32_of(in[i]);
+  }
+};
+
+struct Widen {
+  static constexpr int kThreads = 256;
+  float *bfloat16, *float16;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const uint32_t bits = blockIdx.x * kThreads + threadIdx.x;
+    bfloat16[bits] = value_of(BFloat16{uint16_t(bits)});
+    float16[bits] = value_of(Float16{uint16_t(bits)});
+  }
+};
+
+/// Each format's values of every exponent, the points halfway between them, what is next to those,
+/// and floats at random.
+std::vector<float> numbers_to_round() {
+  std::vector<float> in = {0.f, -0.f, INFINITY, -INFINITY, NAN, 65504.f, 65519.996f, 65520.f};
+  in.push_back(std::numeric_limits<float>::max());
+  in.push_back(std::numeric_limits<float>::denorm_min());
+  in.push_back(std::numeric_limits<float>::min());
+  for (const Format f : {kBfloat16, kFloat16, kTf32}) {
+    for (int e = f.lowest - f.mantissa - 2; e <= f.highest; ++e) {
+      for (const int units : {0, 1, 2, 3, (1 << f.mantissa) - 1}) {
+        const int exponent = std::max(e, f.lowest) - f.mantissa;
+        const double value = std::ldexp(1.0, e) + std::ldexp(units, exponent);
+        const float halfway = float(value + std::ldexp(0.5, exponent));
+        for (const float x : {float(value), halfway, std::nextafter(halfway, 0.f),
+                              std::nextafter(halfway, INFINITY)}) {
+          in.push_back(x);
+          in.push_back(-x);
+        }
+      }
+    }
+  }
+  std::mt19937 random(1);
+  for (int i = 0; i < 200000; ++i) in.push_back(float_with(random()));
+  for (int i = 0; i < 50000; ++i) in.push_back(float_with(random() & 0x807fffffu));  // subnormal
+  for (float& x : in) {
+    if (std::isnan(x)) x = NAN;  // quiet: a signalling one may keep its bits
+  }
+  return in;
+}
+
+void test_types() {
+  const std::vector<float> numbers = numbers_to_round();
+  const size_t count = numbers.size();
+  Memory<float> in(numbers);
+  Memory<uint32_t> bfloat16(count), float16(count), tf32(count);
+  const Round kernel{in.data(), bfloat16.data(), float16.data(), tf32.data(), int(count)};
+  if (!ran("round_to", kernel, {unsigned((count + Round::kThreads - 1) / Round::kThreads)})) return;
+  const auto compare = [&](const char* name, Format f, bool even, const auto& value) {
+    size_t wrong = 0;
+    char first[100] = "";
+    for (size_t i = 0; i < count; ++i) {
+      const double expected = rounded(numbers[i], f, even), got = value(i);
+      if (!same(got, expected) && !wrong++) {
+        std::snprintf(first, sizeof(first), "%.9g gives %.9g for %.9g", numbers[i], got, expected);
+      }
+    }
+    report(name, wrong, count, first);
+  };
+  const auto b = bfloat16.values(), h = float16.values(), t = tf32.values();
+  compare("round_to(BFloat16)", kBfloat16, true,
+          [&](size_t i) { return decoded(b[i], kBfloat16); });
+  compare("round_to(Float16)", kFloat16, true, [&](size_t i) { return decoded(h[i], kFloat16); });
+  // What a product does not read of it is left out.
+  compare("tf32_of", kTf32, false, [&](size_t i) { return float_with(t[i] & 0xffffe000u); });
+
+  Memory<float> from_bfloat16(65536), from_float16(65536);
+  const Widen widen{from_bfloat16.data(), from_float16.data()};
+  if (!ran("value_of", widen, {65536 / Widen::kThreads})) return;
+  const auto wide_b = from_bfloat16.values(), wide_h = from_float16.values();
+  size_t wrong_b = 0, wrong_h = 0;
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    wrong_b += !same(wide_b[bits], decoded(bits, kBfloat16));
+    wrong_h += !same(wide_h[bits], decoded(bits, kFloat16));
+  }
+  report("value_of(BFloat16)", wrong_b, 65536);
+  report("value_of(Float16)", wrong_h, 65536);
+}
+
+}  // namespace
+
+int main() {
+  test_launch();
+  test_shared_memory();
+  test_turns<false>("sync_cta");
+  test_turns<true>("sync_warp");
+  test_handshake();
+  test_shuffle();
+  test_multiply_add<BFloat16>("multiply_add_16x8<BFloat16>", 0);
+  test_multiply_add<Float16>("multiply_add_16x8<Float16>", 1500);
+  test_multiply_add<float>("multiply_add_16x8<float>", 1500);
+  test_types();
+  return failed;
+}

@@ -1,0 +1,850 @@
+"""The CUDA kernels on a GPU: against the CPU's ops, cuDNN and themselves, in every regime."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import gc
+import io
+import itertools
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+from parity import FUSED, Nearby, assert_as_exact, double, fused_like
+from test_gradients import COVERING, problem
+from test_parity import Configuration, check, configurations
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fusedrnn
+from fusedrnn import _ops, functional
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and "cuda" in _ops.devices()),
+    reason="needs a GPU and a build with its kernels",
+)
+
+REGIMES = ("step", "alone", "grid")
+# What a layer computes in: float32 has two precisions of products.
+KINDS = {
+    "float64": torch.float64,
+    "ieee": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+TF32_EPS = 2.0**-10
+CELLS = ("lstm", "gru")
+LAYOUTS = ("padded", "packed", "lengths")
+
+
+@contextlib.contextmanager
+def running(regime: str | None, kind: str = "ieee") -> Iterator[None]:
+    """Layers run in this regime, None for the best, and in the precision of this kind."""
+    rnn: Any = torch.backends.cudnn.rnn
+    before, precision = os.environ.get("FUSEDRNN_CUDA_REGIME"), rnn.fp32_precision
+    os.environ["FUSEDRNN_CUDA_REGIME"] = regime or ""
+    rnn.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = precision
+        os.environ["FUSEDRNN_CUDA_REGIME"] = before or ""
+
+
+def eps_of(kind: str) -> float:
+    return TF32_EPS if kind == "tf32" else torch.finfo(KINDS[kind]).eps
+
+
+def is_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- the ops against those of the CPU in float64 ------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    cell: str
+    kind: str
+    T: int
+    B: int
+    I: int
+    H: int
+    layout: str = "padded"
+    bidirectional: bool = False
+    bias: bool = True
+    proj_size: int = 0
+    hx: bool = True
+    strided: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"T{self.T}B{self.B}I{self.I}H{self.H}"
+        flags = [n for n in ("bidirectional", "bias", "hx", "strided") if getattr(self, n)]
+        return "-".join([self.cell, self.kind, sizes, f"P{self.proj_size}", self.layout, *flags])
+
+
+def run_op(
+    c: Case, device: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor] = lambda t: t
+) -> list[Tensor]:
+    """Outputs of the op and all gradients of its backward op."""
+    generator = torch.Generator().manual_seed(0)
+    lstm, P, D = c.cell == "lstm", c.proj_size or c.H, 2 if c.bidirectional else 1
+    rows = torch.randint(1, c.T + 1, (c.B,), generator=generator)
+    rows[c.B // 2] = c.T
+
+    def tensor(*shape: int, scale: float = 1.0) -> Tensor:
+        values = scale * torch.randn(shape, generator=generator)
+        return change(values.to(KINDS[c.kind]).to(dtype)).to(device)
+
+    batch_sizes = lengths = None
+    x, dy = tensor(c.T, c.B, c.I), tensor(c.T, c.B, D * P)
+    if c.layout == "packed":
+        batch_sizes = (rows > torch.arange(c.T).unsqueeze(1)).sum(1)
+        x, dy = (t.flatten(0, 1)[: int(batch_sizes.sum())] for t in (x, dy))
+    if c.layout == "lengths":
+        rows[0] = 0
+        lengths = rows.to(device)
+        x[torch.arange(c.T).unsqueeze(1) >= rows] = float("nan")  # is not read
+    states = [tensor(D, c.B, P), tensor(D, c.B, c.H)][: 1 + lstm]
+    dstates = [tensor(*s.shape) for s in states]
+    gates = 4 if lstm else 3
+    weights = []
+    for _ in range(D):
+        shapes = [(gates * c.H, c.I), (gates * c.H, P)]
+        shapes += [(gates * c.H,)] * 2 if c.bias else []
+        shapes += [(P, c.H)] if c.proj_size else []
+        weights += [tensor(*s, scale=s[-1] ** -0.5) for s in shapes]
+    if c.strided:  # features apart, rows expanded, weights transposed
+        x = torch.stack((x, x), -1)[..., 0]
+        states = [s[:, :1].expand_as(s) for s in states]
+        dstates = [s.transpose(0, 2).contiguous().transpose(0, 2) for s in dstates]
+        weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
+    given = states if c.hx else [None] * len(states)
+    ops = torch.ops.fusedrnn
+    forward, backward = (ops.lstm, ops.lstm_backward) if lstm else (ops.gru, ops.gru_backward)
+    batch = (weights, c.bidirectional, batch_sizes, lengths)
+    *outputs, saved = forward(x, *given, *batch, True)
+    mask = [True, *([c.hx] * len(states)), *([True] * len(weights))]
+    *grads, dweights = backward(dy, *dstates, x, *given, *batch, outputs[0], saved, mask)
+    return [*outputs, *grads, *dweights]
+
+
+def compare(c: Case) -> None:
+    """Our errors are a few roundings of the type, and of what the problem makes of them."""
+    dtype, eps = KINDS[c.kind], eps_of(c.kind)
+    exact = run_op(c, "cpu", torch.float64)
+    close = run_op(c, "cpu", torch.float64, Nearby(dtype, eps))
+    assert_as_exact(run_op(c, DEVICE, dtype), None, exact, close, dtype, eps=eps)
+
+
+SIZES = [(5, 3, 7, 21), (6, 17, 5, 33), (4, 1, 1, 1), (7, 20, 16, 64), (3, 33, 12, 50)]
+
+
+def small_cases() -> Iterator[tuple[str, Case]]:
+    """Every regime, cell, kind, layout and direction; sizes, bias, hx and strides change along."""
+    modes = itertools.product(REGIMES, CELLS, KINDS, LAYOUTS, (False, True))
+    for i, (regime, cell, kind, layout, both) in enumerate(modes):
+        if kind != "float64" or regime == "step":
+            case = Case(cell, kind, *SIZES[i % 5], layout, both)
+            yield regime, dataclasses.replace(case, bias=i % 3 > 0, hx=i % 4 > 0, strided=i % 7 > 4)
+
+
+@pytest.mark.parametrize(("regime", "c"), list(small_cases()), ids=str)
+def test_ops_are_the_cpus(regime: str, c: Case) -> None:
+    with running(regime, c.kind):
+        compare(c)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("both", "proj_size"), [(False, 1), (True, 8), (True, 15)])
+def test_projections(kind: str, layout: str, both: bool, proj_size: int) -> None:
+    c = Case("lstm", kind, 5, 6, 9, 16, layout, both, bias=both, proj_size=proj_size, hx=not both)
+    with running(None, c.kind):
+        compare(c)
+
+
+# All units in one CTA; groups of CTAs, half and all of the depth in use; tiles of several products;
+# what fits in no regime.
+LARGE = [
+    Case("lstm", "float16", 6, 70, 40, 100),
+    Case("gru", "bfloat16", 6, 33, 128, 128, "lengths", True),
+    Case("lstm", "tf32", 6, 5, 65, 65),
+    Case("gru", "ieee", 6, 40, 100, 200, "packed"),
+    Case("lstm", "ieee", 6, 16, 256, 256, "lengths", True),
+    Case("gru", "tf32", 6, 3, 30, 300),
+    Case("lstm", "tf32", 6, 100, 64, 512, "packed"),
+    Case("lstm", "ieee", 6, 35, 64, 512),
+    Case("gru", "bfloat16", 6, 9, 64, 129, "packed", True),
+    Case("lstm", "float16", 6, 64, 100, 512, "lengths"),
+    Case("lstm", "bfloat16", 6, 17, 64, 600),
+    Case("gru", "float16", 6, 70, 64, 1000, "packed", True),
+    Case("lstm", "bfloat16", 6, 128, 64, 1024),
+    Case("lstm", "ieee", 6, 4, 32, 520),
+    Case("gru", "float16", 6, 4, 32, 1030, "lengths", True),
+    Case("lstm", "float16", 6, 600, 32, 1024),
+    Case("lstm", "float64", 6, 33, 30, 200, "lengths", True),
+]
+
+
+@pytest.mark.parametrize("c", LARGE, ids=str)
+def test_large_layers(c: Case) -> None:
+    with running(None, c.kind):
+        compare(c)
+
+
+@pytest.mark.parametrize(
+    ("regime", "kind", "hidden", "expected"),
+    [
+        *(("", kind, 64, "alone") for kind in ("ieee", "tf32", "bfloat16", "float16")),
+        *(("", kind, 128, "alone") for kind in ("bfloat16", "float16")),
+        *(("", kind, 512, "grid") for kind in ("ieee", "tf32", "bfloat16", "float16")),
+        ("", "float16", 1024, "grid"),
+        ("", "float16", 1040, "step"),
+        ("", "ieee", 528, "step"),
+        ("", "float64", 64, "step"),
+        ("step", "tf32", 64, "step"),
+        ("grid", "tf32", 64, "grid"),
+        ("alone", "tf32", 80, "step"),
+    ],
+)
+def test_what_runs(regime: str, kind: str, hidden: int, expected: str) -> None:
+    """The regime is asked for in these tests: it must be what runs."""
+    checks = pytest.importorskip("benchmarks.checks")  # there in the root of the checkout
+    module = fusedrnn.FusedLSTM(8, hidden, device=DEVICE, dtype=KINDS[kind])
+    x = torch.randn(6, 3, 8, device=DEVICE, dtype=KINDS[kind])
+    with running(regime, kind):
+        names = [name for name, _, _ in checks.kernels_of(lambda: module(x)[0].sum().backward())]
+    if not names:
+        pytest.skip("torch's profiler tells no kernels here")
+    assert checks.regimes_in(names) == {expected}, names
+
+
+# ---- modules against cuDNN ----------------------------------------------------------------------
+
+
+@settings(
+    max_examples=int(os.environ.get("FUSEDRNN_TEST_EXAMPLES", "600")),
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(configurations(), st.sampled_from(REGIMES), st.sampled_from(["ieee", "tf32"]))
+def test_as_exact_as_cudnn(c: Configuration, regime: str, precision: str) -> None:
+    """Random layers, layouts, strides and states; by the tolerance of parity.py."""
+    kind = precision if c.dtype == torch.float32 else "ieee"
+    with running(regime, kind):
+        try:
+            check(c, DEVICE, TF32_EPS if kind == "tf32" else None)
+        except RuntimeError as error:
+            if "CUDNN_STATUS_NOT_SUPPORTED" not in str(error):
+                raise
+            reject()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("of", KINDS)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (40,)])
+def test_cells(kind: type[nn.RNNCellBase], of: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dtype, eps = KINDS[of], eps_of(of)
+    theirs = kind(11, 35, bias=shape != (1,), dtype=dtype)
+    values = [torch.randn(*shape, n).to(dtype) for n in (11, 35, 35)]
+
+    def run(module: nn.Module, change: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
+        weight = next(module.parameters())
+        leaves = [change(t.to(weight.dtype)).to(weight.device) for t in values]
+        leaves = [t.requires_grad_() for t in leaves[: 3 if kind is nn.LSTMCell else 2]]
+        out = module(leaves[0], tuple(leaves[1:]) if kind is nn.LSTMCell else leaves[1])
+        out = out if kind is nn.LSTMCell else (out,)
+        loss = sum((i + 1) * t.square().sum() for i, t in enumerate(out))
+        return [*out, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
+
+    nearby = Nearby(dtype, eps)
+    with running(None, of):
+        ours = run(fused_like(theirs).to(DEVICE))
+        torchs = run(copy.deepcopy(theirs).to(DEVICE))
+    exact, close = run(double(theirs)), run(nearby.weights(theirs), nearby)
+    assert_as_exact(ours, torchs, exact, close, dtype, eps=eps)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_precisions(regime: str, cell: str) -> None:
+    """IEEE is as exact as torch's; TF32 is not it, and no setting of torch's is left changed."""
+    torch.manual_seed(0)
+    theirs = getattr(nn, cell)(64, 64, bidirectional=True).to(DEVICE)
+    x = torch.randn(8, 20, 64)
+
+    def run(module: nn.Module) -> list[Tensor]:
+        weight = next(module.parameters())
+        leaf = x.to(weight).requires_grad_()
+        y = module(leaf)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])]
+
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    found = {}
+    for kind in ("ieee", "tf32"):
+        with running(regime, kind):
+            found[kind] = run(fused_like(theirs))
+    assert matmul.fp32_precision == before
+    with running(regime, "ieee"):
+        torchs = run(theirs)
+    exact, nearby = run(double(theirs)), Nearby(torch.float32)
+    close = run(nearby.weights(theirs))
+    assert_as_exact(found["ieee"], torchs, exact, close, torch.float32)
+    assert_as_exact(found["tf32"], None, exact, close, torch.float32, eps=TF32_EPS)
+    assert not is_equal(found["ieee"], found["tf32"])
+
+
+# ---- derivatives --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", COVERING, ids=lambda m: "-".join(map(str, m)))
+def test_gradcheck(mode: tuple) -> None:
+    assert torch.autograd.gradcheck(*problem(mode, DEVICE), fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", COVERING[::2], ids=lambda m: "-".join(map(str, m)))
+def test_gradgradcheck(mode: tuple) -> None:
+    """Second derivatives are torch's own ops, whose sums may differ by a rounding."""
+    assert torch.autograd.gradgradcheck(*problem(mode, DEVICE), fast_mode=True, nondet_tol=1e-10)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_any_subset_of_outputs_in_eval_mode(regime: str, cell: str) -> None:
+    """cuDNN has no gradients in eval mode; ours are those of the training mode."""
+    torch.manual_seed(0)
+    theirs = getattr(nn, cell)(3, 20, num_layers=2, bidirectional=True)
+    count = 3 if cell == "LSTM" else 2
+    x = torch.randn(6, 2, 3)
+    with running(regime):
+        ours = fused_like(theirs).to(DEVICE).eval()
+        for used in itertools.product((0, 1), repeat=count):
+            if not any(used):
+                continue
+            results = []
+            for module in (theirs, ours):
+                leaf = x.to(next(module.parameters())).requires_grad_()
+                y, final = module(leaf)
+                outputs = [y, *(final if cell == "LSTM" else [final])]
+                loss = sum(t.square().sum() for t, use in zip(outputs, used, strict=True) if use)
+                wanted = [leaf, *module.parameters()]
+                results.append(torch.autograd.grad(loss, wanted, materialize_grads=True))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_penalty_and_transforms() -> None:
+    """A second derivative through a module, and torch.func: the CPU's."""
+    torch.manual_seed(0)
+    cpu = fusedrnn.FusedGRU(3, 4, num_layers=2, bidirectional=True).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    results = []
+    for module in (cpu, copy.deepcopy(cpu).to(DEVICE)):
+        leaf = x.to(next(module.parameters())).requires_grad_()
+        (g,) = torch.autograd.grad(module(leaf)[0].square().sum(), leaf, create_graph=True)
+        penalty = (g.norm(2, -1) - 1).square().mean()
+        found = torch.autograd.grad(penalty, [leaf, *module.parameters()], allow_unused=True)
+        one = torch.func.vmap(lambda r, m=module: m(r)[0], in_dims=1, out_dims=1)(leaf.detach())
+        tangents = torch.ones_like(leaf)
+        _, moved = torch.func.jvp(lambda t, m=module: m(t)[0], (leaf.detach(),), (tangents,))
+        results.append([*(g for g in found if g is not None), one, moved])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b.cpu())
+
+
+# ---- a module at work ---------------------------------------------------------------------------
+
+
+class Work:
+    """A module and a batch in one of the layouts; new values may be copied into x."""
+
+    def __init__(
+        self,
+        cell: str,
+        layout: str,
+        dtype: torch.dtype = torch.float32,
+        hidden: int = 40,
+        device: str = "",
+    ) -> None:
+        torch.manual_seed(0)
+        device = device or DEVICE
+        self.cell, self.layout = cell, layout
+        kind = getattr(fusedrnn, f"Fused{cell}")
+        self.module = kind(9, hidden, 2, bidirectional=True).to(device, dtype)
+        self.x = torch.randn(7, 20, 9).to(device, dtype)
+        lengths = torch.tensor([7, *range(1, 8), *range(1, 8), *range(3, 8)])
+        self.lengths = lengths.to(device) if layout == "lengths" else None
+        self.packed = pack_padded_sequence(self.x, lengths, enforce_sorted=False)
+        if layout == "packed":
+            self.x = self.packed.data.detach().clone()
+        self.x.requires_grad_()
+
+    def values(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.x.shape, generator=generator).to(self.x)
+
+    def forward(self) -> list[Tensor]:
+        if self.layout == "packed":
+            y, final = self.module(PackedSequence(self.x, *self.packed[1:]))
+            y = y.data
+        elif self.layout == "lengths":
+            y, final = self.module(self.x, lengths=self.lengths)
+        else:
+            y, final = self.module(self.x)
+        return [y, *(final if self.cell == "LSTM" else [final])]
+
+    def loss(self) -> Tensor:
+        return torch.stack([t.float().square().mean() for t in self.forward()]).sum()
+
+    def run(self) -> list[Tensor]:
+        """Outputs and all gradients."""
+        outputs = self.forward()
+        loss = sum(t.float().square().sum() for t in outputs)
+        grads = torch.autograd.grad(loss, [self.x, *self.module.parameters()])
+        return [*(t.detach() for t in outputs), *grads]
+
+
+EVERY = pytest.mark.parametrize(
+    ("regime", "cell", "layout"), list(itertools.product(REGIMES, ("LSTM", "GRU"), LAYOUTS))
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@EVERY
+def test_same_bits_twice(regime: str, cell: str, layout: str, dtype: torch.dtype) -> None:
+    """Also while another stream keeps the device busy."""
+    work = Work(cell, layout, dtype)
+    with running(regime, "tf32"):
+        first = work.run()
+        assert is_equal(first, work.run())
+        if DEVICE == "cuda":
+            side, busy = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(20):
+                    busy = (busy @ busy).clamp(-1, 1)
+            for _ in range(5):
+                assert is_equal(first, work.run())
+            torch.cuda.synchronize()
+
+
+@EVERY
+def test_another_stream(regime: str, cell: str, layout: str) -> None:
+    """The input comes late on a stream of its own: who does not wait for it reads NaN."""
+    work = Work(cell, layout)
+    values, stream = work.values(1), torch.cuda.Stream()
+    with running(regime):
+        with torch.no_grad():
+            work.x.copy_(values)
+        expected = work.run()
+        with torch.no_grad():
+            work.x.fill_(float("nan"))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            with torch.no_grad():
+                work.x.copy_(values)
+            found = work.run()
+        stream.synchronize()
+        assert is_equal(expected, found)
+
+
+@EVERY
+def test_no_synchronisation(regime: str, cell: str, layout: str) -> None:
+    work = Work(cell, layout)
+    with running(regime):
+        work.run()  # handles and workspaces are made
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2):
+                work.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@EVERY
+def test_graph_of_inference(regime: str, cell: str, layout: str) -> None:
+    """Captured once, replayed twice with other values."""
+    work = Work(cell, layout)
+    with running(regime), torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                work.forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = work.forward()
+        for seed in (1, 2):
+            work.x.copy_(work.values(seed))
+            graph.replay()
+            replayed = [t.clone() for t in outputs]
+            for a, b in zip(work.forward(), replayed, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@EVERY
+def test_graph_of_a_training_step(regime: str, cell: str, layout: str) -> None:
+    """Forward, backward and the optimizer, replayed twice, beside the same steps uncaptured."""
+
+    def step(work: Work, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = work.loss()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    work = Work(cell, layout)
+    work.x.requires_grad_(False)
+    optimizer = torch.optim.SGD(work.module.parameters(), lr=0.1)
+    with running(regime):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(work, optimizer)
+        torch.cuda.current_stream().wait_stream(side)
+        other = Work(cell, layout)
+        other.x.requires_grad_(False)
+        other.module.load_state_dict(work.module.state_dict())
+        optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step(work, optimizer)
+        others = torch.optim.SGD(other.module.parameters(), lr=0.1)
+        for seed in (1, 2):
+            for w in (work, other):
+                w.x.copy_(w.values(seed))
+            graph.replay()
+            torch.testing.assert_close(loss, step(other, others))
+            for p, q in zip(work.module.parameters(), other.module.parameters(), strict=True):
+                torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_eight_threads(regime: str) -> None:
+    """On streams of their own, in all layouts, with one module for each pair of threads."""
+    works = [Work("LSTM" if i % 2 else "GRU", LAYOUTS[i % 3], hidden=64) for i in range(8)]
+    for i in (2, 4):
+        works[i].module = works[0].module
+    with running(regime):
+        expected = [work.run() for work in works]
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+        def many(i: int) -> bool:
+            if DEVICE != "cuda":
+                return is_equal(works[i].run(), expected[i])
+            with torch.cuda.stream(torch.cuda.Stream()):
+                results = [works[i].run() for _ in range(20)]
+                torch.cuda.current_stream().synchronize()
+            return all(is_equal(found, expected[i]) for found in results)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(many, range(8))) == [True] * 8
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_memory(regime: str) -> None:
+    """All of it is torch's allocator's, and given back."""
+    works = [Work(cell, layout) for cell in ("LSTM", "GRU") for layout in LAYOUTS]
+    with running(regime):
+
+        def held() -> tuple[int, int]:
+            """Bytes of the device that torch does not know of, and those in tensors."""
+            gc.collect()
+            torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info()
+            return total - free - torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+
+        for _ in range(3):
+            for work in works:
+                work.run()
+        before = held()
+        for _ in range(20):
+            for work in works:
+                work.run()
+        assert held() == before
+
+
+# ---- sizes, devices, types ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_steps(regime: str, cell: str) -> None:
+    with running(regime):
+        compare(Case(cell, "ieee", 70_000, 2, 3, 8))
+
+
+@pytest.mark.parametrize("regime", ["alone", "grid"])
+def test_offsets_beyond_32_bits(regime: str) -> None:
+    """More than 2^31 elements: the last rows are as they are by themselves."""
+    if torch.cuda.mem_get_info()[0] < 50 << 30:
+        pytest.skip("needs 50 GiB")
+    T, B, H, last = 300, 14400, 128, 32
+    torch.manual_seed(0)
+    module = fusedrnn.FusedLSTM(2, H, device=DEVICE, dtype=torch.bfloat16)
+    if regime == "grid":  # a tile holds 128 rows
+        T, B = 8200, 512
+    x = torch.randn(T, B, 2, device=DEVICE, dtype=torch.bfloat16)
+    assert T * B * 4 * H > 2**31
+    results = []
+    with running(regime):
+        for part in (x, x[:, -last:].contiguous()):
+            leaf = part.requires_grad_()
+            y = module(leaf)[0][:, -last:]
+            (grad,) = torch.autograd.grad(y.float().square().sum(), leaf)
+            results.append((y.detach(), grad[:, -last:]))
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("kind", list(FUSED))
+def test_batch_of_zero(regime: str, kind: type[nn.Module]) -> None:
+    module = FUSED[kind](4, 6).to(DEVICE)
+    is_cell = isinstance(module, nn.RNNCellBase)
+    x = torch.randn((0, 4) if is_cell else (5, 0, 4), device=DEVICE, requires_grad=True)
+    with running(regime):
+        result = module(x)
+        flat = [result] if kind is nn.GRUCell else list(result)
+        flat = [t for r in flat for t in (r if isinstance(r, tuple) else (r,))]
+        assert all(t.shape == ((0, 6) if is_cell else (t.size(0), 0, 6)) for t in flat)
+        sum(t.sum() for t in flat).backward()
+    for p in (x, *module.parameters()):
+        assert p.grad is not None
+        assert torch.equal(p.grad, torch.zeros_like(p))
+
+
+def arguments(**changes: Any) -> list[Any]:
+    """Of torch.ops.fusedrnn.lstm."""
+    T, B, I, H = 6, 3, 2, 5
+    shapes = [(4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
+    given = {
+        "input": torch.randn(T, B, I, device=DEVICE),
+        "h0": torch.randn(1, B, H, device=DEVICE),
+        "c0": torch.randn(1, B, H, device=DEVICE),
+        "weights": [torch.randn(s, device=DEVICE) for s in shapes],
+        "bidirectional": False,
+        "batch_sizes": None,
+        "lengths": None,
+        "save": True,
+    }
+    return [(changes[n](v) if n in changes else v) for n, v in given.items()]
+
+
+@pytest.mark.parametrize("name", ["input", "h0", "c0", "weights"])
+def test_other_devices(name: str) -> None:
+    def move(value: Any) -> Any:
+        return [value[0].cpu(), *value[1:]] if isinstance(value, list) else value.cpu()
+
+    torch.ops.fusedrnn.lstm(*arguments())
+    with pytest.raises(RuntimeError, match=r"input is on c\S+ but \w+ is on c"):
+        torch.ops.fusedrnn.lstm(*arguments(**{name: move}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h0": Tensor.double}, "input has type Float but h0 has type Double"),
+        ({"input": Tensor.double}, "input has type Double but weight_ih has type Float"),
+        ({"input": Tensor.long}, "must be float32, float64, bfloat16 or"),
+        ({"h0": lambda t: t[0]}, r"Expected h0 size \[1, 3, 5\], got \[3, 5\]"),
+        ({"weights": lambda w: w[:1]}, "got 1 weights for 1 direction"),
+        ({"lengths": lambda _: torch.tensor([1, 2, 3])}, "on the device of input"),
+        ({"lengths": lambda _: torch.ones(3, device=DEVICE)}, "lengths must be an int64 tensor"),
+        (
+            {
+                "input": lambda t: t.flatten(0, 1),
+                "batch_sizes": lambda _: torch.full((6,), 3, device=DEVICE),
+            },
+            "batch_sizes must be a 1-D int64 tensor on the CPU",
+        ),
+    ],
+)
+def test_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fusedrnn.lstm(*arguments(**changes))
+
+
+def test_module_on_another_device() -> None:
+    message = "Input and parameter tensors are not at the same device, found input tensor at cpu"
+    with pytest.raises(RuntimeError, match=message):
+        fusedrnn.FusedLSTM(3, 4).to(DEVICE)(torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_bad_lengths(regime: str) -> None:
+    """The device finds them, later; that ends its use by the process."""
+    code = (
+        "import torch, fusedrnn\n"
+        "module = fusedrnn.FusedLSTM(3, 4).cuda()\n"
+        "module(torch.randn(5, 2, 3).cuda(), lengths=[6, 4])\n"
+        "torch.cuda.synchronize()\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FUSEDRNN_CUDA_REGIME": regime, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode != 0
+    assert re.search("lengths must be from 0|device-side assert", process.stderr), process.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@EVERY
+def test_not_the_current_device(regime: str, cell: str, layout: str) -> None:
+    with running(regime):
+        expected, found = (Work(cell, layout, device=f"cuda:{i}").run() for i in (0, 1))
+        assert torch.cuda.current_device() == 0
+        assert {t.device.index for t in found} == {1}
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+# ---- modules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("theirs", "ours"), list(FUSED.items()))
+def test_state_moves(theirs: type[nn.Module], ours: type[nn.Module]) -> None:
+    """To the device and back, through copies and files, from and to torch's module."""
+    torch.manual_seed(0)
+    module = ours(3, 4)
+    x = torch.randn(5, 3)
+    expected = list(flat(module(x)))
+    moved = copy.deepcopy(module).to(DEVICE)
+    assert {p.device.type for p in moved.parameters()} == {torch.device(DEVICE).type}
+    file = io.BytesIO()
+    torch.save(moved.state_dict(), file)
+    file.seek(0)
+    loaded = ours(3, 4, device=DEVICE)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    torchs = theirs(3, 4).to(DEVICE)
+    torchs.load_state_dict(moved.state_dict())
+    with running(None):
+        for other in (moved, copy.deepcopy(moved), loaded, torchs):
+            for a, b in zip(expected, flat(other(x.to(DEVICE))), strict=True):
+                torch.testing.assert_close(a, b.cpu())
+    back = moved.cpu()
+    assert is_equal(expected, list(flat(back(x))))
+    half = ours(3, 4).to(DEVICE, torch.float16)
+    assert next(flat(half(x.to(DEVICE).half()))).dtype == torch.float16
+
+
+def flat(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    else:
+        for o in out:
+            yield from flat(o)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("theirs", list(FUSED))
+def test_autocast(theirs: type[nn.Module], given: torch.dtype, dtype: torch.dtype) -> None:
+    """Output types are torch's own; gradients of the parameters stay float32."""
+    torch.manual_seed(0)
+    a = theirs(3, 4).to(DEVICE)
+    x = torch.randn(5, 3).to(DEVICE, given)
+    results = []
+    for module in (a, fused_like(a)):
+        with torch.autocast(DEVICE, dtype):
+            out = list(flat(module(x)))
+            loss = sum(t.float().sum() for t in out)
+            results.append([*out, *torch.autograd.grad(loss, list(module.parameters()))])
+    for p, q in zip(*results, strict=True):
+        assert p.dtype == q.dtype
+        torch.testing.assert_close(p, q, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_grad_scaler(cell: str, regime: str, dtype: torch.dtype) -> None:
+    """Some steps of training with mixed precision, beside torch's layer."""
+    torch.manual_seed(0)
+    theirs = getattr(nn, cell)(10, 40, 2, bidirectional=True).to(DEVICE)
+    x, target = torch.randn(8, 6, 10).to(DEVICE), torch.randn(8, 6, 80).to(DEVICE)
+    results = []
+    with running(regime, "tf32"):
+        for module in (theirs, fused_like(theirs)):
+            scaler = torch.amp.GradScaler(DEVICE)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+            losses = []
+            for _ in range(5):
+                optimizer.zero_grad()
+                with torch.autocast(DEVICE, dtype):
+                    loss = (module(x)[0] - target).square().mean()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                losses.append(loss.detach())
+            assert losses[-1] < losses[0]
+            results.append(torch.stack(losses))
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_compiles_without_a_graph_break(cell: str, regime: str) -> None:
+    module = getattr(fusedrnn, f"Fused{cell}")(3, 4, num_layers=2, bidirectional=True).to(DEVICE)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 2, 3).to(DEVICE)
+    results = []
+    with running(regime):
+        for call in (module, compiled):
+            module.zero_grad()
+            y = call(x)[0]
+            y.square().sum().backward()
+            results.append([y, *(p.grad.clone() for p in module.parameters())])
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_dropout_between_layers_draws_what_torch_draws() -> None:
+    """In the GPU's order, which is not cuDNN's: what torch.nn.functional.dropout draws."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = fusedrnn.FusedLSTM(5, 8, num_layers=2, dropout=0.4).to(DEVICE)
+    x = torch.randn(6, 4, 5).to(DEVICE)
+    torch.manual_seed(1)
+    y = module(x)[0]
+    weights = list(module.parameters())
+    torch.manual_seed(1)
+    first = functional.lstm(x, None, weights[:4])[0]
+    dropped = nn.functional.dropout(first, 0.4, True)
+    torch.testing.assert_close(y, functional.lstm(dropped, None, weights[4:])[0])
+
+
+def test_doctor() -> None:
+    report = subprocess.run(
+        [sys.executable, "-m", "fusedrnn"], capture_output=True, text=True, check=False
+    )
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert "kernels    cpu, cuda" in report.stdout
+    assert "self-check passed" in report.stdout

@@ -1,0 +1,47 @@
+"""What is between the CUDA kernels and the machine, on the emulator and on a GPU: primitives.cu."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_check import setup_cuda
+from emulated import COMPILER, EMULATOR, kernel_flags
+
+SOURCE = Path(__file__).with_name("primitives.cu")
+try:
+    CUDA_HOME = setup_cuda.find_home()
+except setup_cuda.MissingError:
+    CUDA_HOME = None
+
+
+def run(program: Path) -> None:
+    result = subprocess.run([program], capture_output=True, text=True, check=False, timeout=100)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("ok") >= 17
+
+
+def test_on_the_emulator(tmp_path: Path) -> None:
+    program = tmp_path / "primitives"
+    flags = [*kernel_flags(), "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    sources = ["-x", "c++", str(SOURCE), str(EMULATOR / "emulator.cpp")]
+    subprocess.run([*COMPILER, *flags, *sources, "-o", str(program)], check=True)
+    run(program)
+
+
+@pytest.mark.skipif(CUDA_HOME is None, reason="needs nvcc")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """Where there is none, it compiles."""
+    nvcc = f"{CUDA_HOME}/bin/nvcc"
+    program = tmp_path / "primitives"
+    arch = "native" if torch.cuda.is_available() else "sm_90"
+    flags = ["-std=c++17", "--expt-relaxed-constexpr", f"-arch={arch}", "-Werror=all-warnings"]
+    subprocess.run(
+        [nvcc, *flags, f"-I{SOURCE.parent.parent / 'csrc'}", str(SOURCE), "-o", str(program)],
+        check=True,
+    )
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    run(program)
