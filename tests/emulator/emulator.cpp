@@ -182,16 +182,16 @@ struct Launch {
   unsigned threads;
   const void* kernel;
   Thread* thread;
-  std::string name;
-  std::mt19937_64 random;
-  Order order;
-  std::vector<Fiber*> ready, starved, polling;
-  std::vector<std::unique_ptr<Cta>> ctas;
-  Context main;
+  std::string name = {};
+  std::mt19937_64 random = {};
+  Order order = Order::random;
+  std::vector<Fiber*> ready = {}, starved = {}, polling = {};
+  std::vector<std::unique_ptr<Cta>> ctas = {};
+  Context main = {};
   void* main_tsan = nullptr;
   Fiber* current = nullptr;
   size_t alive = 0, idle_polls = 0;
-  std::string error;
+  std::string error = {};
 };
 
 std::mutex mutex;
@@ -447,13 +447,28 @@ void run_all() {
 
 }  // namespace
 
+std::vector<Kernel>& all_kernels() {
+  static std::vector<Kernel> all;  // its first user is an initialiser
+  return all;
+}
+
+size_t add_kernel(const char* name) {
+  // Of "static const char* fusedrnn::cuda::Place<Kernel>::name() [with Kernel = ...]", the dots.
+  std::string text = name;
+  const size_t begin = text.find("Kernel = ");
+  if (begin != std::string::npos) text = text.substr(begin + 9, text.rfind(']') - begin - 9);
+  all_kernels().push_back({text, 0});
+  return all_kernels().size() - 1;
+}
+const std::vector<Kernel>& kernels() { return all_kernels(); }
+
 void set(const Settings& settings) { chosen = settings; }
 const Settings& settings() { return chosen; }
 const char* last_error() { return error_of_last.c_str(); }
 Counts counts() { return counted; }
 
 int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread* thread,
-           const char* name) {
+           size_t place) {
   const std::lock_guard<std::mutex> lock(mutex);
   const uint64_t total = uint64_t(grid.x) * grid.y * grid.z;
   // The limits of a device of compute capability 8.0 and up.
@@ -466,9 +481,10 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
     error_of_last = "more CTAs than can run together";
     return 1;
   }
-  Launch l{grid,    threads, kernel, thread, name, std::mt19937_64(chosen.seed + counted.launches),
-           {},      {},      {},     {},     {},   {},
-           nullptr, nullptr, 0,      0,      {}};
+  Launch l{grid, threads, kernel, thread};
+  l.name = all_kernels()[place].name;
+  l.random.seed(chosen.seed + counted.launches);
+  ++all_kernels()[place].launches;
   ++counted.launches;
   l.order = Order(l.random() % uint64_t(Order::kCount));
   if (has_tsan) l.main_tsan = __tsan_get_current_fiber();

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #define FUSEDRNN_DEVICE inline
 
@@ -27,6 +29,14 @@ const Settings& settings();
 
 /// What was wrong with the last launch that failed.
 const char* last_error();
+/// The kernels that this program has, each with the times that it was launched.
+struct Kernel {
+  std::string name;
+  uint64_t launches;
+};
+const std::vector<Kernel>& kernels();
+size_t add_kernel(const char* name);  ///< returns its place among them
+
 /// CTAs and waits of all launches so far.
 struct Counts {
   uint64_t launches, ctas, waits;
@@ -41,7 +51,7 @@ struct Where {
 
 using Thread = void(const void* kernel, unsigned char* shared);
 int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread* thread,
-           const char* name);
+           size_t place);
 void sync_cta(Where where);
 void sync_warp(Where where);
 void pause(Where where);
@@ -53,12 +63,21 @@ const unsigned char* exchange(const void* own, unsigned bytes, Where where);
 
 namespace fusedrnn::cuda {
 
+/// Where a kernel is among emulator::kernels(), from before the program begins.
+template <class Kernel>
+struct Place {
+  static const char* name() { return __PRETTY_FUNCTION__; }
+  static const size_t value;
+};
+template <class Kernel>
+const size_t Place<Kernel>::value = emulator::add_kernel(name());
+
 template <class Kernel>
 int launch(const Kernel& kernel, const Grid& grid, void*) {
   return emulator::launch(
       grid, Kernel::kThreads, &kernel,
       [](const void* k, unsigned char* shared) { (*static_cast<const Kernel*>(k))(shared); },
-      __PRETTY_FUNCTION__);
+      Place<Kernel>::value);
 }
 
 inline void sync_cta(int line = __builtin_LINE()) { emulator::sync_cta({"sync_cta", line}); }

@@ -14,11 +14,21 @@ std::vector<int64_t> counts() {
   return {int64_t(c.launches), int64_t(c.ctas), int64_t(c.waits)};
 }
 
+/// "launches name" of each kernel.
+std::vector<std::string> kernels() {
+  std::vector<std::string> all;
+  for (const auto& kernel : fusedrnn::emulator::kernels()) {
+    all.push_back(std::to_string(kernel.launches) + " " + kernel.name);
+  }
+  return all;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("set(int seed, int multiprocessors) -> ()", &set);
   m.def("counts() -> int[]", &counts);
+  m.def("kernels() -> str[]", &kernels);
   for (const char* name : {"lstm", "gru", "lstm_backward", "gru_backward"}) {
     // The same schema as that of the real op.
     auto schema = c10::Dispatcher::singleton()
