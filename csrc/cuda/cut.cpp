@@ -5,10 +5,10 @@
 namespace fusedrnn::cuda {
 namespace {
 
-constexpr int64_t kRows = 16;           // of a product
-constexpr int64_t kBlockUnits = 16;     // of a block
-constexpr int64_t kMostTileRows = 128;  // what shared memory has room for on every device
-constexpr int64_t kGridDepth = 8;       // warps that share the depth of a product
+constexpr int64_t kAloneRows = 8, kRows = 16;  // of a product
+constexpr int64_t kBlockUnits = 16;            // of a block
+constexpr int64_t kMostTileRows = 128;         // what shared memory has room for on every device
+constexpr int64_t kGridDepth = 8;              // warps that share the depth of a product
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -23,13 +23,13 @@ Cut cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t directions,
   const int64_t alone = operand_bytes == 2 ? 128 : 64;
   Cut cut;
   // The kernels count steps, rows and arrivals in 32 bits; a grid has 65,535 tiles at most.
-  if (rows == 0 || rows > 65535 * kRows ||
+  if (rows == 0 || rows > 65535 * kAloneRows ||
       steps * divide_up(hidden_size, kBlockUnits) > INT32_MAX ||
       (operand_bytes != 2 && operand_bytes != 4)) {
     return cut;
   }
   if (hidden_size <= alone && !grid) {
-    cut = {0, 1, divide_up(rows, kRows), kRows, alone};
+    cut = {0, 1, divide_up(rows, kAloneRows), kAloneRows, alone};
     return cut;
   }
   cut.variant = hidden_size <= kGridDepth * alone / 2 ? 1 : 2;

@@ -18,12 +18,12 @@ namespace fusedrnn::cuda {
 using host::unroll;
 
 constexpr int kBlockUnits = 16;  ///< units of a block
-constexpr int kRows = 16;        ///< batch rows of a product
 constexpr int kWarp = 32;
 
 // ---- products -----------------------------------------------------------------------------------
 //
-// partial [kRows, stride] = (the matrix of a warp [16 * kTiles, kDepth]) * (h [kRows, kDepth])^T
+// partial [kRows, stride] = (the matrix of a warp [16 * kTiles, kDepth]) * (h [kRows, kDepth])^T,
+// kRows a multiple of 8
 
 /// Where a product reads h: rows `stride` apart, aligned to 16 bytes.
 template <class S, bool kShared>
@@ -89,21 +89,22 @@ class TensorProduct {
     }
   }
 
-  template <class H>
+  template <int kRows, class H>
   FUSEDRNN_DEVICE void multiply(const H& h, float* partial, int stride, void*) const {
+    constexpr int N = kRows / 8;
     const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
-    float c[2][kTiles][4] = {};
+    float c[N][kTiles][4] = {};
     unroll<kPairs>([&](auto j) {
-      const int at = j * kPair + 4 * q * kPerWord;
-      const Words b[2] = {h.load(r, at), h.load(r + 8, at)};
+      Words b[N];
+      unroll<N>([&](auto n) { b[n] = h.load(8 * n + r, j * kPair + 4 * q * kPerWord); });
       unroll<kTiles>([&](auto m) {
-        unroll<2>([&](auto n) {
+        unroll<N>([&](auto n) {
           multiply_add_16x8<S>(c[n][m], a_[m][j][0], b[n].word[0], b[n].word[1]);
           multiply_add_16x8<S>(c[n][m], a_[m][j][1], b[n].word[2], b[n].word[3]);
         });
       });
     });
-    unroll<2>([&](auto n) {
+    unroll<N>([&](auto n) {
       unroll<kTiles>([&](auto m) {
         unroll<4>([&](auto i) {
           partial[(8 * n + 2 * q + i % 2) * stride + 16 * m + r + i / 2 * 8] = c[n][m][i];
@@ -139,7 +140,7 @@ class PlainProduct {
 
   static FUSEDRNN_DEVICE void set_operand(float& to, float h) { to = h; }
 
-  template <class H>
+  template <int kRows, class H>
   FUSEDRNN_DEVICE void multiply(const H& h, float* partial, int stride, void* scratch) const {
     const int lane = threadIdx.x % kWarp;
     float* const staged = static_cast<float*>(scratch);
@@ -203,17 +204,20 @@ struct Sharing {
   static constexpr int kTileRows = 16 * Product::kTiles;
   /// Between the rows of the sums: threads that store a product's sums use all banks.
   static constexpr int kStride = kBlocks * kTileRows + 4;
+  /// Batch rows of a product. Alone, fewer: there can be as many CTAs, and each is done sooner.
+  static constexpr int kRows = kAlone ? 8 : 16;
   static constexpr int kPairs = kRows * kUnits / kThreads;  ///< (unit, row) of a thread at a time
   static_assert(kRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
   /// Between the rows of exchanged operands: in shared memory those of neighbouring rows are in
   /// other banks.
   static constexpr int kExchangeStride = kAlone ? kDepth + int(16 / sizeof(S)) : kDepth;
 
-  // Shared memory, in floats: the sums, scratch of the warps, `kept` floats for each (row, unit),
-  // and, alone, the exchange.
-  static constexpr int kSums = kSplits * kRows * kStride;
+  // Shared memory, in floats: the sums, before them the weights on their way, scratch of the warps,
+  // `kept` floats for each (row, unit), and, alone, the exchange.
+  static constexpr int kOfLoading = kBlocks * kSplits * Product::kLoadScratch / int(sizeof(float));
+  static constexpr int kOfProducts = kSplits * kRows * kStride;
+  static constexpr int kSums = kOfProducts > kOfLoading ? kOfProducts : kOfLoading;
   static constexpr int kScratch = kBlocks * kSplits * Product::kScratch;
-  static_assert(kBlocks * kSplits * Product::kLoadScratch <= int(sizeof(float)) * kSums);
   static size_t shared_bytes(int64_t tile_rows, int kept) {
     return sizeof(float) * size_t(kSums + kScratch + kept * tile_rows * kUnits) +
            (kAlone ? 2 * tile_rows * kExchangeStride * sizeof(S) : 0);
@@ -255,13 +259,13 @@ class Worker {
   FUSEDRNN_DEVICE Pair pair(int chunk, int p) const {
     Pair pair;
     pair.row_of_chunk = (threadIdx.x + p * Shared::kThreads) / Shared::kUnits;
-    pair.row_of_tile = chunk * kRows + pair.row_of_chunk;
+    pair.row_of_tile = chunk * Shared::kRows + pair.row_of_chunk;
     pair.row = first_row + pair.row_of_tile;
     pair.unit = first_unit + threadIdx.x % Shared::kUnits;
     pair.exists = pair.row < run_.rows && pair.unit < run_.hidden_size;
     return pair;
   }
-  FUSEDRNN_DEVICE int chunks() const { return run_.tile_rows / kRows; }
+  FUSEDRNN_DEVICE int chunks() const { return run_.tile_rows / Shared::kRows; }
 
   /// The i-th value that the CTA keeps for a pair from step to step.
   FUSEDRNN_DEVICE float& kept(const Pair& p, int i) const {
@@ -292,11 +296,12 @@ class Worker {
     const int warp = threadIdx.x / kWarp, block = warp / Shared::kSplits;
     const int split = warp % Shared::kSplits;
     const Operands<S, Shared::kAlone> h{exchange_ + half * half_ +
-                                            chunk * kRows * Shared::kExchangeStride +
+                                            chunk * Shared::kRows * Shared::kExchangeStride +
                                             split * Shared::Product::kDepth,
                                         Shared::kExchangeStride};
-    product.multiply(h, sums_ + split * kRows * Shared::kStride + block * Shared::kTileRows,
-                     Shared::kStride, sums_ + Shared::kSums + warp * Shared::Product::kScratch);
+    product.template multiply<Shared::kRows>(
+        h, sums_ + split * Shared::kRows * Shared::kStride + block * Shared::kTileRows,
+        Shared::kStride, sums_ + Shared::kSums + warp * Shared::Product::kScratch);
     sync_cta();
   }
   FUSEDRNN_DEVICE float sum(const Pair& p, int tile) const {
@@ -306,7 +311,7 @@ class Worker {
     float sum = at[0];
 #pragma unroll
     for (int split = 1; split < Shared::kSplits; ++split) {
-      sum += at[split * kRows * Shared::kStride];
+      sum += at[split * Shared::kRows * Shared::kStride];
     }
     return sum;
   }
@@ -428,19 +433,17 @@ struct RecurrentForwardKernel : Shared {
     for (int i = 0; i < run.steps; ++i) {
       const int t = w.time(i);
       for (int chunk = 0; chunk < w.chunks(); ++chunk) {
-        // A thread with one pair asks for its inputs before it waits for the others.
-        Inputs in;
-        if constexpr (Shared::kPairs == 1) in = load(w, w.pair(chunk, 0), t);
+        // Asked for before the wait for the others.
+        Inputs in[Shared::kPairs];
+        unroll<Shared::kPairs>([&](auto n) { in[n] = load(w, w.pair(chunk, n), t); });
         if (chunk == 0) w.wait(i + 1);
         w.multiply(product, i % 2, chunk);
-#pragma unroll 1
-        for (int n = 0; n < Shared::kPairs; ++n) {
+        unroll<Shared::kPairs>([&](auto n) {
           const Pair p = w.pair(chunk, n);
-          if constexpr (Shared::kPairs > 1) in = load(w, p, t);
-          if (!p.exists) continue;
-          if (in.takes_part) apply(w, p, in, bias);
+          if (!p.exists) return;
+          if (in[n].takes_part) apply(w, p, in[n], bias);
           Shared::Product::set_operand(w.operand((i + 1) % 2, p), w.kept(p, 1));
-        }
+        });
         if (chunk + 1 < w.chunks()) sync_cta();  // the sums are read before they are written again
       }
       w.arrive();
@@ -552,20 +555,18 @@ struct RecurrentBackwardKernel : Shared {
     for (int n = 0; n <= run.steps; ++n) {
       const int i = run.steps - 1 - n;
       for (int chunk = 0; chunk < w.chunks(); ++chunk) {
-        Inputs in;
-        if constexpr (Shared::kPairs == 1) in = load(w, w.pair(chunk, 0), i);
+        Inputs in[Shared::kPairs];
+        unroll<Shared::kPairs>([&](auto m) { in[m] = load(w, w.pair(chunk, m), i); });
         if (n > 0) {
           if (chunk == 0) w.wait(n);
           w.multiply(product, (n + 1) % 2, chunk);
         }
-#pragma unroll 1
-        for (int m = 0; m < Shared::kPairs; ++m) {
+        unroll<Shared::kPairs>([&](auto m) {
           const Pair p = w.pair(chunk, m);
-          if constexpr (Shared::kPairs > 1) in = load(w, p, i);
-          if (!p.exists) continue;
+          if (!p.exists) return;
           if (n > 0) w.kept(p, 1) += w.sum(p, 0);
-          if (i >= 0) apply(w, p, in, n % 2);
-        }
+          if (i >= 0) apply(w, p, in[m], n % 2);
+        });
         if (chunk + 1 < w.chunks()) sync_cta();
       }
       if (i >= 0) w.arrive();
