@@ -1,7 +1,7 @@
 // The recurrent and step kernels of one cell and type without torch, against plain loops in double:
 // what ThreadSanitizer's pass runs, and what must fail when a bug is planted.
 //
-//   check [seeds [first seed]]
+//   check [seeds [regime that is left out]]
 //
 // Built with -DFUSEDRNN_CELL=Lstm|Gru -DFUSEDRNN_OPERAND=float|BFloat16|Float16. Every buffer ends
 // at a page that can't be touched.
@@ -379,7 +379,8 @@ void on_fault(int signal) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int seeds = argc > 1 ? std::atoi(argv[1]) : 1, first = argc > 2 ? std::atoi(argv[2]) : 0;
+  const int seeds = argc > 1 ? std::atoi(argv[1]) : 1;
+  const std::string left_out = argc > 2 ? argv[2] : "";
   // Not on the stack of the fiber, which may be what was left.
   stack_t stack = {};
   stack.ss_size = 64 * 1024;
@@ -402,9 +403,9 @@ int main(int argc, char** argv) {
     cases.push_back({"alone", 0, Precision::tf32, 3, 3, 21, 1, "padded", 8});
     cases.push_back({"grid", 1, Precision::tf32, 3, 20, 18, 2, "lengths", 4});
   }
-  for (int seed = first; seed < first + seeds; ++seed) {
+  for (int seed = 0; seed < seeds; ++seed) {
     for (const Case& c : cases) {
-      const std::string wrong = run(c, unsigned(seed));
+      const std::string wrong = c.regime == left_out ? "" : run(c, unsigned(seed));
       if (wrong.empty()) continue;
       std::printf("FAILED: %s, %s, T %d, B %d, H %d, D %d, seed %d: %s\n", c.regime, c.layout, c.T,
                   c.B, c.H, c.D, seed, wrong.c_str());
