@@ -25,6 +25,7 @@ class Toolkit:
     home: Path
     version: str
     archs: list[str]
+    blas: Path | None = None  # the headers of cuBLAS and the like, where `home` is without them
 
 
 class MissingError(Exception):
@@ -77,13 +78,15 @@ def find(torch_version: str, torch_cuda: str | None) -> Toolkit | None:
                 "FUSEDRNN_SANITIZE=1 is for the CPU's kernels alone: unset it for CUDA"
             )
         home, version = _fitting(torch_version, torch_cuda)
+        os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it on import
+        archs = find_archs(home, version)
+        blas = find_blas(home, version)
     except MissingError as why:
         if setting == "1":
             raise SystemExit(f"FUSEDRNN_CUDA=1, but {why}") from None
         print(f"fusedrnn is built for the CPU only: {why}")
         return None
-    os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it on import
-    return Toolkit(home, version, find_archs(home, version))
+    return Toolkit(home, version, archs, blas)
 
 
 def _fitting(torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
@@ -112,6 +115,14 @@ def find_archs(home: Path, version: str) -> list[str]:
     import torch
     from torch.utils import cpp_extension
 
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native") and torch.cuda.is_available():
+        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        oldest = min(gpus)
+        if oldest < tuple(map(int, OLDEST_ARCH.split("."))):
+            raise MissingError(
+                f"a GPU here has compute capability {oldest[0]}.{oldest[1]} and the kernels need "
+                f"{OLDEST_ARCH}: set TORCH_CUDA_ARCH_LIST to build for others"
+            )
     listed = _ask(str(home / "bin/nvcc"), "--list-gpu-arch")
     known = sorted({_number(arch) for arch in re.findall(r"compute_\d+", listed)}, key=float)
     known = [arch for arch in known if float(arch) >= float(OLDEST_ARCH)]
@@ -134,6 +145,22 @@ def find_archs(home: Path, version: str) -> list[str]:
     if unknown:
         raise SystemExit(f"CUDA {version} in {home} has no arch {', '.join(unknown)}: {mend}")
     return sorted(archs, key=lambda arch: (float(_number(arch)), arch.startswith("compute"), arch))
+
+
+def find_blas(home: Path, version: str) -> Path | None:
+    """Where the headers of CUDA's libraries are, which torch's own include: None for in `home`."""
+    import torch
+
+    if any(home.glob("include/cublas_v2.h")) or any(home.glob("targets/*/include/cublas_v2.h")):
+        return None
+    # Where torch came with the libraries.
+    found = sorted(Path(torch.__file__).parent.parent.glob("nvidia/*/include/cublas_v2.h"))
+    if not found:
+        raise MissingError(
+            f"{home} has no cublas_v2.h: install the whole toolkit of CUDA {version}, or "
+            f"pip install nvidia-cublas nvidia-cusparse nvidia-cusolver"
+        )
+    return found[-1].parent
 
 
 def _number(arch: str) -> str:

@@ -121,7 +121,8 @@ class WithoutGil {
  public:
   WithoutGil(const Tensor& input, at::TensorList weights) {
     const int64_t rows = input.numel() / std::max<int64_t>(input.size(-1), 1);
-    if (rows * weights[0].numel() > 1 << 16) state_ = PyEval_SaveThread();
+    // A GPU's call may wait for memory or for room in a queue, whatever its size.
+    if (!input.is_cpu() || rows * weights[0].numel() > 1 << 16) state_ = PyEval_SaveThread();
   }
   ~WithoutGil() {
     if (state_) PyEval_RestoreThread(state_);
@@ -238,6 +239,13 @@ template <Function function>
 PyObject* or_none(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   try {
     return function(self, args, count);
+  } catch (const c10::OutOfMemoryError& error) {  // not to be tried again
+    PyObject* const torch = PyImport_ImportModule("torch");
+    PyObject* const type = torch ? PyObject_GetAttrString(torch, "OutOfMemoryError") : nullptr;
+    if (type) PyErr_SetString(type, error.what_without_backtrace());
+    Py_XDECREF(type);
+    Py_XDECREF(torch);
+    return nullptr;
   } catch (...) {  // the long way finds out, and says so
     PyErr_Clear();
     Py_RETURN_NONE;

@@ -138,7 +138,8 @@ def autocast(
 ) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor]]:
     """Casts as torch's own module does under torch.autocast; `layer` is that module's name.
 
-    On the CPU nn.LSTM goes to the autocast type, and the others to that of the input.
+    On the CPU nn.LSTM goes to the autocast type, and the others to that of the input; on CUDA the
+    cells go to the autocast type, and nn.LSTM and nn.GRU, as cuDNN's, to float16 whatever it is.
     """
     device = input.device.type
     if (
@@ -148,8 +149,12 @@ def autocast(
         or torch.float64 in (input.dtype, weights[0].dtype)
     ):
         return input, states, weights
-    lower = layer == "LSTM" or device != "cpu"
-    dtype = torch.get_autocast_dtype(device) if lower else input.dtype
+    if device == "cuda" and layer in ("LSTM", "GRU"):
+        dtype = torch.float16
+    elif layer == "LSTM" or device != "cpu":
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = input.dtype
     return (
         input.to(dtype),
         None if states is None else [s.to(dtype) for s in states],

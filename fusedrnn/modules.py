@@ -54,7 +54,7 @@ class _FusedRNN(nn.RNNBase):
             raise ValueError("lengths needs batched 3-D input")
         if not isinstance(lengths, Tensor) and len(lengths) == 0:
             lengths = torch.empty(0, dtype=torch.int64)
-        found = torch.as_tensor(lengths, device=input.device)
+        found = torch.as_tensor(lengths)
         if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
             raise TypeError(f"lengths should be integers, got: {found.dtype}")
         rows = input.size(1)
@@ -63,7 +63,15 @@ class _FusedRNN(nn.RNNBase):
                 f"Expected lengths to have size [{rows}], one for each row of the batch, got "
                 f"{list(found.shape)}"
             )
-        return found.to(torch.int64)
+        if found.device.type == "cpu" != input.device.type and not is_dynamo_compiling():
+            # What a GPU finds out later would end the process's use of it.
+            outside = [n for n in found.tolist() if not 0 <= n <= input.size(0)]
+            if outside:
+                raise RuntimeError(
+                    f"lengths must be from 0 to the sequence length {input.size(0)}, "
+                    f"got {outside[0]}"
+                )
+        return found.to(input.device, torch.int64)
 
     def _check_states(self, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
         layers = self.num_layers * (2 if self.bidirectional else 1)

@@ -151,6 +151,8 @@ esac
 """
     )
     nvcc.chmod(0o755)
+    (home / "include").mkdir()
+    (home / "include/cublas_v2.h").touch()
     return home
 
 
@@ -282,6 +284,39 @@ def test_cuda_archs_of_the_gpus_here(tmp_path: Path, no_cuda: pytest.MonkeyPatch
     no_cuda.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_120"])
     found = setup_cuda.find_archs(toolkit(tmp_path), "13.0")
     assert found == ["sm_86", "sm_90", "compute_90"]
+
+
+def test_cuda_with_a_gpu_that_is_too_old(
+    tmp_path: Path, no_cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = toolkit(tmp_path / "default")
+    no_cuda.setattr(torch.cuda, "is_available", lambda: True)
+    no_cuda.setattr(torch.cuda, "device_count", lambda: 2)
+    no_cuda.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 0), (7, 5)][i])
+    assert setup_cuda.find("2.13.0", "13.0") is None
+    assert capsys.readouterr().out == (
+        "fusedrnn is built for the CPU only: a GPU here has compute capability 7.5 and the kernels "
+        "need 8.0: set TORCH_CUDA_ARCH_LIST to build for others\n"
+    )
+    no_cuda.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    found = setup_cuda.find("2.13.0", "13.0")
+    assert found == setup_cuda.Toolkit(home, "13.0", ["sm_80"])
+
+
+def test_cuda_libraries_headers(tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
+    """From the toolkit, or from where torch brought them along."""
+    home = toolkit(tmp_path / "default")
+    (home / "include/cublas_v2.h").unlink()
+    no_cuda.setattr(torch, "__file__", str(tmp_path / "site/torch/__init__.py"))
+    no_cuda.setenv("FUSEDRNN_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"default has no cublas_v2\.h: install the whole toolkit"):
+        setup_cuda.find("2.13.0", "13.0")
+    folder = tmp_path / "site/nvidia/cu13/include"
+    folder.mkdir(parents=True)
+    (folder / "cublas_v2.h").touch()
+    found = setup_cuda.find("2.13.0", "13.0")
+    assert found is not None
+    assert found.blas == folder
 
 
 # What nvcc 13.0 -Xptxas -v prints, the spills of the second kernel and the function put in.

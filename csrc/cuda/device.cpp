@@ -1,6 +1,7 @@
 #include "device.h"
 
 #include <ATen/Context.h>
+#include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/_assert_async.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/logical_not.h>
@@ -8,10 +9,14 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <climits>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 namespace fusedrnn::cuda {
 
@@ -29,7 +34,7 @@ int attribute(cudaDeviceAttr attribute, int device) {
 }
 
 struct Attributes {
-  int multiprocessors, major;
+  int multiprocessors, major, minor;
 };
 const Attributes& attributes_of(int device) {
   static std::mutex mutex;
@@ -38,7 +43,8 @@ const Attributes& attributes_of(int device) {
   if (size_t(device) >= known.size()) known.resize(device + 1);
   if (!known[device]) {
     known[device] = {attribute(cudaDevAttrMultiProcessorCount, device),
-                     attribute(cudaDevAttrComputeCapabilityMajor, device)};
+                     attribute(cudaDevAttrComputeCapabilityMajor, device),
+                     attribute(cudaDevAttrComputeCapabilityMinor, device)};
   }
   return *known[device];
 }
@@ -50,7 +56,9 @@ Device::Device(const Tensor& input) : guard_(new Guard{c10::cuda::CUDAGuard(inpu
   stream = c10::cuda::getCurrentCUDAStream(device).stream();
   const Attributes& attributes = attributes_of(device);
   multiprocessors = attributes.multiprocessors;
-  has_tensor_cores = attributes.major >= 8;
+  TORCH_CHECK(attributes.major >= 8, "fusedrnn: the CUDA kernels need a GPU of compute capability ",
+              "8.0 or later, and ", input.device(), " has ", attributes.major, ".",
+              attributes.minor, ": use torch.nn's layers there");
 }
 Device::~Device() = default;
 
@@ -63,56 +71,61 @@ Precision rnn_precision() {
              : Precision::ieee;
 }
 
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+namespace {
+
+/// A matrix as cuBLAS, which counts columns first, sees its transpose.
+struct Matrix {
+  explicit Matrix(const Tensor& t) {
+    const int64_t rows = t.size(0), columns = t.size(1);
+    tensor = columns == 1 || t.stride(1) == 1 || rows == 1 || t.stride(0) == 1 ? t : t.contiguous();
+    // Strides of one row or column mean nothing.
+    const bool by_rows = columns == 1 || tensor.stride(1) == 1;
+    operation = by_rows ? CUBLAS_OP_N : CUBLAS_OP_T;
+    const int64_t length = by_rows ? columns : rows, count = by_rows ? rows : columns;
+    stride = count > 1 ? tensor.stride(by_rows ? 0 : 1) : length;
+    fits = std::max({rows, columns, stride}) <= INT_MAX && stride >= length;
+  }
+  Tensor tensor;
+  cublasOperation_t operation;
+  int64_t stride;
+  bool fits;
+};
+
+/// torch has no switch of this for a call or a thread, only for the whole process, where others
+/// would see it.
+bool multiply_tf32(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
+  if (rows == 0 || depth == 0 || columns == 0) return false;
+  const Matrix left(a), right(b), result(out);
+  if (!left.fits || !right.fits || !result.fits || result.operation != CUBLAS_OP_N ||
+      !result.tensor.is_same(out)) {
+    return false;
+  }
+  const float alpha = 1, beta = add ? 1 : 0;
+  const cublasStatus_t status = cublasGemmEx(
+      at::cuda::getCurrentCUDABlasHandle(), right.operation, left.operation, int(columns),
+      int(rows), int(depth), &alpha, right.tensor.const_data_ptr(), CUDA_R_32F, int(right.stride),
+      left.tensor.const_data_ptr(), CUDA_R_32F, int(left.stride), &beta, out.mutable_data_ptr(),
+      CUDA_R_32F, int(result.stride), CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT);
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "fusedrnn: cublasGemmEx failed with status ",
+              int(status));
+  return true;
+}
+
+}  // namespace
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision) {
   Tensor result = out;
+  if (a.scalar_type() == at::kFloat && precision == Precision::tf32 &&
+      multiply_tf32(out, a, b, add)) {
+    return;
+  }
+  const at::NoTF32Guard ieee;
   if (out.scalar_type() == a.scalar_type()) {
     add ? at::addmm_out(result, out, a, b) : at::mm_out(result, a, b);
   } else {
     TORCH_INTERNAL_ASSERT(!add);
     at::mm_out(result, a, b, out.scalar_type());
-  }
-}
-
-// torch switches TF32 on for the whole process, and off for a thread. Off is simple. On, other
-// threads' products of float32 may see it while this one hands out its own; nobody's setting is
-// lost, since only the first of several threads changes it and the last puts it back.
-struct WithPrecision::Guard {
-  std::optional<at::NoTF32Guard> off;
-  bool on = false;
-};
-
-namespace {
-
-std::mutex precision_mutex;
-int precision_users = 0;
-at::Float32Precision precision_before;
-
-}  // namespace
-
-WithPrecision::WithPrecision(Precision precision) : guard_(new Guard) {
-  at::Context& context = at::globalContext();
-  if (precision == Precision::ieee) {
-    guard_->off.emplace();
-    return;
-  }
-  const std::lock_guard<std::mutex> lock(precision_mutex);
-  const auto backend = at::Float32Backend::CUDA;
-  const auto op = at::Float32Op::MATMUL;
-  if (precision_users == 0) precision_before = context.float32Precision(backend, op);
-  if (precision_users > 0 || precision_before != at::Float32Precision::TF32) {
-    if (precision_users++ == 0) {
-      context.setFloat32Precision(backend, op, at::Float32Precision::TF32);
-    }
-    guard_->on = true;
-  }
-}
-
-WithPrecision::~WithPrecision() {
-  if (!guard_->on) return;
-  const std::lock_guard<std::mutex> lock(precision_mutex);
-  if (--precision_users == 0) {
-    at::globalContext().setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL,
-                                            precision_before);
   }
 }
 

@@ -22,7 +22,6 @@ class Device {
 
   void* stream = nullptr;
   int64_t multiprocessors = 0;
-  bool has_tensor_cores = false;  ///< those that TensorProduct uses: compute capability 8.0
 
  private:
   struct Guard;
@@ -35,22 +34,9 @@ void check(int status);
 /// The precision that torch.backends.cudnn.rnn.fp32_precision asks for.
 Precision rnn_precision();
 
-/// out = a b, or += with add. `out` has the type of the operands or, without add, float32 for the
-/// half types.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
-
-/// Has torch's products of float32 in the given precision while it lives.
-class WithPrecision {
- public:
-  explicit WithPrecision(Precision precision);
-  ~WithPrecision();
-  WithPrecision(const WithPrecision&) = delete;
-  WithPrecision& operator=(const WithPrecision&) = delete;
-
- private:
-  struct Guard;
-  std::unique_ptr<Guard> guard_;
-};
+/// out = a b, or += with add, on the device's stream; products of float32 in the given precision.
+/// `out` has the type of the operands or, without add, float32 for the half types.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision);
 
 /// Makes the device's work fail, with this message, if any of `wrong` is true; without waiting.
 void check_later(const Tensor& wrong, const char* message);

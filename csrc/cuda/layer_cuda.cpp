@@ -8,7 +8,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <cstdlib>
-#include <optional>
 #include <string_view>
 
 #include "../layer.h"
@@ -95,7 +94,7 @@ Cut regime_of(const Layer& layer, const Device& device) {
   const std::string_view regime = asked ? asked : "";
   const int64_t bytes = layer.input.element_size();
   if (regime == "step" || layer.has_projection || bytes == 8 || layer.B == 0 ||
-      !device.has_tensor_cores || (regime.empty() && layer.T <= kFewSteps)) {
+      (regime.empty() && layer.T <= kFewSteps)) {
     return {};
   }
   const Cut cut =
@@ -146,8 +145,6 @@ Output forward(const Layer& layer, bool save) {
   constexpr int64_t G = Cell::kGates, A = Cell::kSaved;
   const Device device(layer.input);
   const Precision precision = rnn_precision();
-  std::optional<WithPrecision> with_precision;
-  if (layer.type == at::kFloat) with_precision.emplace(precision);
   const Steps steps(layer);
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
   check_lengths(layer);
@@ -165,7 +162,7 @@ Output forward(const Layer& layer, bool save) {
   const Tensor x = layer.flat_input();
   const auto multiply_input = [&](int64_t d) {
     const Tensor product = new_tensor<T>(layer, {N, G * H});
-    multiply(product, x, layer.weights[d].ih.t(), false);
+    multiply(product, x, layer.weights[d].ih.t(), false, precision);
     return product;
   };
 
@@ -219,7 +216,8 @@ Output forward(const Layer& layer, bool save) {
         ForwardStep<S> s;
         steps.set(s, t);
         const bool zero = i == 0 && !layer.h0.defined();
-        if (!zero) multiply(h_product.narrow(0, 0, s.rows), h.narrow(0, 0, s.rows), hh, false);
+        if (!zero)
+          multiply(h_product.narrow(0, 0, s.rows), h.narrow(0, 0, s.rows), hh, false, precision);
         s.hidden_size = H;
         s.x_product = const_data_of<T>(x_product, position * G * H);
         s.h_product = zero ? nullptr : const_data_of<T>(h_product);
@@ -233,7 +231,7 @@ Output forward(const Layer& layer, bool save) {
         s.saved = saved_of(d, position);
         check(forward_step<Cell>(s, device.stream));
         if (layer.has_projection) {
-          multiply(projected.narrow(0, 0, s.rows), raw.narrow(0, 0, s.rows), hr, false);
+          multiply(projected.narrow(0, 0, s.rows), raw.narrow(0, 0, s.rows), hr, false, precision);
           ProjectedStep<S> p;
           steps.set(p, t);
           p.output_size = P;
@@ -257,12 +255,14 @@ struct Gradients {
 
 /// The products of weight_gradients, torch's own.
 struct TorchProducts : Products {
+  explicit TorchProducts(Precision p) : precision(p) {}
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
-    cuda::multiply(out, a, b, add);
+    cuda::multiply(out, a, b, add, precision);
   }
   void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const override {
-    cuda::multiply(out, a.t(), b, false);
+    cuda::multiply(out, a.t(), b, false, precision);
   }
+  Precision precision;
 };
 
 template <class Cell, class S>
@@ -272,8 +272,6 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   constexpr int64_t G = Cell::kGates, A = Cell::kSaved, sums = Cell::kSums;
   const Device device(layer.input);
   const Precision precision = rnn_precision();
-  std::optional<WithPrecision> with_precision;
-  if (layer.type == at::kFloat) with_precision.emplace(precision);
   const Steps steps(layer);
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
   const auto positions = [&](int64_t features) {  // padding must not reach the products
@@ -358,7 +356,8 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
           p.dr = data_of<S>(dr, at * P);
           p.h_previous = data_of<S>(h_previous, at * P);
           check(projected_step_back(p, device.stream));
-          multiply(draw.narrow(0, 0, rows), dr[d].narrow(0, position, rows), w.hr, false);
+          multiply(draw.narrow(0, 0, rows), dr[d].narrow(0, position, rows), w.hr, false,
+                   precision);
         }
         BackwardStep<S> s;
         steps.set(s, i, d == 1);
@@ -382,7 +381,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
         check(backward_step<Cell>(s, device.stream));
         const Tensor fed =
             dhidden.defined() ? dhidden.narrow(0, 0, rows) : dsums[d].narrow(0, position, rows);
-        multiply(product.narrow(0, 0, rows), fed, w.hh, false);
+        multiply(product.narrow(0, 0, rows), fed, w.hh, false, precision);
       }
       dh.add_(product);
       if (Cell::kStateIsOutput) dh.add_(dstate);
@@ -398,7 +397,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const size_t states = layer.cell.has_c ? 3 : 2;
   out.weights = weight_gradients(layer, directions,
                                  std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-                                 output_mask[0], out.input, TorchProducts());
+                                 output_mask[0], out.input, TorchProducts(precision));
   const auto wanted = [&](const Tensor& t, size_t i) {
     return output_mask[i] ? in_type(t, layer.type) : new_tensor<S>(layer, {0});
   };

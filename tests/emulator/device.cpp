@@ -13,8 +13,7 @@
 namespace fusedrnn::cuda {
 
 struct Device::Guard {};
-Device::Device(const Tensor&)
-    : multiprocessors(emulator::settings().multiprocessors), has_tensor_cores(true) {}
+Device::Device(const Tensor&) : multiprocessors(emulator::settings().multiprocessors) {}
 Device::~Device() = default;
 
 void check(int status) { TORCH_CHECK(status == 0, emulator::last_error()); }
@@ -24,17 +23,13 @@ Precision rnn_precision() {
   return asked && std::string_view(asked) == "tf32" ? Precision::tf32 : Precision::ieee;
 }
 
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision) {
   // As on a GPU: operands of a half type, sums of float32.
   const at::ScalarType type = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor product = at::mm(a.to(type), b.to(type));
   if (add) product.add_(out.to(type));
   out.copy_(product);
 }
-
-struct WithPrecision::Guard {};
-WithPrecision::WithPrecision(Precision) {}
-WithPrecision::~WithPrecision() = default;
 
 void check_later(const Tensor& wrong, const char* message) {
   TORCH_CHECK(!wrong.any().item<bool>(), message);
