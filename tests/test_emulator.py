@@ -258,6 +258,12 @@ def test_regimes(case: Case, expected: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert launches(case, monkeypatch) == expected
 
 
+def test_unknown_regime(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", "fast")
+    with pytest.raises(RuntimeError, match="FUSEDRNN_CUDA_REGIME=fast is none of step, alone and"):
+        Problem(Case()).run(ops, torch.float32)
+
+
 @pytest.mark.parametrize("regime", ["step", "alone", "grid"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_same_bits_in_any_order(cell: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:

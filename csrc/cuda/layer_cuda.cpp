@@ -92,6 +92,8 @@ constexpr int64_t kFewSteps = 4;
 Cut regime_of(const Layer& layer, const Device& device) {
   const char* asked = std::getenv("FUSEDRNN_CUDA_REGIME");
   const std::string_view regime = asked ? asked : "";
+  TORCH_CHECK(regime.empty() || regime == "step" || regime == "alone" || regime == "grid",
+              "FUSEDRNN_CUDA_REGIME=", regime, " is none of step, alone and grid");
   const int64_t bytes = layer.input.element_size();
   if (regime == "step" || layer.has_projection || bytes == 8 || layer.B == 0 ||
       (regime.empty() && layer.T <= kFewSteps)) {
