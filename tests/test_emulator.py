@@ -258,6 +258,19 @@ def test_regimes(case: Case, expected: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert launches(case, monkeypatch) == expected
 
 
+def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that has less room than it says: the layer goes step by step, to the same end."""
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", "grid")
+    problem = Problem(Case(H=33, layout="packed"))
+    exact = problem.run(torch.ops.fusedrnn, torch.float64)
+    before = ops.counts()[0]
+    ops.set(0, 8, 2)
+    results = problem.run(ops, torch.float32)
+    assert ops.counts()[0] - before == 12  # two uploads; a launch a step
+    for ours, e in zip(results, exact, strict=True):
+        torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)
+
+
 def test_unknown_regime(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", "fast")
     with pytest.raises(RuntimeError, match="FUSEDRNN_CUDA_REGIME=fast is none of step, alone and"):

@@ -63,6 +63,14 @@ Device::Device(const Tensor& input) : guard_(new Guard{c10::cuda::CUDAGuard(inpu
 Device::~Device() = default;
 
 void check(int status) { C10_CUDA_CHECK(static_cast<cudaError_t>(status)); }
+bool launched(int status) {
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    C10_CUDA_CLEAR_ERROR();
+    return false;
+  }
+  check(status);
+  return true;
+}
 
 Precision rnn_precision() {
   return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) ==

@@ -30,6 +30,9 @@ class Device {
 
 /// Throws if a function of kernels.h returned an error.
 void check(int status);
+/// The same, but false where CTAs that wait for each other found no room to run together: the
+/// device may have less than it tells, say beside other processes.
+bool launched(int status);
 
 /// The precision that torch.backends.cudnn.rnn.fp32_precision asks for.
 Precision rnn_precision();

@@ -168,6 +168,7 @@ Output forward(const Layer& layer, bool save) {
     return product;
   };
 
+  bool done = false;
   if (const Cut cut = regime_of(layer, device); cut.groups > 0) {
     if constexpr (!std::is_same_v<S, double>) {
       const Tensor position = steps.upload(device);
@@ -194,9 +195,10 @@ Output forward(const Layer& layer, bool save) {
       run.h0_stride = layer.h0.defined() ? layer.h0.stride(1) : 0;
       run.c0_stride = layer.c0.defined() ? layer.c0.stride(1) : 0;
       run.y_stride = D * H;
-      check(recurrent_forward<Cell>(run, cut, precision, device.stream));
+      done = launched(recurrent_forward<Cell>(run, cut, precision, device.stream));
     }
-  } else {
+  }
+  if (!done) {
     const Tensor h_product = new_tensor<T>(layer, {B, G * H});
     Tensor raw, projected;
     if (layer.has_projection) {
@@ -297,6 +299,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const int64_t h0_stride = layer.h0.defined() ? layer.h0.stride(1) : 0;
   const int64_t c0_stride = layer.c0.defined() ? layer.c0.stride(1) : 0;
 
+  bool done = false;
   if (const Cut cut = regime_of(layer, device); cut.groups > 0) {
     if constexpr (!std::is_same_v<S, double>) {
       const Tensor position = steps.upload(device);
@@ -321,9 +324,10 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
       run.h0_stride = h0_stride;
       run.c0_stride = c0_stride;
       run.dy_stride = D * H;
-      check(recurrent_backward<Cell>(run, cut, precision, device.stream));
+      done = launched(recurrent_backward<Cell>(run, cut, precision, device.stream));
     }
-  } else {
+  }
+  if (!done) {
     // Where the sums that weight_hh feeds are not all of them, they have a copy of their own.
     const Tensor dhidden = sums > G ? new_tensor<S>(layer, {B, G * H}) : Tensor();
     const Tensor draw = layer.has_projection ? new_tensor<T>(layer, {B, H}) : Tensor();

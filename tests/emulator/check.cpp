@@ -127,7 +127,7 @@ std::string run(const Case& c, unsigned seed) {
   const int64_t T = c.T, B = c.B, H = c.H, D = c.D, N = p.N;
   const bool step = std::string(c.regime) == "step";
   const bool packed = std::string(c.layout) == "packed";
-  emulator::set({seed, c.multiprocessors});
+  emulator::set({seed, c.multiprocessors, c.multiprocessors});
   const auto weight = p.values<S>(size_t(D * G * H * H), 1.5f / std::sqrt(float(H)));
   // One element more than is used, so that it is not aligned to more than one.
   const auto bias_ih = p.values<S>(size_t(D * G * H + 1)), bias_hh = p.values<S>(size_t(D * G * H));

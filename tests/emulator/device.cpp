@@ -17,6 +17,11 @@ Device::Device(const Tensor&) : multiprocessors(emulator::settings().multiproces
 Device::~Device() = default;
 
 void check(int status) { TORCH_CHECK(status == 0, emulator::last_error()); }
+bool launched(int status) {
+  if (status == emulator::kNoRoom) return false;
+  check(status);
+  return true;
+}
 
 Precision rnn_precision() {
   const char* asked = std::getenv("FUSEDRNN_EMULATOR_PRECISION");

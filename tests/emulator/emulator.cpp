@@ -477,9 +477,9 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
     error_of_last = "a grid that no device takes";
     return 1;
   }
-  if (grid.resident && total > uint64_t(chosen.multiprocessors)) {
+  if (grid.resident && total > uint64_t(chosen.room)) {
     error_of_last = "more CTAs than can run together";
-    return 1;
+    return kNoRoom;
   }
   Launch l{grid, threads, kernel, thread};
   l.name = all_kernels()[place].name;

@@ -22,10 +22,14 @@ namespace fusedrnn::emulator {
 /// How the fibers of a launch take turns, and on what device.
 struct Settings {
   uint64_t seed = 0;        ///< of all launches from now on, each of which takes another schedule
-  int multiprocessors = 8;  ///< the CTAs that may wait for each other
+  int multiprocessors = 8;  ///< what the device says that it has
+  int room = 8;             ///< the CTAs that can run together
 };
 void set(const Settings& settings);
 const Settings& settings();
+
+/// What a launch returns whose CTAs can't run together, as CUDA does.
+constexpr int kNoRoom = 720;
 
 /// What was wrong with the last launch that failed.
 const char* last_error();

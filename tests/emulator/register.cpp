@@ -6,8 +6,9 @@
 
 namespace {
 
-void set(int64_t seed, int64_t multiprocessors) {
-  fusedrnn::emulator::set({uint64_t(seed), int(multiprocessors)});
+void set(int64_t seed, int64_t multiprocessors, std::optional<int64_t> room) {
+  fusedrnn::emulator::set(
+      {uint64_t(seed), int(multiprocessors), int(room.value_or(multiprocessors))});
 }
 std::vector<int64_t> counts() {
   const auto c = fusedrnn::emulator::counts();
@@ -26,7 +27,7 @@ std::vector<std::string> kernels() {
 }  // namespace
 
 TORCH_LIBRARY(fusedrnn_emulated, m) {
-  m.def("set(int seed, int multiprocessors) -> ()", &set);
+  m.def("set(int seed, int multiprocessors, int? room=None) -> ()", &set);
   m.def("counts() -> int[]", &counts);
   m.def("kernels() -> str[]", &kernels);
   for (const char* name : {"lstm", "gru", "lstm_backward", "gru_backward"}) {
