@@ -11,10 +11,20 @@ except ImportError as error:
 
 from fusedrnn import functional
 from fusedrnn.modules import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell
+from fusedrnn.swap import fuse, unfuse
 
 try:
     __version__ = version("fusedrnn")
 except PackageNotFoundError:  # run from a checkout that was built in place
     __version__ = "0+unknown"
 
-__all__ = ["FusedGRU", "FusedGRUCell", "FusedLSTM", "FusedLSTMCell", "__version__", "functional"]
+__all__ = [
+    "FusedGRU",
+    "FusedGRUCell",
+    "FusedLSTM",
+    "FusedLSTMCell",
+    "__version__",
+    "functional",
+    "fuse",
+    "unfuse",
+]
