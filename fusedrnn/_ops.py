@@ -15,8 +15,11 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.compiler import is_dynamo_compiling
 
-from fusedrnn import _reference
+from fusedrnn import _functorch, _reference
 
 _ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
@@ -74,6 +77,11 @@ _FORWARD = {
     "gru": torch.ops.fusedrnn.gru.default,
 }
 
+_BACKWARD = {
+    "lstm": torch.ops.fusedrnn.lstm_backward.default,
+    "gru": torch.ops.fusedrnn.gru_backward.default,
+}
+
 # kSaved of csrc/cells.h, for the shapes that the fake kernels tell.
 _SAVED = {"lstm": 5, "gru": 5}
 
@@ -95,13 +103,14 @@ def _differentiable_backward(cell: str, *args: Any) -> tuple[Any, ...]:
     bidirectional, batch_sizes, lengths, _, _, needed = args[2 * n + 1 :]
     # Each argument as a tensor of its own: a path from one to another, say from a weight to the
     # state that a step before made with it, belongs to the engine and would be counted twice.
-    tensors = [
-        t.view_as(t) if need else t
-        for t, need in zip((input, *states, *weights), needed, strict=True)
-    ]
-    output, final = _reference.layer(
-        cell, tensors[0], tensors[1:n], tensors[n:], bidirectional, batch_sizes, lengths
-    )
+    with torch.enable_grad():
+        tensors = [
+            (t.view_as(t) if t.requires_grad else t.detach().requires_grad_()) if need else t
+            for t, need in zip((input, *states, *weights), needed, strict=True)
+        ]
+        output, final = _reference.layer(
+            cell, tensors[0], tensors[1:n], tensors[n:], bidirectional, batch_sizes, lengths
+        )
     used = [(y, g) for y, g in zip((output, *final), grads, strict=True) if g is not None]
     result: list[Tensor] = [input.new_empty(0)] * len(tensors)
     wanted = [i for i, need in enumerate(needed) if need]
@@ -110,7 +119,7 @@ def _differentiable_backward(cell: str, *args: Any) -> tuple[Any, ...]:
             [y for y, _ in used],
             [tensors[i] for i in wanted],
             [g for _, g in used],
-            create_graph=True,
+            create_graph=torch.is_grad_enabled(),
             allow_unused=True,
             materialize_grads=True,
         )
@@ -128,9 +137,16 @@ for _cell in ("lstm", "gru"):
     )
 
 
-def _is_transformed() -> bool:
-    """Whether a transform is active that the kernels have no rule for."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _transforms() -> set[TransformType] | None:
+    """The transforms of torch.func that are active; None if one is that only the reference can."""
+    if forward_ad._current_level >= 0:
+        return None
+    if not torch._C._are_functorch_transforms_active():
+        return set()
+    if is_dynamo_compiling():  # it can't look into them
+        return None
+    found = {i.key() for i in retrieve_all_functorch_interpreters()}
+    return found if found <= {TransformType.Grad, TransformType.Vmap} else None
 
 
 def autocast(
@@ -172,8 +188,14 @@ def layer(
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
     """One layer, all its directions: output and final states. Shapes as in csrc/ops.cpp."""
-    if input.device.type not in _DEVICES or _is_transformed():
+    transforms = _transforms() if input.device.type in _DEVICES else None
+    if transforms is None:
         return _reference.layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
+    if transforms:
+        # What a transform below wants a gradient of is not to be seen from here.
+        save = TransformType.Grad in transforms or torch.is_grad_enabled()
+        call = _functorch.Call(cell, _FORWARD[cell], _BACKWARD[cell], bidirectional, save)
+        return _functorch.layer(call, input, states, weights, batch_sizes, lengths)
     result = _FORWARD[cell](input, *states, weights, bidirectional, batch_sizes, lengths, False)
     return result[0], result[1:-1]
 

@@ -142,7 +142,12 @@ class _FusedRNN(nn.RNNBase):
                 )
             if not is_batched:
                 states = [s.unsqueeze(1) for s in states]
-            rows = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+            if batch_sizes is None:
+                rows = input.size(1)
+            elif is_dynamo_compiling():  # their number is data: left to the op
+                rows = states[0].size(1)
+            else:
+                rows = int(batch_sizes[0])
             self._check_states(states, input, rows)
             if sorted_indices is not None:
                 states = [s.index_select(1, sorted_indices) for s in states]

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../layer.h"
@@ -204,6 +205,28 @@ struct OwnProducts : Products {
   }
 };
 
+/// A new tensor whose padding, where lengths leave some of its N positions out, is zero: of
+/// `shape`, that is [copies, N, features].
+template <class S>
+Tensor new_at_positions(const Layer& layer, c10::IntArrayRef shape, int64_t copies) {
+  const Tensor t = new_tensor<S>(shape);
+  if (!layer.lengths.defined() || t.numel() == 0) return t;
+  const int64_t* const lengths = layer.lengths.const_data_ptr<int64_t>();
+  const int64_t features = t.numel() / (copies * layer.N);
+  S* const data = static_cast<S*>(t.mutable_data_ptr());
+  in_row_parts<SumOf<S>>(layer.T, t.numel(), [&](int64_t begin, int64_t end) {
+    for (int64_t copy = 0; copy < copies; ++copy) {
+      for (int64_t step = begin; step < end; ++step) {
+        for (int64_t row = 0; row < layer.B; ++row) {
+          S* const at = data + ((copy * layer.T + step) * layer.B + row) * features;
+          if (step >= lengths[row]) std::memset(at, 0, size_t(features) * sizeof(S));
+        }
+      }
+    }
+  });
+  return t;
+}
+
 struct Output {
   Tensor y, h_n, c_n, saved;
 };
@@ -213,11 +236,11 @@ Output forward(const Layer& layer, bool save) {
   using T = SumOf<S>;
   const int64_t D = layer.D, G = layer.cell.gates, H = layer.H, P = layer.P;
   Output out;
-  out.y = new_tensor<S>(layer.shape(D * P));
-  if (layer.lengths.defined()) out.y.zero_();
+  out.y = new_at_positions<S>(layer, layer.shape(D * P), 1);
   out.h_n = new_tensor<T>({D, layer.B, P});
   if (layer.cell.has_c) out.c_n = new_tensor<T>({D, layer.B, H});
-  out.saved = save ? new_tensor<T>({D, layer.N, layer.cell.saved, H}) : new_tensor<T>({0});
+  out.saved =
+      save ? new_at_positions<T>(layer, {D, layer.N, layer.cell.saved, H}, D) : new_tensor<T>({0});
 
   const Common<T, S>& common = table<S>().common;
   const Kernel<T, S>& k = kernel<S>(layer);
@@ -332,8 +355,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
   const auto positions = [&](int64_t features) {  // padding must not reach the products
-    const Tensor t = new_tensor<T>({D, N, features});
-    return layer.lengths.defined() ? t.zero_() : t;
+    return new_at_positions<T>(layer, {D, N, features}, D);
   };
   const Tensor dsums = positions(S * H), h_previous = positions(P);
   Tensor dr, h_raw;

@@ -33,6 +33,12 @@ Tensor new_zeros(const Layer& layer, c10::IntArrayRef shape) {
   return at::zeros(shape, options_of<S>(layer));
 }
 
+/// Zeros where lengths may leave positions out.
+template <class S>
+Tensor new_at_positions(const Layer& layer, c10::IntArrayRef shape) {
+  return layer.lengths.defined() ? new_zeros<S>(layer, shape) : new_tensor<S>(layer, shape);
+}
+
 /// The data of a tensor, `offset` elements on; null if it is undefined.
 template <class S>
 S* data_of(const Tensor& t, int64_t offset = 0) {
@@ -152,12 +158,11 @@ Output forward(const Layer& layer, bool save) {
   check_lengths(layer);
 
   Output out;
-  out.y = layer.lengths.defined() ? new_zeros<S>(layer, layer.shape(D * P))
-                                  : new_tensor<S>(layer, layer.shape(D * P));
+  out.y = new_at_positions<S>(layer, layer.shape(D * P));
   out.h_n = new_tensor<S>(layer, {D, B, P});
   Tensor c_n;
   if (layer.cell.has_c) c_n = new_tensor<T>(layer, {D, B, H});
-  out.saved = save ? new_tensor<T>(layer, {D, N, A, H}) : new_tensor<T>(layer, {0});
+  out.saved = save ? new_at_positions<T>(layer, {D, N, A, H}) : new_tensor<T>(layer, {0});
   const auto saved_of = [&](int64_t d, int64_t position) {
     return save ? data_of<T>(out.saved, (d * N + position) * A * H) : nullptr;
   };
@@ -279,8 +284,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const Steps steps(layer);
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
   const auto positions = [&](int64_t features) {  // padding must not reach the products
-    return layer.lengths.defined() ? new_zeros<S>(layer, {D, N, features})
-                                   : new_tensor<S>(layer, {D, N, features});
+    return new_at_positions<S>(layer, {D, N, features});
   };
   const Tensor dsums = positions(sums * H), h_previous = positions(P);
   Tensor dr, h_raw;
