@@ -10,7 +10,9 @@ stress of each vowel of an English word from its phonemes (CMU Pronouncing Dicti
     python examples/train_tagger.py
     python examples/train_tagger.py --cell gru --conllu train.conllu --dev dev.conllu
     torchrun --standalone --nproc-per-node 2 examples/train_tagger.py
+    torchrun --standalone --nproc-per-node 2 examples/train_tagger.py --fsdp
 
+Processes share the rows of each batch; with --fsdp (FSDP2, torch's fully_shard) the weights too.
 Writes to --output: curves.png, metrics.json and model.pt. The checkpoint loads into either layer:
 
     tagger, checkpoint = load_tagger("runs/tagger/model.pt", fused=False)
@@ -38,6 +40,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
@@ -218,6 +223,7 @@ class Workers:
     rank: int
     count: int
     device: torch.device
+    fsdp: bool = False  # whether they share the weights too
 
     def reduce(self, values: Sequence[float], op: Any = dist.ReduceOp.SUM) -> list[float]:
         """The sums (or what `op` says) of each value over all processes."""
@@ -226,6 +232,15 @@ class Workers:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op)
         return tensor.tolist()
+
+    def share(self, tagger: Tagger) -> nn.Module:
+        """What to train the tagger through, so that its gradients are means over all processes."""
+        if self.fsdp:
+            mesh = init_device_mesh(self.device.type, (self.count,))
+            for module in (tagger.rnn, tagger):
+                fully_shard(module, mesh=mesh)
+            return tagger
+        return DistributedDataParallel(tagger) if self.count > 1 else tagger
 
     def clock(self) -> float:
         """Seconds, after all work given to the device is done."""
@@ -253,12 +268,12 @@ def find_device(text: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def start_workers(device: torch.device) -> Workers:
+def start_workers(device: torch.device, fsdp: bool) -> Workers:
     """Joins the other processes if torchrun started this one."""
     if "WORLD_SIZE" not in os.environ:
         return Workers(0, 1, device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Workers(dist.get_rank(), dist.get_world_size(), device)
+    return Workers(dist.get_rank(), dist.get_world_size(), device, fsdp)
 
 
 class Batch(NamedTuple):
@@ -347,14 +362,14 @@ def loss_sum(scores: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def save_tagger(path: Path, tagger: Tagger, data: Data, sizes: dict[str, Any]) -> None:
+def save_tagger(path: Path, weights: dict[str, Tensor], data: Data, sizes: dict[str, Any]) -> None:
     """Writes a checkpoint of plain tensors, numbers and strings."""
     checkpoint = {
         "config": sizes,
         "task": data.task,
         "words": data.words,
         "labels": data.labels,
-        "state_dict": {k: v.detach().cpu() for k, v in tagger.state_dict().items()},
+        "state_dict": weights,
     }
     torch.save(checkpoint, path)
 
@@ -391,10 +406,7 @@ class Side:
     speeds: dict[str, list[float]] = field(default_factory=lambda: {"train": [], "eval": []})
 
     def __post_init__(self) -> None:
-        # DistributedDataParallel shares the gradients of a tagger, which is trained through it.
-        self.model: nn.Module = self.tagger
-        if self.workers.count > 1:
-            self.model = DistributedDataParallel(self.tagger)
+        self.model = self.workers.share(self.tagger)
         self.optimizer = torch.optim.Adam(self.tagger.parameters(), lr=self.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 1 - step / self.steps
@@ -410,7 +422,7 @@ class Side:
     def backward(self, batch: Batch) -> Tensor:
         """Adds the gradients of a batch's mean loss; returns this process's share of the loss."""
         self.optimizer.zero_grad()
-        # The mean over the whole batch: DistributedDataParallel divides the sum by the count.
+        # The mean over the whole batch: what processes share is divided by their count.
         share = self.workers.count / max(1, batch.labelled)
         loss = loss_sum(self.model(batch.words, batch.lengths), batch.labels) * share
         loss.backward()
@@ -474,6 +486,14 @@ class Side:
                 f"the loss of {self.name} was no number in epoch {len(self.history)}: "
                 f"try a smaller --lr than {self.lr:g}; nothing was written"
             )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tagger's state_dict, whole and on the CPU; all processes have to ask for it."""
+        state = self.tagger.state_dict()
+        return {
+            k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().cpu()
+            for k, v in state.items()
+        }
 
     def speed(self, kind: str) -> float:
         """Tokens per second of "train" or "eval" in the whole run."""
@@ -688,7 +708,9 @@ def same_predictions(path: Path, data: Data, args: argparse.Namespace) -> tuple[
     return same, total
 
 
-def write_results(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]) -> None:
+def write_results(
+    args: argparse.Namespace, data: Data, sides: tuple[Side, Side], weights: dict[str, Tensor]
+) -> None:
     """Writes the three files, the checkpoint last, and prints the report."""
     title = describe(args, data, sides[0].workers)
     files = [args.output / name for name in ("curves.png", "metrics.json", "model.pt")]
@@ -696,9 +718,7 @@ def write_results(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]
     try:
         write_whole(files[0], lambda path: draw(path, sides, title))
         write_whole(files[1], lambda path: path.write_text(text, encoding="utf-8"))
-        write_whole(
-            files[2], lambda path: save_tagger(path, sides[1].tagger, data, model_sizes(args))
-        )
+        write_whole(files[2], lambda path: save_tagger(path, weights, data, model_sizes(args)))
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
         raise UserError(f"can't write to {args.output}: {str(error).splitlines()[0]}") from error
     same, total = same_predictions(files[2], data, args)
@@ -722,6 +742,8 @@ def describe(args: argparse.Namespace, data: Data, workers: Workers) -> str:
         where += f", {threads} thread{'s' * (threads > 1)}"
     if workers.count > 1:
         where = f"{workers.count} processes on {where} each"
+    if workers.fsdp:
+        where += ", FSDP"
     task = {"upos": "UPOS of words", "stress": "Stress of phonemes"}[data.task]
     return (
         f"{task}: {args.layers}-layer bidirectional {args.cell.upper()}, hidden {args.hidden}, "
@@ -778,12 +800,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=_number(int, 0, 2**31), default=0)
     add("--threads", type=_number(int, 1, 1024), help="of the CPU; torch's choice if not given")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--fsdp", action="store_true", help="shard the weights over torchrun's processes")
     add("--output", type=Path, metavar="DIR", default=Path("runs/tagger"))
     args = parser.parse_args(argv)
     if args.conllu and not args.dev:
         parser.error("--conllu needs --dev DEV, a CoNLL-U file to test on")
     if args.dev and not args.conllu:
         parser.error("--dev needs --conllu TRAIN, a CoNLL-U file to train on")
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        parser.error("--fsdp needs processes to shard over: start it with torchrun")
     return args
 
 
@@ -810,12 +835,13 @@ def run(argv: Sequence[str] | None) -> None:
         torch.set_num_threads(args.threads)
     data = load_data(args)
     prepare_output(args.output)
-    workers = start_workers(device)
+    workers = start_workers(device, args.fsdp)
     try:
         first = workers.rank == 0
         sides = train(args, data, workers, print if first else lambda _: None)
+        weights = sides[1].weights()
         if first:
-            write_results(args, data, sides)
+            write_results(args, data, sides, weights)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -251,6 +251,12 @@ OTHER_ERRORS = {
         "argument --lr: expected a number from 1e-09 to 100, got 'nan'",
     ),
     "option": ({}, ["--speed", "9"], 2, "unrecognized arguments: --speed 9"),
+    "no torchrun": (
+        {},
+        ["--fsdp"],
+        2,
+        "--fsdp needs processes to shard over: start it with torchrun",
+    ),
 }
 
 
@@ -338,24 +344,29 @@ def test_command_fails_with_one_line(files, tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_processes_train_as_one(files, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_two_processes_train_as_one(files, tmp_path, options):
     """The last batch has one row, so that the second process has none."""
     files += ["--limit", "13"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run(files, launcher, OMP_NUM_THREADS="1")
+    done = run([*files, *options], launcher, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training tokens/s  ") == 1  # one process prints
-    assert "2 processes on cpu, 1 thread each" in done.stdout
+    assert "2 processes on cpu, 1 thread each" + ", FSDP" * len(options) in done.stdout
     assert "same label for 8 of 8 dev words" in done.stdout
     two = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    weights_of_two = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["state_dict"]
     assert tagger.main(files) == 0
     one = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    weights_of_one = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["state_dict"]
     assert (one["processes"], two["processes"]) == (1, 2)
     for name, side in one["sides"].items():
         other = two["sides"][name]
         assert other["step_losses"] == pytest.approx(side["step_losses"], abs=1e-4)
         for key in ("dev_accuracy", "train_tokens", "eval_tokens"):
             assert [e[key] for e in other["epochs"]] == [e[key] for e in side["epochs"]]
+    assert all(type(v) is torch.Tensor for v in weights_of_two.values())
+    torch.testing.assert_close(weights_of_two, weights_of_one, rtol=1e-3, atol=1e-4)
 
 
 def test_cmudict(tmp_path, capsys):
