@@ -1,0 +1,435 @@
+"""What torch has around modules, with nn's layers and with fused ones: the table in README.
+
+`python tests/test_works_with.py` writes that table. Each function does the thing named by its
+docstring with a layer of a class, and fails if that doesn't work.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from fusedrnn import FusedGRU, FusedLSTM, fuse, unfuse
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- works with -->\n", "<!-- /works with -->")
+Kind = Callable[..., nn.Module]
+FUSED = {nn.LSTM: FusedLSTM, nn.GRU: FusedGRU}
+T, B, I, H = 5, 3, 4, 6
+
+
+def data(*shape: int, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape or (T, B, I), generator=generator).to(device)
+
+
+def made(kind: Kind, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(I, H, **settings)
+
+
+def outcome(module: nn.Module, result: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The result and the gradients that its square has."""
+    module.zero_grad()
+    result.square().sum().backward()
+    return result.detach(), {n: p.grad for n, p in module.named_parameters()}
+
+
+def equal_alone(module: nn.Module, result: Tensor, x: Tensor | None = None) -> None:
+    """The result, with gradients, is that of a plain call."""
+    found = outcome(module, result)
+    expected = outcome(module, module(data() if x is None else x)[0])
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Compilers.
+
+
+def compiles(kind: Kind, device: str) -> None:
+    """`torch.compile(fullgraph=True)`, forward and backward"""
+    module = made(kind, num_layers=2).to(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    equal_alone(module, compiled(data(device=device))[0], data(device=device))
+
+
+def compiles_lengths(kind: Kind, device: str) -> None:
+    """the same, rows of different lengths"""
+
+    def model(x: Tensor, lengths: Tensor) -> Tensor:
+        if isinstance(module, (FusedLSTM, FusedGRU)):
+            return module(x, lengths=lengths)[0]
+        return module(pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False))[0].data
+
+    module = made(kind).to(device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    lengths = torch.tensor([2, 5, 3], device=device)
+    outcome(module, compiled(data(device=device), lengths))
+
+
+def exports(kind: Kind, device: str) -> None:
+    """`torch.export`, any number of steps and rows"""
+    module = made(kind).to(device).eval()
+    shapes = ({0: Dim("steps"), 1: Dim("rows")},)
+    program = torch.export.export(module, (data(device=device),), dynamic_shapes=shapes)
+    for steps, rows in ((1, 1), (8, 2), (30, 5)):
+        x = data(steps, rows, I, device=device)
+        assert_close(program.module()(x), module(x))
+
+
+def traces(kind: Kind, device: str) -> None:
+    """`torch.jit.trace`"""
+    module = made(kind).to(device).eval()
+    traced = torch.jit.trace(module, (data(device=device),))
+    assert_close(traced(data(device=device)), module(data(device=device)))
+
+
+def scripts(kind: Kind, device: str) -> None:
+    """`torch.jit.script`"""
+    model = nn.Sequential(made(kind)).to(device)
+    assert_close(torch.jit.script(model)(data(device=device)), model(data(device=device)))
+
+
+# torch.func.
+
+
+def maps(kind: Kind, device: str) -> None:
+    """`vmap` over inputs"""
+    module = made(kind).to(device).requires_grad_(False)
+    x = data(4, T, B, I, device=device)
+    assert_close(vmap(module)(x)[0], torch.stack([module(s)[0] for s in x]))
+
+
+def per_sample(kind: Kind, device: str) -> None:
+    """`vmap(grad)`: gradients of each sample"""
+    module = made(kind).to(device)
+    x = data(4, T, 1, I, device=device)
+
+    def loss(weights: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(module, weights, (sample,))[0].square().sum()
+
+    weights = {n: p.detach() for n, p in module.named_parameters()}
+    found = vmap(grad(loss), in_dims=(None, 0))(weights, x)
+    for i, sample in enumerate(x):
+        _, alone = outcome(module, module(sample)[0])
+        assert_close({n: g[i] for n, g in found.items()}, alone, rtol=1e-4, atol=1e-5)
+
+
+def forward_mode(kind: Kind, device: str) -> None:
+    """`jvp`, `hessian`"""
+    module = made(kind).to(device).double().requires_grad_(False)
+    x = data(2, 1, I, device=device).double()
+    v = torch.ones_like(x)
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x)[0].square().sum()
+
+    assert_close(jvp(loss, (x,), (v,))[1], (grad(loss)(x) * v).sum())
+    found = hessian(loss)(x).reshape(x.numel(), x.numel())
+    assert_close(found, found.T)
+
+
+def second_derivatives(kind: Kind, device: str) -> None:
+    """second derivatives (`create_graph=True`)"""
+    module = made(kind).to(device)
+    x = data(device=device).requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+    _, found = outcome(module, gradient)
+    assert any(g.any() for g in found.values())
+
+
+def eval_mode(kind: Kind, device: str) -> None:
+    """gradients in eval mode"""
+    module = made(kind).to(device).eval()
+    x = data(device=device).requires_grad_()
+    module(x)[0].sum().backward()
+    assert x.grad.any()
+
+
+# Training.
+
+
+def amp(kind: Kind, device: str) -> None:
+    """`torch.autocast` and `GradScaler`"""
+    module = made(kind).to(device)
+    x = data(device=device)
+    theirs = {v: k for k, v in FUSED.items()}.get(kind, kind)
+    plain = made(theirs).to(device)
+    plain.load_state_dict(module.state_dict())
+    scaler = torch.amp.GradScaler(device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    before = copy.deepcopy(module.state_dict())
+    for dtype in (torch.bfloat16, torch.float16)[: 1 if device == "cpu" else 2]:
+        with torch.autocast(device, dtype):
+            output, expected = module(x)[0], plain(x)[0]
+        assert output.dtype == expected.dtype
+        assert_close(output, expected, rtol=0.05, atol=0.02)
+    scaler.scale(output.float().square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert any(not torch.equal(v, before[n]) for n, v in module.state_dict().items())
+
+
+def checkpoints(kind: Kind, device: str) -> None:
+    """`torch.utils.checkpoint`, both kinds, with dropout"""
+    module = made(kind, num_layers=2, dropout=0.5).to(device)
+    for reentrant in (True, False):
+        x = data(device=device).requires_grad_()
+        torch.manual_seed(2)
+        found = outcome(module, checkpoint(module, x, use_reentrant=reentrant)[0])
+        torch.manual_seed(2)
+        assert_close(found, outcome(module, module(x)[0]))
+
+
+def parametrized(kind: Kind, device: str) -> None:
+    """`parametrize`: `weight_norm`, `spectral_norm`, `orthogonal`; pruning"""
+    for change in (
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        lambda m, n: prune.random_unstructured(m, n, amount=0.3),
+    ):
+        module = made(kind).to(device).eval()
+        change(module, "weight_hh_l0")
+        plain = made(kind).to(device)
+        plain.load_state_dict({n: getattr(module, n).detach() for n in plain.state_dict()})
+        x = data(device=device)
+        found, gradients = outcome(module, module(x)[0])
+        expected, of_plain = outcome(plain, plain(x)[0])
+        assert_close(found, expected)
+        assert any(n not in of_plain and g is not None and g.any() for n, g in gradients.items())
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight_hh_l0")
+            assert_close(module(x)[0], expected)
+
+
+def copies(kind: Kind, device: str) -> None:
+    """`deepcopy`, `pickle`, `torch.save` and `torch.load(weights_only=True)`"""
+    module = made(kind, num_layers=2, bidirectional=True).to(device)
+    x = data(device=device)
+    expected = module(x)
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    loaded = made(kind, num_layers=2, bidirectional=True).to(device)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    whole = io.BytesIO()
+    torch.save(module, whole)
+    whole.seek(0)
+    others = [
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(whole, weights_only=False),
+        loaded,
+    ]
+    for other in others:
+        assert_close(other(x), expected, rtol=0, atol=0)
+
+
+def meta(kind: Kind, device: str) -> None:
+    """meta device, `to_empty`, `load_state_dict(assign=True)`"""
+    with torch.device("meta"):
+        module = kind(I, H)
+        assert module(torch.empty(T, B, I))[0].shape == (T, B, H)
+    reference = made(kind).to(device)
+    module = module.to_empty(device=device)
+    module.load_state_dict(reference.state_dict())
+    assert_close(module(data(device=device)), reference(data(device=device)))
+    assigned = kind(I, H, device="meta")
+    assigned.load_state_dict(reference.state_dict(), assign=True)
+    assert_close(assigned(data(device=device)), reference(data(device=device)))
+
+
+def skips_init(kind: Kind, device: str) -> None:
+    """`torch.nn.utils.skip_init`"""
+    skipped = nn.utils.skip_init(kind, I, H, device=device)
+    skipped.reset_parameters()
+    assert skipped(data(device=device))[0].isfinite().all()
+
+
+def stateless(kind: Kind, device: str) -> None:
+    """`torch.func.functional_call`"""
+    module = made(kind).to(device)
+    other = {n: p.detach() * 0.5 for n, p in module.named_parameters()}
+    found = functional_call(module, other, (data(device=device),))
+    module.load_state_dict(other)
+    assert_close(found, module(data(device=device)))
+
+
+# Data and the way out.
+
+
+def lengths_of_zero(kind: Kind, device: str) -> None:
+    """rows of different lengths, also empty ones, their lengths on the device"""
+    module = made(kind, bidirectional=True).to(device)
+    lengths = torch.tensor([2, 0, 5], device=device)
+    x = data(device=device)
+    if isinstance(module, (FusedLSTM, FusedGRU)):
+        output, _ = module(x, lengths=lengths)
+    else:
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        output, _ = nn.utils.rnn.pad_packed_sequence(module(packed)[0])
+    assert not output[:, 1].any()
+    assert_close(output[:2, 0], module(x[:2, :1])[0][:, 0])
+
+
+def hidden_views(kind: Kind, device: str) -> None:
+    """`hx` expanded from one row, the output changed in place"""
+    module = made(kind).to(device)
+    h = data(1, 1, H, device=device).expand(1, B, H)
+    output, _ = module(data(device=device), (h, h) if module.mode == "LSTM" else h)
+    outcome(module, output.mul_(2))
+
+
+def onnx(kind: Kind, device: str) -> None:
+    """ONNX export"""
+    pytest.importorskip("onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            made(kind).eval(), (data(),), io.BytesIO(), dynamo=False, input_names=["x"]
+        )
+
+
+def quantises(kind: Kind, device: str) -> None:
+    """`quantize_dynamic`"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(made(kind))
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU})
+    assert "quantized" in type(model[0]).__module__
+
+
+# What works, in nn.LSTM and nn.GRU on the CPU, then what a GPU changes, and in fused layers.
+YES, NO, UNFUSE = "yes", "no", "after `unfuse`"
+NOT_LSTM, NOT_GRU = "`nn.LSTM`: no", "`nn.GRU`: no"
+GROUPS: dict[str, dict[Callable[[Kind, str], None], tuple[str, str]]] = {
+    "compilers": {
+        compiles: (NO, YES),
+        compiles_lengths: (NO, YES),
+        exports: (NO, YES),
+        traces: (YES, YES),
+        scripts: (YES, UNFUSE),
+    },
+    "torch.func": {
+        maps: (NO, YES),
+        per_sample: (NOT_GRU, YES),
+        forward_mode: (YES, YES),
+        stateless: (YES, YES),
+    },
+    "training": {
+        second_derivatives: ("not on a GPU", YES),
+        eval_mode: ("not on a GPU", YES),
+        amp: (YES, YES),
+        checkpoints: (YES, YES),
+        parametrized: (YES, YES),
+        copies: (YES, YES),
+        meta: (YES, YES),
+        skips_init: (NO, YES),
+    },
+    "data": {
+        lengths_of_zero: (NO, YES),
+        hidden_views: (NOT_LSTM, YES),
+    },
+    "the way out": {
+        onnx: (YES, UNFUSE),
+        quantises: (YES, UNFUSE),
+    },
+}
+FEATURES = {f: claims for group in GROUPS.values() for f, claims in group.items()}
+# Shown by tests that start processes or compile C++.
+ELSEWHERE = [
+    ("AOTInductor package", NO, YES, "test_compile.py::test_aot_inductor"),
+    ("two graphs for all sizes", NO, YES, "test_compile.py::test_two_graphs_for_all_sizes"),
+    ("`torch.library.opcheck` of the ops", "-", YES, "test_compile.py"),
+    ("DistributedDataParallel, 2 processes", YES, YES, "test_distributed.py"),
+    ("FSDP2 (`fully_shard`), 2 processes", YES, YES, "test_distributed.py"),
+    ("DataLoader workers, threads", YES, YES, "test_robustness.py"),
+    ("`fuse`, `unfuse`: hooks, optimizers, shared modules", "-", YES, "test_swap.py"),
+]
+
+
+def table() -> str:
+    """Markdown."""
+    lines = ["| | `nn.LSTM`, `nn.GRU` | fusedrnn | shown by |", "|---|---|---|---|"]
+    for function, (theirs, ours) in FEATURES.items():
+        test = f"`test_works_with.py -k {function.__name__}`"
+        lines.append(f"| {function.__doc__} | {theirs} | {ours} | {test} |")
+    lines += [f"| {what} | {a} | {b} | `{test}` |" for what, a, b, test in ELSEWHERE]
+    return "\n".join(lines) + "\n"
+
+
+def works(function: Callable[[Kind, str], None], kind: Kind, device: str) -> bool:
+    torch._dynamo.reset()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(kind, device)
+    except pytest.skip.Exception:
+        raise
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("theirs", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("function", FEATURES, ids=lambda f: f.__name__)
+def test_works(function: Callable[[Kind, str], None], theirs: type, device: str) -> None:
+    """Fused layers do what the table claims, and after `unfuse` what it says then."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch._dynamo.reset()
+    claim = FEATURES[function][1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if claim == YES:
+            function(FUSED[theirs], device)
+            if function is not skips_init:  # which wants a class
+                function(lambda *a, **k: fuse(theirs(*a, **k)), device)
+        else:
+            assert claim == UNFUSE
+            function(lambda *a, **k: unfuse(FUSED[theirs](*a, **k)), device)
+
+
+@pytest.mark.parametrize("function", FEATURES, ids=lambda f: f.__name__)
+def test_the_claims_about_torch(function: Callable[[Kind, str], None]) -> None:
+    """What the table says of nn.LSTM and nn.GRU on the CPU, and that `unfuse` is needed."""
+    theirs, ours = FEATURES[function]
+    assert works(function, nn.LSTM, "cpu") == (theirs not in (NO, NOT_LSTM))
+    assert works(function, nn.GRU, "cpu") == (theirs not in (NO, NOT_GRU))
+    if ours == UNFUSE:
+        assert not works(function, FusedLSTM, "cpu")
+
+
+def test_readme_has_this_table() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table(), (
+        f"run python {Path(__file__).name}"
+    )
+    for *_, test in ELSEWHERE:
+        file, _, name = test.partition("::")
+        source = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^def {name}\(", source, re.MULTILINE), test
+
+
+if __name__ == "__main__":
+    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
+    README.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1])
+    sys.exit()
