@@ -9,6 +9,12 @@
 namespace fusedrnn {
 namespace {
 
+/// FSDP and others take the memory of a tensor away and leave the rest.
+void check_allocated(const CellInfo& cell, const char* name, const Tensor& t) {
+  TORCH_CHECK(t.numel() == 0 || t.storage().nbytes() > 0, "fusedrnn::", cell.name, ": ", name,
+              " has elements, but its data is not allocated");
+}
+
 void check_like(const CellInfo& cell, const char* name, const Tensor& t, const Tensor& input,
                 c10::IntArrayRef shape) {
   TORCH_CHECK(t.device() == input.device(), "fusedrnn::", cell.name, ": input is on ",
@@ -17,6 +23,7 @@ void check_like(const CellInfo& cell, const char* name, const Tensor& t, const T
               input.scalar_type(), " but ", name, " has type ", t.scalar_type());
   TORCH_CHECK(t.sizes() == shape, "fusedrnn::", cell.name, ": Expected ", name, " size ", shape,
               ", got ", t.sizes());
+  check_allocated(cell, name, t);
 }
 
 /// With the features next to each other, as the kernels read them.
@@ -40,6 +47,7 @@ Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h
   TORCH_CHECK(x.dim() == (packed ? 2 : 3), "fusedrnn::", cell.name, ": Expected input to be ",
               packed ? "2D" : "3D", packed ? " with batch_sizes" : "", ", got ", x.dim(), "D");
   I = x.size(-1);
+  check_allocated(cell, "input", x);
 
   if (packed) {
     const Tensor& s = *sizes;

@@ -195,7 +195,7 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
       }
       result = {std::move(x), at::cat(h), module.has_c ? at::cat(c) : Tensor()};
     }
-    if (first) result.y = result.y.transpose(0, 1);
+    if (first) result.y.transpose_(0, 1);  // not a view: FSDP loses sight of those
   }
   const auto wrap = [](Tensor& t) { return THPVariable_Wrap(std::move(t)); };
   PyObject* final = wrap(result.h_n);
@@ -225,8 +225,8 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
     };
     result = call(module.has_c, module.input->unsqueeze(0),
                   {one_step(module.states.h), one_step(module.states.c)}, module.weights, false);
-    result.h_n = result.h_n.squeeze(0);
-    if (module.has_c) result.c_n = result.c_n.squeeze(0);
+    result.h_n.squeeze_(0);
+    if (module.has_c) result.c_n.squeeze_(0);
   }
   PyObject* const h = THPVariable_Wrap(std::move(result.h_n));
   return module.has_c ? Py_BuildValue("(NN)", h, THPVariable_Wrap(std::move(result.c_n)))

@@ -149,6 +149,11 @@ def _transforms() -> set[TransformType] | None:
     return found if found <= {TransformType.Grad, TransformType.Vmap} else None
 
 
+def can_reshape_in_place() -> bool:
+    """Whether a result may become its own view, which FSDP's hooks stay on, as on no other view."""
+    return not is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def autocast(
     layer: str, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor]]:
@@ -178,6 +183,17 @@ def autocast(
     )
 
 
+def check_lengths(lengths: Tensor, steps: int) -> None:
+    """What the kernels check, of lengths on the host."""
+    while torch._C._functorch.is_gradtrackingtensor(lengths):
+        lengths = torch._C._functorch.get_unwrapped(lengths)
+    if lengths.device.type != "cpu" or torch._C._functorch.is_batchedtensor(lengths):
+        return
+    for n in lengths.tolist():
+        if not 0 <= n <= steps:
+            raise RuntimeError(f"lengths must be from 0 to the sequence length {steps}, got {n}")
+
+
 def layer(
     cell: str,
     input: Tensor,
@@ -190,6 +206,8 @@ def layer(
     """One layer, all its directions: output and final states. Shapes as in csrc/ops.cpp."""
     transforms = _transforms() if input.device.type in _DEVICES else None
     if transforms is None:
+        if lengths is not None and not is_dynamo_compiling():
+            check_lengths(lengths, input.size(0))
         return _reference.layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
     if transforms:
         # What a transform below wants a gradient of is not to be seen from here.

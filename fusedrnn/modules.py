@@ -65,12 +65,7 @@ class _FusedRNN(nn.RNNBase):
             )
         if found.device.type == "cpu" != input.device.type and not is_dynamo_compiling():
             # What a GPU finds out later would end the process's use of it.
-            outside = [n for n in found.tolist() if not 0 <= n <= input.size(0)]
-            if outside:
-                raise RuntimeError(
-                    f"lengths must be from 0 to the sequence length {input.size(0)}, "
-                    f"got {outside[0]}"
-                )
+            _ops.check_lengths(found, input.size(0))
         return found.to(input.device, torch.int64)
 
     def _check_states(self, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
@@ -172,7 +167,11 @@ class _FusedRNN(nn.RNNBase):
             return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
         if not is_batched:
             return output.squeeze(1), tuple(s.squeeze(1) for s in final)
-        return output.transpose(0, 1) if self.batch_first else output, final
+        if not self.batch_first:
+            return output, final
+        if _ops.can_reshape_in_place():
+            return output.transpose_(0, 1), final
+        return output.transpose(0, 1), final
 
 
 class FusedLSTM(_FusedRNN):
@@ -392,6 +391,8 @@ def _cell(
         None,
         None,
     )
+    if is_batched and _ops.can_reshape_in_place():
+        return tuple(s.squeeze_(0) for s in final)
     return tuple(s[0] if is_batched else s[0, 0] for s in final)
 
 

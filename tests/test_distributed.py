@@ -68,19 +68,7 @@ def test_fsdp(measured: dict[str, Measured], mode: str, form: str) -> None:
     check(measured[f"fsdp {mode}: {form}"])
 
 
-VIEWS = pytest.mark.xfail(
-    reason="batch_first's output and a cell's states are views: FSDP2's hook goes where they are "
-    "written to"
-)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(f, marks=[VIEWS] if f.endswith("cell") or "batch_first" in s.settings else [])
-        for f, s in FORMS.items()
-    ],
-)
+@pytest.mark.parametrize("form", FORMS)
 def test_fsdp_with_outputs_written_to(measured: dict[str, Measured], form: str) -> None:
     check(measured[f"fsdp in place: {form}"])
 

@@ -303,6 +303,14 @@ def test_higher_derivatives(kind: type[nn.Module]) -> None:
     )
 
 
+@pytest.mark.parametrize("lengths", [[6, 0, 1], [2, -1, 1]])
+def test_lengths_out_of_range_on_the_reference(lengths: list[int]) -> None:
+    module = made(FusedLSTM, "plain").requires_grad_(False)
+    x = random(T, B, I)
+    with pytest.raises(RuntimeError, match=r"lengths must be from 0 to the sequence length 5"):
+        jvp(lambda x: module(x, lengths=lengths)[0], (x,), (x,))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_jvp_and_vjp(kind: type[nn.Module]) -> None:
     module = made(kind, "layers-bidirectional").requires_grad_(False)

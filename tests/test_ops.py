@@ -98,11 +98,22 @@ PROJECTED: dict[str, Any] = {
     "grad_h_n": torch.randn(1, B, 2),
     "h0": torch.randn(1, B, 2),
 }
+
+
+def freed(*shape: int) -> Tensor:
+    """As FSDP leaves a weight between two uses."""
+    t = torch.randn(shape)
+    t.untyped_storage().resize_(0)
+    return t
+
+
 FORWARD_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"input": torch.randn(T, I)}, "Expected input to be 3D, got 2D"),
     ({"input": torch.tensor(1.0)}, "Expected input to be 3D, got 0D"),
     ({"input": torch.ones(T, B, I, dtype=torch.int64)}, "must be float32, float64, bfloat16 or"),
     ({"input": torch.randn(T, B, I, dtype=torch.complex64)}, "must be float32, float64, bfloat16"),
+    ({"input": freed(T, B, I)}, "input has elements, but its data is not allocated"),
+    ({"c0": freed(1, B, H)}, "c0 has elements, but its data is not allocated"),
     ({"input": torch.randn(T, B, I + 1)}, r"Expected weight_ih size \[20, 3\], got \[20, 2\]"),
     ({"input": torch.randn(0, B, I)}, "Expected sequence length to be larger than 0 in RNN"),
     (
