@@ -60,7 +60,6 @@ def assert_same_error(call: Callable[[type[nn.Module]], Any], theirs: type, ours
         ((3, 4), {"proj_size": -1}),
         ((3, 4), {"proj_size": 4}),
         ((3, 4), {"proj_size": 9}),
-        ((3,), {}),
     ],
 )
 @pytest.mark.parametrize(("theirs", "ours"), LAYERS)
@@ -107,6 +106,15 @@ def test_one_seed_gives_the_same_weights_names_and_repr(theirs: type, ours: type
             assert a._flat_weights_names == b._flat_weights_names
             assert [len(w) for w in a.all_weights] == [len(w) for w in b.all_weights]
             assert b.flatten_parameters() is None
+
+
+def test_constructors_name_their_arguments() -> None:
+    base = list(inspect.signature(nn.RNNBase.__init__).parameters)
+    base.remove("mode")
+    for _, ours in LAYERS:
+        assert list(inspect.signature(ours.__init__).parameters) == base
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'hidden_size"):
+            ours(3)
 
 
 def test_positional_signature_is_torchs() -> None:
