@@ -11,7 +11,7 @@ CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
 
-.PHONY: help demo test lint format bench sanitize dist cuda-check cuda-build gpu clean
+.PHONY: help demo test lint format bench sanitize docs dist cuda-check cuda-build gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +64,15 @@ sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=../build/sanitize \
 	  FUSEDRNN_TEST_EXAMPLES=$${FUSEDRNN_TEST_EXAMPLES:-500} \
 	  ../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_ARGS)
+
+# As for bench.
+$(VENV)/docs: $(VENV)/built
+	$(BIN)/pip install -q 'fusedrnn[docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## build the API reference and the pages of docs/ into build/docs
+	rm -rf build/docs
+	$(BIN)/python docs/build.py build/docs
 
 # The wheel is built from the sdist, which shows that nothing is missing there. It is tried from
 # outside the source tree, with the torch of .venv, which is all that it needs.
