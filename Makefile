@@ -11,7 +11,7 @@ CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
 
-.PHONY: help demo test lint format bench sanitize cuda-check cuda-build gpu clean
+.PHONY: help demo test lint format bench sanitize docs dist cuda-check cuda-build gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +64,27 @@ sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=../build/sanitize \
 	  FUSEDRNN_TEST_EXAMPLES=$${FUSEDRNN_TEST_EXAMPLES:-500} \
 	  ../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_ARGS)
+
+# As for bench.
+$(VENV)/docs: $(VENV)/built
+	$(BIN)/pip install -q 'fusedrnn[docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## build the API reference and the pages of docs/ into build/docs
+	rm -rf build/docs
+	$(BIN)/python docs/build.py build/docs
+
+# The wheel is built from the sdist, which shows that nothing is missing there. It is tried from
+# outside the source tree, with the torch of .venv, which is all that it needs.
+dist: $(VENV)/torch  ## build an sdist and a wheel into dist/ and check them
+	$(BIN)/pip install -q build
+	rm -rf dist build/dist fusedrnn.egg-info
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/dist_check.py dist
+	$(BIN)/pip install -q --no-deps --no-index --target build/dist dist/*.whl
+	cd / && PYTHONPATH=$(CURDIR)/build/dist $(abspath $(BIN))/python -c "import fusedrnn; \
+	  assert fusedrnn.__file__.startswith('$(CURDIR)/build/dist/'), fusedrnn.__file__"
+	cd / && PYTHONPATH=$(CURDIR)/build/dist $(abspath $(BIN))/python -m fusedrnn
 
 cuda-check:  ## compile the CUDA kernels with nvcc alone; check registers and spills
 	$(PYTHON) tests/cuda_check.py $(CUDA_CHECK_ARGS)

@@ -4,10 +4,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     import torch as _torch  # noqa: F401
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "fusedrnn needs torch: pip install torch, then install fusedrnn again"
-    ) from error
+    ) from _error
 
 from fusedrnn import functional
 from fusedrnn.modules import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell

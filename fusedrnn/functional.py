@@ -87,8 +87,8 @@ def lstm(
     Args:
         input: [T, B, I] or, with batch_sizes, [N, I] as in PackedSequence.data. float32, float64,
             bfloat16 or float16, as are all other tensors; any strides.
-        hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]); None for zeros.
-        weights: for each layer, for each direction: weight_ih [4H, I or D*P], weight_hh [4H, P],
+        hx: (h_0 `[L*D, B, P]`, c_0 `[L*D, B, H]`); None for zeros.
+        weights: for each layer, for each direction: weight_ih `[4H, I or D*P]`, weight_hh [4H, P],
             bias_ih [4H] and bias_hh [4H] or neither, weight_hr [P, H] if projected.
         num_layers: L.
         dropout: probability of zeroing each output of all layers but the last, while training.
@@ -99,11 +99,12 @@ def lstm(
             row's length are not read, and zero in the output.
 
     Returns:
-        output [T, B, D*P] or [N, D*P], h_n [L*D, B, P], c_n [L*D, B, H]: the states after each
-        row's own last step.
+        output `[T, B, D*P]` or `[N, D*P]`, h_n `[L*D, B, P]`, c_n `[L*D, B, H]`: the states after
+        each row's own last step.
 
     Raises:
-        ValueError: the number of weights fits no LSTM. TypeError: lengths is no tensor.
+        ValueError: the number of weights fits no LSTM.
+        TypeError: lengths is no tensor.
         RuntimeError: a shape, type or device doesn't fit; T is 0; bad batch_sizes or lengths.
     """
     _check("lstm", weights, num_layers, bidirectional, lengths)
@@ -138,8 +139,8 @@ def gru(
 
     Args:
         input: as in `lstm`.
-        hx: h_0 [L*D, B, H]; None for zeros.
-        weights: for each layer, for each direction: weight_ih [3H, I or D*H], weight_hh [3H, H],
+        hx: h_0 `[L*D, B, H]`; None for zeros.
+        weights: for each layer, for each direction: weight_ih `[3H, I or D*H]`, weight_hh [3H, H],
             bias_ih [3H] and bias_hh [3H] or neither.
         num_layers: as in `lstm`, and so are the rest.
         dropout: see `lstm`.
@@ -149,11 +150,11 @@ def gru(
         lengths: see `lstm`.
 
     Returns:
-        output [T, B, D*H] or [N, D*H], h_n [L*D, B, H].
+        output `[T, B, D*H]` or `[N, D*H]`, h_n `[L*D, B, H]`.
 
     Raises:
         ValueError: the number of weights fits no GRU.
-        RuntimeError: as `lstm`.
+        TypeError, RuntimeError: as `lstm`.
     """
     _check("gru", weights, num_layers, bidirectional, lengths)
     output, (h_n,) = run(

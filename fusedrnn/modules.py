@@ -6,13 +6,14 @@ of that. Parameters, their order and initial values, state_dict and error messag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from fusedrnn import _ops
 from fusedrnn.functional import run
@@ -20,6 +21,13 @@ from fusedrnn.functional import run
 __all__ = ["FusedGRU", "FusedGRUCell", "FusedLSTM", "FusedLSTMCell"]
 
 Lengths = Sequence[int] | Tensor
+
+if TYPE_CHECKING:
+    F = TypeVar("F")
+
+    def _of(function: F) -> Callable[[object], F]:
+        """A call's type is that of forward, where nn.Module's is Any. An alias would keep Any."""
+        return lambda _: function
 
 
 def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -210,8 +218,8 @@ class FusedLSTM(_FusedRNN):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -250,14 +258,14 @@ class FusedLSTM(_FusedRNN):
 
         Args:
             input: [T, B, I], [B, T, I] if batch_first, [T, I] unbatched, or a PackedSequence.
-            hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), without B if unbatched, rows in the caller's
+            hx: (h_0 `[L*D, B, P]`, c_0 `[L*D, B, H]`), without B if unbatched, rows in the caller's
                 order; None for zeros.
             lengths: B integers from 0 to T, in any order, list or tensor on any device: the steps
                 of each row. Padding is not read, and zero in the output; states are those
                 after each row's own last step.
 
         Returns:
-            output [T, B, D*P] in the layout of the input, (h_n [L*D, B, P], c_n [L*D, B, H]).
+            output `[T, B, D*P]` in the layout of the input, (h_n `[L*D, B, P]`, c_n `[L*D, B, H]`).
 
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, in its words where it has them.
@@ -273,6 +281,12 @@ class FusedLSTM(_FusedRNN):
             raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
         output, (h_n, c_n) = self._forward(input, hx, lengths)
         return output, (h_n, c_n)
+
+    if TYPE_CHECKING:
+
+        @_of(forward)
+        def __call__(self) -> None:
+            """As forward."""
 
 
 class FusedGRU(_FusedRNN):
@@ -297,11 +311,11 @@ class FusedGRU(_FusedRNN):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: int = 0,  # where nn.GRU has it, too
-        device: Any = None,
-        dtype: Any = None,
+        proj_size: None = None,  # refused, as nn.GRU does
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        if proj_size:
+        if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             "GRU",
@@ -312,9 +326,8 @@ class FusedGRU(_FusedRNN):
             batch_first,
             dropout,
             bidirectional,
-            0,
-            device,
-            dtype,
+            device=device,
+            dtype=dtype,
         )
 
     @overload
@@ -336,11 +349,11 @@ class FusedGRU(_FusedRNN):
 
         Args:
             input: as FusedLSTM.
-            hx: h_0 [L*D, B, H], without B if unbatched; None for zeros.
+            hx: h_0 `[L*D, B, H]`, without B if unbatched; None for zeros.
             lengths: as FusedLSTM.
 
         Returns:
-            output [T, B, D*H] in the layout of the input, h_n [L*D, B, H].
+            output `[T, B, D*H]` in the layout of the input, h_n `[L*D, B, H]`.
 
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.GRU, in its words where it has them.
@@ -353,6 +366,12 @@ class FusedGRU(_FusedRNN):
             raise TypeError(f"GRU: Expected hx to be a tensor, got {type(hx).__name__}")
         output, (h_n,) = self._forward(input, None if hx is None else (hx,), lengths)
         return output, h_n
+
+    if TYPE_CHECKING:
+
+        @_of(forward)
+        def __call__(self) -> None:
+            """As forward."""
 
 
 def _cell(
@@ -412,8 +431,8 @@ class FusedLSTMCell(nn.RNNCellBase):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
@@ -430,7 +449,8 @@ class FusedLSTMCell(nn.RNNCellBase):
             The next (h [B, H], c [B, H]), without B if the input had none.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn.LSTMCell. TypeError: hx is not a pair of tensors.
+            ValueError, RuntimeError: as torch.nn.LSTMCell.
+            TypeError: hx is not a pair of tensors.
         """
         if not is_dynamo_compiling():
             result = _ops.fast_cell(self.__dict__, True, input, hx)
@@ -452,6 +472,12 @@ class FusedLSTMCell(nn.RNNCellBase):
         h, c = _cell(self, "lstm", input, hx, 2)
         return h, c
 
+    if TYPE_CHECKING:
+
+        @_of(forward)
+        def __call__(self) -> None:
+            """As forward."""
+
 
 class FusedGRUCell(nn.RNNCellBase):
     """One step of a GRU; takes the place of torch.nn.GRUCell. Arguments: as FusedLSTMCell."""
@@ -461,8 +487,8 @@ class FusedGRUCell(nn.RNNCellBase):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
@@ -477,7 +503,8 @@ class FusedGRUCell(nn.RNNCellBase):
             The next h [B, H], without B if the input had none.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn.GRUCell. TypeError: hx is not a tensor.
+            ValueError, RuntimeError: as torch.nn.GRUCell.
+            TypeError: hx is not a tensor.
         """
         if not is_dynamo_compiling():
             result = _ops.fast_cell(self.__dict__, False, input, hx)
@@ -494,3 +521,9 @@ class FusedGRUCell(nn.RNNCellBase):
                 )
         (h,) = _cell(self, "gru", input, None if hx is None else (hx,), 1)
         return h
+
+    if TYPE_CHECKING:
+
+        @_of(forward)
+        def __call__(self) -> None:
+            """As forward."""

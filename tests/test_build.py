@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import cuda_check
+import dist_check
 import pytest
 import torch
 from cuda_check import Kernel, setup_cuda
@@ -132,6 +133,76 @@ def test_kernels_without_torch(tmp_path: Path) -> None:
 def test_kernels_on_arm64(tmp_path: Path) -> None:
     program = compiled(tmp_path, "aarch64-linux-gnu-g++", "-static")
     subprocess.run(["qemu-aarch64-static", program], check=True)
+
+
+# A compiler that writes nothing into what it is asked for.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in
+  --version) echo "c++ (GCC) 13.2.0";;
+  -o) : > "$2";;
+  esac
+  shift
+done
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(
+        ["git", "-C", str(dist_check.ROOT), "rev-parse"], capture_output=True, check=False
+    ).returncode
+    != 0,
+    reason="needs the repository, which knows its files",
+)
+def test_sdist_and_wheel(tmp_path: Path) -> None:
+    """All but the compilation, of a copy: setuptools keeps files that an earlier sdist had."""
+    files = dist_check.tracked()
+    for name in files:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(dist_check.ROOT / name, tmp_path / "source" / name)
+    compiler = tmp_path / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    environment = {
+        "CXX": str(compiler),
+        "CC": str(compiler),
+        "FUSEDRNN_CUDA": "0",
+        "FUSEDRNN_SANITIZE": "",
+    }
+    code = (
+        "from setuptools import build_meta as b; b.build_sdist('../dist'); b.build_wheel('../dist')"
+    )
+    build = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "source",
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert build.returncode == 0, build.stdout + build.stderr
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert dist_check.check_sdist(sdist, files) == []
+    assert dist_check.check_wheel(wheel, files) == []
+
+    more = {"fusedrnn/more.py", "csrc/more.h"}
+    assert dist_check.check_sdist(sdist, (files | more) - {"Makefile"}) == [
+        f"{sdist.name} lacks csrc/more.h",
+        f"{sdist.name} lacks fusedrnn/more.py",
+        f"{sdist.name} has Makefile",
+    ]
+    assert dist_check.check_wheel(wheel, (files | more) - {"fusedrnn/py.typed"}) == [
+        f"{wheel.name} lacks fusedrnn/more.py",
+        f"{wheel.name} has fusedrnn/py.typed",
+    ]
+    pure = wheel.rename(wheel.with_name("fusedrnn-9-py3-none-any.whl"))
+    assert [
+        problem.removeprefix(f"{pure.name}: ") for problem in dist_check.check_wheel(pure, files)
+    ] == [
+        "Version is 0.1.0",
+        f"the tag is py3-none-any, and {wheel.stem.split('-', 2)[2]} inside",
+    ]
 
 
 def toolkit(

@@ -108,6 +108,15 @@ def test_one_seed_gives_the_same_weights_names_and_repr(theirs: type, ours: type
             assert b.flatten_parameters() is None
 
 
+def test_constructors_name_their_arguments() -> None:
+    base = list(inspect.signature(nn.RNNBase.__init__).parameters)
+    base.remove("mode")
+    for _, ours in LAYERS:
+        assert list(inspect.signature(ours.__init__).parameters) == base
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'hidden_size"):
+            ours(3)
+
+
 def test_positional_signature_is_torchs() -> None:
     for theirs, ours in LAYERS:
         for kind in (theirs, ours):

@@ -1,0 +1,102 @@
+"""Holds what `make dist` made to what it should contain: the sdist all files, the wheel few."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What setuptools adds to an sdist, and what setup.py writes beside the binary.
+OF_SETUPTOOLS = re.compile(r"PKG-INFO|setup\.cfg|fusedrnn\.egg-info/.*")
+BINARY = f"fusedrnn/_C{EXTENSION_SUFFIXES[0]}"
+BUILT = {BINARY, "fusedrnn/_build.py"}
+
+
+def tracked() -> set[str]:
+    """The files of the repository."""
+    command = ("git", "-C", str(ROOT), "ls-files", "-z")
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+
+
+def compare(what: str, found: set[str], expected: set[str]) -> list[str]:
+    """What is missing in `found`, and what is too much."""
+    missing = [f"{what} lacks {name}" for name in sorted(expected - found)]
+    return missing + [f"{what} has {name}" for name in sorted(found - expected)]
+
+
+def check_sdist(path: Path, files: set[str]) -> list[str]:
+    """The problems of an sdist, which should have `files` and nothing else."""
+    with tarfile.open(path) as archive:
+        names = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
+    return compare(path.name, {n for n in names if not OF_SETUPTOOLS.fullmatch(n)}, files)
+
+
+def check_wheel(path: Path, files: set[str]) -> list[str]:
+    """The problems of a wheel, which should have those of `files` that are the package's."""
+    package = {name for name in files if name.startswith("fusedrnn/")} | BUILT
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        folder = next(n for n in names if n.endswith(".dist-info/METADATA")).rsplit("/", 1)[0]
+        metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
+        wheel = Parser().parsestr(archive.read(f"{folder}/WHEEL").decode())
+    notes = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
+    problems = compare(path.name, names, package | {f"{folder}/{name}" for name in notes})
+    return problems + check_metadata(path, metadata, wheel)
+
+
+def check_metadata(path: Path, metadata: Message, wheel: Message) -> list[str]:
+    """The problems of a wheel's metadata."""
+    name, version, python, abi, platform = path.stem.split("-")
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    expected = {
+        "Name": name,
+        "Version": re.findall(r'^version = "(.+)"', pyproject, re.M)[0],
+        "License-Expression": "Apache-2.0",
+        "License-File": "LICENSE",
+        "Requires-Python": ">=3.10",
+        "Description-Content-Type": "text/markdown",
+    }
+    problems = [
+        f"{path.name}: {field} is {metadata[field]}, not {value}"
+        for field, value in expected.items()
+        if metadata[field] != value
+    ]
+    if metadata["Version"] != version:
+        problems.append(f"{path.name}: Version is {metadata['Version']}")
+    readme = (ROOT / "README.md").read_text()
+    if str(metadata.get_payload()).strip() != readme.strip():
+        problems.append(f"{path.name}: the description is not README.md")
+    if any("torch" in need for need in metadata.get_all("Requires-Dist", [])):
+        problems.append(f"{path.name} has pip install torch")
+    here = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    tag = f"{python}-{abi}-{platform}"
+    if (python, abi) != (here, here) or platform == "any" or wheel["Tag"] != tag:
+        problems.append(f"{path.name}: the tag is {tag}, and {wheel['Tag']} inside")
+    if wheel["Root-Is-Purelib"] != "false":
+        problems.append(f"{path.name} is marked as pure Python")
+    return problems
+
+
+def main() -> int:
+    """Checks the one sdist and the one wheel in a folder; 1 if anything is wrong."""
+    folder = Path(sys.argv[1])
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    files = tracked()
+    problems = check_sdist(sdist, files) + check_wheel(wheel, files)
+    for path in (sdist, wheel):
+        print(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+    for problem in problems:
+        print(f"FAILED {problem}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
