@@ -7,11 +7,14 @@ BIN := $(VENV)/bin
 CUDA_VENV ?= .venv-cuda
 # Installed for Linux without more said, a CUDA build.
 CUDA_TORCH ?= torch==2.11.0
+# Heavy packages, which might ask for other versions of what .venv has.
+MODELS_VENV ?= .venv-models
+MODELS_PYTHON := $(MODELS_VENV)/bin/python
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
 
-.PHONY: help demo test lint format bench sanitize docs dist cuda-check cuda-build gpu clean
+.PHONY: help demo test lint format bench models sanitize docs dist cuda-check cuda-build gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +45,20 @@ $(VENV)/bench: $(VENV)/built
 bench: $(VENV)/bench  ## time fusedrnn and its peers in turn, in about seven minutes
 	$(BIN)/python -m benchmarks --readme README.md
 	$(BIN)/python -m benchmarks steady --readme README.md
+
+# The constraint keeps the packages from bringing a torch that the extension was not built against.
+$(MODELS_VENV)/built: $(SOURCES)
+	test -x $(MODELS_PYTHON) || $(PYTHON) -m venv $(MODELS_VENV)
+	$(MODELS_PYTHON) -c 'import torch' 2>/dev/null || $(MODELS_PYTHON) -m pip install -q '$(TORCH)'
+	$(MODELS_PYTHON) -m pip install -q 'setuptools>=77,<81' ninja
+	$(MODELS_PYTHON) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	  > $(MODELS_VENV)/constraints.txt
+	$(MODELS_PYTHON) -m pip install -q -c $(MODELS_VENV)/constraints.txt --no-build-isolation \
+	  -e '.[models]'
+	touch $@
+
+models: $(MODELS_VENV)/built  ## fuse models of other packages: the same results, and times
+	$(MODELS_PYTHON) -m benchmarks models $(MODELS_ARGS)
 
 lint: $(VENV)/built  ## check formats, types and style
 	$(BIN)/ruff check .
@@ -104,4 +121,4 @@ gpu:  ## build, test, sanitize and time the CUDA kernels; STAGES="build tests" f
 	$(PYTHON) tests/gpu.py $(STAGES)
 
 clean:  ## remove what was built, but not .venv
-	rm -rf build dist *.egg-info fusedrnn/*.so fusedrnn/_build.py $(VENV)/built
+	rm -rf build dist *.egg-info fusedrnn/*.so fusedrnn/_build.py $(VENV)/built $(MODELS_VENV)/built

@@ -1,7 +1,8 @@
 """`python -m benchmarks [case ...]`: times of fusedrnn and its peers, in turn, in one process.
 
 `python -m benchmarks steady` is about single calls instead: steady.py; `python -m benchmarks
-checks` about the kernels of a GPU: checks.py. A run of the whole grid is stored in
+checks` about the kernels of a GPU: checks.py; `python -m benchmarks models` about models of other
+packages: models.py. A run of the whole grid is stored in
 benchmarks/results/, with pictures; a part of it only where --output says. On a GPU the time of a
 call includes the wait for its end.
 """
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, checks, limits, machine, measure, peers, report, steady
+from benchmarks import cases, checks, limits, machine, measure, models, peers, report, steady
 from fusedrnn import _ops
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return steady.main(argv[1:])
     if argv[:1] == ["checks"]:
         return checks.main(argv[1:])
+    if argv[:1] == ["models"]:
+        return models.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.nn.utils.rnn import PackedSequence
 
 pytest.importorskip("benchmarks")  # there when the tests run in the root of the checkout
 
-from benchmarks import cases, checks, limits, measure, peers, report, steady
+from benchmarks import cases, checks, limits, measure, models, peers, report, steady
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from fusedrnn import _ops
@@ -348,3 +350,109 @@ def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert (first["cell"], second["cell"]) == ("LSTM", "GRU")
     assert first["training"] == ["3 x 2.0 us other"]
     assert "us a step: cudnn" in capsys.readouterr().out
+
+
+class Trainer:
+    """As of a package: a model that it trains a step."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.LSTM(3, 4))
+
+    def fit(self) -> torch.Tensor:
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.model(torch.ones(5, 2, 3))[0].sum().backward()
+        optimizer.step()
+        return models._weights(self.model)
+
+
+def stand_in(prepare: Any = None, package: str = "torch") -> models.Model:
+    def one(swap: models.Swap) -> models.Job:
+        def fit() -> models.Results:
+            trainer = Trainer()
+            swap(trainer.model)
+            return {"weights": trainer.fit()}
+
+        return fit
+
+    return models.Model("stand-in", {package: package}, "a trainer", "training", prepare or one)
+
+
+def test_models_are_picked() -> None:
+    assert models.pick([]) == list(models.MODELS)
+    assert [model.name for model in models.pick(["PAR"])] == ["PAR"]  # not DeepAR
+    assert len(models.pick(["deepar"])) == 2
+    assert len({model.name for model in models.MODELS}) == len(models.MODELS)
+
+
+def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["models", "nothing"])
+    assert exit.value.code == 2
+    assert "no model matches 'nothing'; there are: Resemblyzer, " in capsys.readouterr().err
+
+
+def test_missing_package_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "models.json"
+    monkeypatch.setattr(models, "MODELS", (stand_in(package="no_such_package"),))
+    assert main(["models", "--output", str(output)]) == 0
+    assert "without stand-in: No module named 'no_such_package'" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_models_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "models.json"
+    monkeypatch.setattr(models, "MODELS", (stand_in(),))
+    assert main(["models", "--seconds", "0.1", "--output", str(output)]) == 0
+    (found,) = json.loads(output.read_text())["rows"]
+    assert found["swapped"] == {"0": "LSTM"}
+    assert found["calls"] == 1
+    assert found["difference"] < 1e-5
+    assert 0 < found["rounding"] < 1e-5
+    page = output.with_suffix(".md").read_text()
+    assert f"| stand-in | torch {importlib.metadata.version('torch')} |" in page
+
+    def wrong(swap: models.Swap) -> models.Job:
+        model = torch.nn.LSTM(3, 4)
+        swap(model)
+        return lambda: {"value": model(torch.ones(1, 3))[0].mean() + (swap.kind == "fused")}
+
+    def not_called(swap: models.Swap) -> models.Job:
+        swap(torch.nn.LSTM(3, 4))
+        return lambda: {"value": 1.0}
+
+    for prepare in (wrong, not_called):
+        monkeypatch.setattr(models, "MODELS", (stand_in(prepare),))
+        assert main(["models", "stand-in", "--seconds", "0.1"]) == 1
+        assert "stand-in is wrong: " in capsys.readouterr().err
+
+
+def test_what_is_left_is_told() -> None:
+    class Own(torch.nn.LSTM):
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    swap = models.Swap("fused")
+    swap(torch.nn.ModuleDict({"a": torch.nn.GRU(2, 3), "b": Own(2, 3)}))
+    assert swap.swapped == {"a": "GRU"}
+    assert swap.left == ["b (Own: forward of its own)"]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "gap"),
+    [
+        ({"a": torch.tensor([1.0, 2.5])}, {"a": torch.tensor([1.0, 2.0])}, 0.25),
+        ({"learnt": torch.tensor([3.0, 0.0])}, {"learnt": torch.tensor([3.0, 4.0])}, 0.8),
+        ({"a": "same", "b": 2}, {"a": "same", "b": 2}, 0.0),
+        ({"a": "longer"}, {"a": "short"}, float("inf")),
+        ({"a": float("nan")}, {"a": 1.0}, float("inf")),
+        ({"a": 1.0}, {"a": float("nan")}, float("inf")),
+        ({}, {"a": 1.0}, float("inf")),
+    ],
+)
+def test_differences(found: models.Results, expected: models.Results, gap: float) -> None:
+    assert models.difference(found, expected) == pytest.approx(gap)

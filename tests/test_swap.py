@@ -413,3 +413,44 @@ def test_functional_call_and_meta() -> None:
     with torch.device("meta"):
         shaped = fuse(nn.LSTM(5, 6))
     assert shaped(torch.empty(4, 3, 5, device="meta"))[0].shape == (4, 3, 6)
+
+
+class Recogniser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(5, 6, 2, bidirectional=True, batch_first=True)
+        self.last = nn.GRU(12, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.layers(x)
+        return self.head(self.last(y)[0]).log_softmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_runtime_runs_what_was_fused(tmp_path: Any) -> None:
+    """Trained fused, exported after unfuse, run elsewhere: the same results for any sizes."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = fuse(Recogniser())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 7, 5)).square().mean().backward()
+        optimizer.step()
+    file = str(tmp_path / "model.onnx")
+    torch.onnx.export(
+        unfuse(copy.deepcopy(model)).eval(),
+        (torch.randn(3, 4, 5),),
+        file,
+        input_names=["x"],
+        output_names=["y"],
+        dynamic_axes={"x": {0: "rows", 1: "steps"}},
+        dynamo=False,
+    )
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for rows, steps in ((1, 1), (3, 4), (5, 20)):
+        x = torch.randn(rows, steps, 5)
+        (y,) = session.run(None, {"x": x.numpy()})
+        assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-5)
