@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import types
@@ -42,6 +43,8 @@ def undocumented(module: pdoc.doc.Module) -> list[str]:
 
 def main() -> int:
     """Writes the HTML; 1 if a docstring is missing. Warnings are errors."""
+    output = Path(sys.argv[1]).resolve()
+    os.chdir(HERE)  # where no folder has the name of a module, which pdoc would warn of
     warnings.simplefilter("error")
     missing = [
         name
@@ -56,7 +59,7 @@ def main() -> int:
             vars(member)["__init__"].__doc__ = ""
     pages = [page(path) for path in sorted(HERE.glob("*.md"))]
     pdoc.render.configure(docformat="google", footer_text=f"fusedrnn {fusedrnn.__version__}")
-    pdoc.pdoc("fusedrnn", *pages, output_directory=Path(sys.argv[1]))
+    pdoc.pdoc("fusedrnn", *pages, output_directory=output)
     return 1 if missing else 0
 
 
