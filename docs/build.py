@@ -55,8 +55,8 @@ def main() -> int:
         print(f"{name} has no docstring")
     for name in fusedrnn.__all__:
         member = getattr(fusedrnn, name)
-        if isinstance(member, type):  # the class says it, and not nn.Module
-            vars(member)["__init__"].__doc__ = ""
+        if isinstance(member, type):  # else pdoc takes nn.Module's
+            vars(member)["__init__"].__doc__ = "Arguments: see the class."
     pages = [page(path) for path in sorted(HERE.glob("*.md"))]
     pdoc.render.configure(docformat="google", footer_text=f"fusedrnn {fusedrnn.__version__}")
     pdoc.pdoc("fusedrnn", *pages, output_directory=output)
