@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import types
@@ -42,6 +43,8 @@ def undocumented(module: pdoc.doc.Module) -> list[str]:
 
 def main() -> int:
     """Writes the HTML; 1 if a docstring is missing. Warnings are errors."""
+    output = Path(sys.argv[1]).resolve()
+    os.chdir(HERE)  # where no folder has the name of a module, which pdoc would warn of
     warnings.simplefilter("error")
     missing = [
         name
@@ -52,11 +55,11 @@ def main() -> int:
         print(f"{name} has no docstring")
     for name in fusedrnn.__all__:
         member = getattr(fusedrnn, name)
-        if isinstance(member, type):  # the class says it, and not nn.Module
-            vars(member)["__init__"].__doc__ = ""
+        if isinstance(member, type):  # else pdoc takes nn.Module's
+            vars(member)["__init__"].__doc__ = "Arguments: see the class."
     pages = [page(path) for path in sorted(HERE.glob("*.md"))]
     pdoc.render.configure(docformat="google", footer_text=f"fusedrnn {fusedrnn.__version__}")
-    pdoc.pdoc("fusedrnn", *pages, output_directory=Path(sys.argv[1]))
+    pdoc.pdoc("fusedrnn", *pages, output_directory=output)
     return 1 if missing else 0
 
 
