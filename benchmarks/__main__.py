@@ -2,9 +2,9 @@
 
 `python -m benchmarks steady` is about single calls instead: steady.py; `python -m benchmarks
 checks` about the kernels of a GPU: checks.py; `python -m benchmarks models` about models of other
-packages: models.py. A run of the whole grid is stored in
-benchmarks/results/, with pictures; a part of it only where --output says. On a GPU the time of a
-call includes the wait for its end.
+packages: models.py; `python -m benchmarks compiled` about torch.compile: compiled.py. A run of the
+whole grid is stored in benchmarks/results/, with pictures; a part of it only where --output says.
+On a GPU the time of a call includes the wait for its end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, checks, limits, machine, measure, models, peers, report, steady
+from benchmarks import (
+    cases,
+    checks,
+    compiled,
+    limits,
+    machine,
+    measure,
+    models,
+    peers,
+    report,
+    steady,
+)
 from fusedrnn import _ops
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return checks.main(argv[1:])
     if argv[:1] == ["models"]:
         return models.main(argv[1:])
+    if argv[:1] == ["compiled"]:
+        return compiled.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
