@@ -58,7 +58,7 @@ $(MODELS_VENV)/built: $(SOURCES)
 	touch $@
 
 models: $(MODELS_VENV)/built  ## fuse models of other packages: the same results, and times
-	$(MODELS_PYTHON) -m benchmarks models $(MODELS_ARGS)
+	$(MODELS_PYTHON) -m benchmarks models $(or $(MODELS_ARGS),--readme README.md)
 
 lint: $(VENV)/built  ## check formats, types and style
 	$(BIN)/ruff check .

@@ -775,6 +775,24 @@ def page(run: dict[str, Any]) -> str:
     )
 
 
+def short_table(run: dict[str, Any]) -> str:
+    """What was swapped and what that gave, for README."""
+    lines = ["| package | what | swapped | difference | of rounding alone | times as fast |"]
+    lines.append("|---|---|---|---:|---:|---:|")
+    for row in run["rows"]:
+        if row["swapped"]:
+            cells = [
+                row["package"].split(",")[0],
+                f"{row['mode']}: {row['what']}",
+                _layers(row),
+                f"{row['difference']:.0e}",
+                f"{row['rounding']:.0e}",
+                f"{row['ratio']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([report.caption(run["header"]), "", *lines])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compares, stores and reports; gives the exit status."""
     parser = argparse.ArgumentParser(
@@ -785,6 +803,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", metavar="name", help="names or parts of names")
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each (%(default)s)")
     parser.add_argument("--output", type=Path, help="a JSON file; beside it goes the page")
+    parser.add_argument("--readme", type=Path, help="a page whose table to write anew")
     args = parser.parse_args(argv)
     try:
         chosen = pick(args.models)
@@ -810,6 +829,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = {"header": header, "rows": rows}
         report.store(output, run)
         output.with_suffix(".md").write_text(page(run))
+        if args.readme:
+            report.write_between(args.readme, "models", short_table(run))
     wrong = [row for row in rows if not row["ok"]]
     for row in wrong:
         print(
