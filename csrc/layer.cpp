@@ -3,6 +3,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <numeric>
 
@@ -136,16 +137,19 @@ std::vector<int64_t> Layer::shape(int64_t features) const {
 std::vector<Tensor> weight_gradients(const Layer& layer,
                                      const std::vector<DirectionGradients>& directions,
                                      const std::vector<bool>& output_mask, bool want_input,
-                                     Tensor& grad_input, const Products& products) {
+                                     Tensor& grad_input, const Products& products,
+                                     const Tensor& positions) {
   const CellInfo& cell = layer.cell;
   const int64_t H = layer.H, inputs = cell.gates * H, per = layer.weights_per_direction();
   Tensor x = layer.flat_input();
-  if (layer.lengths.defined()) {  // zero gradients don't undo NaN or infinity in the padding
+  if (positions.defined()) {
+    x = x.index_select(0, positions);
+  } else if (layer.lengths.defined()) {  // zero gradients don't undo NaN or infinity in the padding
     const Tensor steps = at::arange(layer.T, layer.lengths.options()).unsqueeze(1);
     x = x.masked_fill(steps.ge(layer.lengths).view({layer.N, 1}), 0);
   }
   std::vector<Tensor> gradients(output_mask.size());
-  if (want_input) grad_input = at::empty({layer.N, layer.I}, layer.options());
+  if (want_input) grad_input = at::empty(x.sizes(), layer.options());
 
   for (int64_t d = 0; d < layer.D; ++d) {
     const DirectionGradients& g = directions[d];
@@ -183,6 +187,10 @@ std::vector<Tensor> weight_gradients(const Layer& layer,
       if (cell.sums > cell.gates) out[2] = out[2].clone();  // not a view of more than it shows
     }
     if (layer.has_projection && wanted(per - 1)) out[per - 1] = product(g.dr, g.h_raw);
+  }
+  if (want_input && positions.defined()) {
+    grad_input =
+        at::zeros({layer.N, layer.I}, layer.options()).index_copy_(0, positions, grad_input);
   }
   if (want_input) grad_input = grad_input.view(layer.shape(layer.I));
   for (size_t i = 0; i < gradients.size(); ++i) {

@@ -73,11 +73,12 @@ struct Layer {
   std::vector<int64_t> shape(int64_t features) const;
 };
 
-/// Gradients of one direction that the recurrence leaves behind, over all N positions.
+/// Gradients of one direction that the recurrence leaves behind, over M positions: all N of them,
+/// or those that weight_gradients is told.
 struct DirectionGradients {
-  Tensor dsums;       ///< [N, S*H]
-  Tensor h_previous;  ///< [N, P]
-  Tensor dr, h_raw;   ///< [N, P], [N, H]; with a projection
+  Tensor dsums;       ///< [M, S*H]
+  Tensor h_previous;  ///< [M, P]
+  Tensor dr, h_raw;   ///< [M, P], [M, H]; with a projection
 };
 
 /// The products of weight_gradients, which each backend brings. Matrices are row-major.
@@ -90,11 +91,13 @@ struct Products {
 };
 
 /// Returns the gradients of the weights, in the order of the op, and sets that of the input if it
-/// is wanted, in the input's shape. `output_mask`: of the weights.
+/// is wanted, in the input's shape. `output_mask`: of the weights. `positions`: [M] int64, the
+/// positions that `directions` are over, and no gradient comes from others; undefined: all.
 std::vector<Tensor> weight_gradients(const Layer& layer,
                                      const std::vector<DirectionGradients>& directions,
                                      const std::vector<bool>& output_mask, bool want_input,
-                                     Tensor& grad_input, const Products& products);
+                                     Tensor& grad_input, const Products& products,
+                                     const Tensor& positions = {});
 
 /// What the backward op got besides the layer, checked.
 struct OutputGradients {

@@ -95,10 +95,14 @@ struct Backward : Sequence<T> {
   const T* dh_n = nullptr;  ///< [B, P], null: zeros
   const T* dc_n = nullptr;  ///< [B, H], null: zeros
 
-  T* dsums = nullptr;       ///< [N, S, H] gradients of the sums
-  T* h_previous = nullptr;  ///< [N, P] output of the step before, for the gradient of weight_hh
-  T* dr = nullptr;          ///< [N, P] gradient of the projected output; projection only
-  T* h_raw = nullptr;       ///< [N, H] output before the projection; projection only
+  /// What the products of the weights' gradients read leaves no position out: M of them, those that
+  /// rows take part in, the rows of a step one after the other, longest first.
+  const int64_t* rank = nullptr;             ///< [rows] place among the rows of the batch
+  const int64_t* packed_position = nullptr;  ///< [steps] of rank 0
+  T* dsums = nullptr;                        ///< [M, S, H] gradients of the sums
+  T* h_previous = nullptr;  ///< [M, P] output of the step before, for the gradient of weight_hh
+  T* dr = nullptr;          ///< [M, P] gradient of the projected output; projection only
+  T* h_raw = nullptr;       ///< [M, H] output before the projection; projection only
   T* dh0 = nullptr;         ///< [B, P]
   T* dc0 = nullptr;         ///< [B, H], LSTM only
 };

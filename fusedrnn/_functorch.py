@@ -46,7 +46,7 @@ class Call:
 
 def _fold(what: int, t: Optional, dim: int | None, count: int) -> Optional:
     """The rows of all samples as one batch."""
-    if t is None or what == SHARED:
+    if t is None or what == SHARED or t.dim() < -what:  # empty, where nothing is wanted
         return t
     if what == SIZES:
         return t * count
@@ -62,7 +62,7 @@ def _fold(what: int, t: Optional, dim: int | None, count: int) -> Optional:
 
 def _unfold(what: int, t: Tensor, count: int) -> tuple[Tensor, int | None]:
     """Samples apart again, and the dimension that they are in."""
-    if t.dim() < -what:  # `saved`, where nothing was
+    if t.dim() < -what:  # empty, as `saved` where nothing was
         return t, None
     return torch.unflatten(t, what, (t.size(what) // count, count)).movedim(what, 0), 0
 
@@ -77,6 +77,8 @@ def _map(
     can_fold: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """The results of `count` calls, of which each has its sample of what is mapped over."""
+    if count == 0:
+        raise ValueError("fusedrnn: vmap can't map over a dimension of size 0")
     if any(d is not None for d, k in zip(dims, kinds, strict=True) if k == SIZES):
         raise ValueError("fusedrnn: vmap can't map over batch_sizes")
     if can_fold and all(d is None for d, k in zip(dims, kinds, strict=True) if k == SHARED):
@@ -186,31 +188,37 @@ class _Backward(torch.autograd.Function):
 
 
 class _Layer(torch.autograd.Function):
-    """Output, final states and `saved`, of: batch_sizes, lengths, input, states, weights."""
+    """Output, final states, `saved` and what the backward op wants of the output.
+
+    Of: batch_sizes, lengths, input, states, weights.
+    """
 
     @staticmethod
     def forward(call: Call, *args: Optional) -> tuple[Tensor, ...]:
         n = call.states + 1
         (batch_sizes, lengths), tensors = args[:2], args[2:]
-        return call.forward(
+        output, *rest = call.forward(
             *tensors[:n], list(tensors[n:]), call.bidirectional, batch_sizes, lengths, call.save
         )
+        projected = (len(tensors) - n) // (2 if call.bidirectional else 1) % 2 == 1
+        # A copy, for its owner may change the output in place.
+        return output, *rest, output.clone() if projected else output.new_empty(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *args = inputs
-        ctx.mark_non_differentiable(output[-1])
+        ctx.mark_non_differentiable(*output[-2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:2], output[0], output[-1], *args[2:])
+        ctx.save_for_backward(*args[:2], output[-1], output[-2], *args[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional) -> tuple[Optional, ...]:
         # None, but for the tensors that are there and want one: the first 3 are no tensors.
         needed = ctx.needs_input_grad[3:]
-        tensors = ctx.saved_tensors[4:]
-        needed = tuple(n and t is not None for n, t in zip(needed, tensors, strict=True))
+        saved = ctx.saved_tensors  # once: a checkpoint computes them at each access
+        needed = tuple(n and t is not None for n, t in zip(needed, saved[4:], strict=True))
         call = replace(ctx.call, needed=needed)
-        found = iter(_Backward.apply(call, *grads[:-1], *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        found = iter(_Backward.apply(call, *grads[:-2], *saved))  # type: ignore[no-untyped-call]
         return None, None, None, *(next(found) if need else None for need in needed)
 
     @staticmethod
@@ -222,7 +230,7 @@ class _Layer(torch.autograd.Function):
             args,
             in_dims[1:],
             [SIZES, LENGTHS, *[ROWS] * n, *[SHARED] * (len(args) - 2 - n)],
-            [*[ROWS] * n, SAVED],
+            [*[ROWS] * n, SAVED, ROWS],
             True,
         )
 
@@ -236,5 +244,5 @@ def layer(
     lengths: Optional,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One layer: output and final states."""
-    output, *final, _ = _Layer.apply(call, batch_sizes, lengths, input, *states, *weights)  # type: ignore[no-untyped-call]
+    output, *final, _, _ = _Layer.apply(call, batch_sizes, lengths, input, *states, *weights)  # type: ignore[no-untyped-call]
     return output, tuple(final)

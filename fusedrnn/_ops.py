@@ -130,11 +130,15 @@ def _differentiable_backward(cell: str, *args: Any) -> tuple[Any, ...]:
 
 _library = torch.library.Library("fusedrnn", "IMPL")  # type: ignore[no-untyped-call]
 for _cell in ("lstm", "gru"):
-    _library.impl(  # type: ignore[no-untyped-call]
-        f"_{_cell}_backward_differentiable",
-        functools.partial(_differentiable_backward, _cell),
-        "CompositeImplicitAutograd",
-    )
+    for _op, _key in (
+        (f"_{_cell}_backward_differentiable", "CompositeImplicitAutograd"),
+        # Batches of gradients of one call: torch.autograd.grad's is_grads_batched, or under vmap.
+        (f"{_cell}_backward", "Batched"),
+        (f"{_cell}_backward", "FuncTorchBatched"),
+    ):
+        _library.impl(  # type: ignore[no-untyped-call]
+            _op, functools.partial(_differentiable_backward, _cell), _key
+        )
 
 
 def _transforms() -> set[TransformType] | None:
@@ -151,7 +155,11 @@ def _transforms() -> set[TransformType] | None:
 
 def can_reshape_in_place() -> bool:
     """Whether a result may become its own view, which FSDP's hooks stay on, as on no other view."""
-    return not is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
+    return (
+        forward_ad._current_level < 0  # where torch turns tangents wrongly
+        and not is_dynamo_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def autocast(
@@ -185,11 +193,11 @@ def autocast(
 
 def check_lengths(lengths: Tensor, steps: int) -> None:
     """What the kernels check, of lengths on the host."""
-    while torch._C._functorch.is_gradtrackingtensor(lengths):
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
         lengths = torch._C._functorch.get_unwrapped(lengths)
-    if lengths.device.type != "cpu" or torch._C._functorch.is_batchedtensor(lengths):
+    if lengths.device.type != "cpu":
         return
-    for n in lengths.tolist():
+    for n in lengths.flatten().tolist():
         if not 0 <= n <= steps:
             raise RuntimeError(f"lengths must be from 0 to the sequence length {steps}, got {n}")
 

@@ -1,7 +1,7 @@
 """The same layers in plain differentiable torch.
 
-The oracle of the tests, the path for derivatives of every order and for torch.func's transforms,
-and the fallback on devices without a kernel. Arguments and results are those of the ops in
+The oracle of the tests, the path for second and forward-mode derivatives, and the fallback on
+devices without a kernel. Arguments and results are those of the ops in
 csrc/ops.cpp, without `save` and `saved`.
 """
 

@@ -7,7 +7,7 @@ of that. Parameters, their order and initial values, state_dict and error messag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -311,11 +311,11 @@ class FusedGRU(_FusedRNN):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: None = None,  # refused, as nn.GRU does
+        proj_size: Literal[0] = 0,  # where nn.GRU has it
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if proj_size is not None:
+        if proj_size:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             "GRU",

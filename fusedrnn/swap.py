@@ -7,7 +7,6 @@ other modules) goes on to.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -56,23 +55,33 @@ class _NoCounterpartError(Exception):
 
 
 def _new(plain: Class) -> nn.Module:
-    cls = _fused_subclass(plain)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    cls = _fused_subclass(plain)
     return cls.__new__(cls)
 
 
-@functools.cache
 def _fused_subclass(plain: Class) -> Class:
-    """The counterpart of a subclass of torch's: its own methods, and a fused forward."""
+    """The counterpart of a subclass of torch's: its own methods, and a fused forward.
+
+    Kept as an attribute of `plain`, so that it lives as long.
+    """
+    found: Class | None = vars(plain).get("_fused_class")
+    if found is not None:
+        return found
     base = next(c for c in plain.__mro__ if c in _FUSED)
-    # The order of resolution is that of `plain`, with our class before torch's.
-    inner = type(_FUSED[base].__name__, (_FUSED[base], base), {})
+    # The order of resolution is that of `plain`, with our class before torch's, but for __init__.
+    inner = type(_FUSED[base].__name__, (_FUSED[base], base), {"__init__": base.__init__})
 
     def reduce(module: nn.Module, _: Any) -> tuple[Any, ...]:
         """Pickles with the class that it was made of, for this one has no name to import."""
         return _new, (plain,), object.__reduce_ex__(module, 2)[2]
 
     space = {"__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": reduce}
-    return type(f"Fused{plain.__name__}", (plain, inner), {**space, "_unfused_class": plain})
+    try:
+        found = type(f"Fused{plain.__name__}", (plain, inner), {**space, "_unfused_class": plain})
+    except TypeError as error:  # its metaclass or __init_subclass__ wants more
+        raise _NoCounterpartError("its class can't be extended") from error
+    plain._fused_class = found  # type: ignore[attr-defined]
+    return found
 
 
 def _to_fused(cls: Class) -> Class:
@@ -80,10 +89,10 @@ def _to_fused(cls: Class) -> Class:
     if base is None:
         raise _NoCounterpartError("no counterpart")
     for c in cls.__mro__[: cls.__mro__.index(base)]:
-        for name in _CALLED:
+        for name in (*_CALLED, "_flat_weights", "__reduce__", "__reduce_ex__"):
             if name in vars(c):
                 raise _NoCounterpartError(f"{name} of its own")
-    return _FUSED[base] if cls is base else _fused_subclass(cls)  # type: ignore[arg-type]
+    return _FUSED[base] if cls is base else _fused_subclass(cls)
 
 
 def _to_plain(cls: Class) -> Class:
@@ -103,46 +112,68 @@ def _is_foreign(module: nn.Module) -> bool:
     )
 
 
-def _swap(module: nn.Module, find: Callable[[Class], Class]) -> None:
-    cls = type(module)
+def _has_own_weights(module: nn.Module) -> bool:
+    """Whether torch's forward would use others than the named ones, which somebody put there."""
+    if not isinstance(module, nn.RNNBase) or is_parametrized(module):
+        return False
+    named = [getattr(module, name, None) for name in module._flat_weights_names]
+    # It finds them changed by comparing with these, and then takes the named ones.
+    noted = [None if ref is None else ref() for ref in module._flat_weight_refs]
+    known = all(a is b for a, b in zip(named, noted, strict=True))
+    return known and any(a is not b for a, b in zip(named, module._flat_weights, strict=True))
+
+
+def _counterpart(module: nn.Module, find: Callable[[Class], Class]) -> Class:
     for name in _CALLED:
         if name in vars(module):
             raise _NoCounterpartError(f"{name} of its own")
-    if is_parametrized(module):
-        # Such a module has a class of its own, with the weights as properties.
-        base = find(cls.__bases__[0])
-        space = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(f"Parametrized{base.__name__}", (base,), space)
-    else:
-        module.__class__ = find(cls)
+    if _has_own_weights(module):
+        raise _NoCounterpartError("_flat_weights of its own")
+    cls = type(module)
+    if not is_parametrized(module):
+        return find(cls)
+    # Parametrized modules have a class of their own, which has the weights as properties.
+    base = find(cls.__bases__[0])
+    space = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{base.__name__}", (base,), space)
 
 
-def _swap_all(what: str, model: Model, swap: Callable[[nn.Module], None]) -> Model:
+def _swap_all(what: str, model: Model, target: Callable[[nn.Module], Class | None]) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{what}: Expected model to be a module, got {type(model).__name__}")
+    swaps: list[tuple[nn.Module, Class]] = []
     left: dict[str, str] = {}
+    foreign: list[str] = []  # what begins so is a part of what is listed
     for name, module in model.named_modules():
-        if any(name.startswith(f"{whole}." if whole else "") for whole in left):
-            continue  # a part of what is listed
+        if name.startswith(tuple(foreign)):
+            continue
         try:
-            swap(module)
+            cls = target(module)
+            if cls is not None:
+                swaps.append((module, cls))
         except _NoCounterpartError as reason:
             left[name] = f"{name or 'the model'} ({type(module).__name__}: {reason})"
+            if _is_foreign(module):
+                foreign.append(f"{name}." if name else "")
+    for module, cls in swaps:
+        module.__class__ = cls
+        if what == "unfuse" and isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # which cuDNN wants
     if left:
         warnings.warn(f"{what} left these as they are: {', '.join(left.values())}", stacklevel=3)
     return model
 
 
-def _fuse_one(module: nn.Module) -> None:
+def _target_of_fuse(module: nn.Module) -> Class | None:
     if _is_foreign(module):
         raise _NoCounterpartError("scripted or quantised")
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, tuple(_PLAIN)):
-        _swap(module, _to_fused)
+        return _counterpart(module, _to_fused)
+    return None
 
 
-def _unfuse_one(module: nn.Module) -> None:
-    if isinstance(module, tuple(_PLAIN)):
-        _swap(module, _to_plain)
+def _target_of_unfuse(module: nn.Module) -> Class | None:
+    return _counterpart(module, _to_plain) if isinstance(module, tuple(_PLAIN)) else None
 
 
 def fuse(model: Model) -> Model:
@@ -165,7 +196,7 @@ def fuse(model: Model) -> Model:
         UserWarning: lists what is left as it was: nn.RNN, subclasses with a forward of their own,
             quantised and scripted modules.
     """
-    return _swap_all("fuse", model, _fuse_one)
+    return _swap_all("fuse", model, _target_of_fuse)
 
 
 def unfuse(model: Model) -> Model:
@@ -186,4 +217,4 @@ def unfuse(model: Model) -> Model:
     Warns:
         UserWarning: lists what is left as it was: subclasses of fused modules.
     """
-    return _swap_all("unfuse", model, _unfuse_one)
+    return _swap_all("unfuse", model, _target_of_unfuse)

@@ -309,6 +309,10 @@ def test_lengths_out_of_range_on_the_reference(lengths: list[int]) -> None:
     x = random(T, B, I)
     with pytest.raises(RuntimeError, match=r"lengths must be from 0 to the sequence length 5"):
         jvp(lambda x: module(x, lengths=lengths)[0], (x,), (x,))
+    with pytest.raises(RuntimeError, match=r"lengths must be from 0 to the sequence length 5"):
+        vmap(lambda n: jvp(lambda x: module(x, lengths=n)[0], (x,), (x,))[1])(
+            torch.tensor([[1, 2, 3], lengths])
+        )
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -380,6 +384,51 @@ def test_per_sample_gradients_compiled() -> None:
     x = random(V, T, B, I)
     compiled = torch.compile(each, backend="aot_eager", fullgraph=True)
     assert_close(compiled(weights, x), each(weights, x))
+
+
+def test_vmap_of_nothing() -> None:
+    with pytest.raises(ValueError, match=r"^fusedrnn: vmap can't map over a dimension of size 0$"):
+        vmap(made(FusedLSTM, "plain"))(torch.zeros(0, T, B, I, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("settings", ["plain", "projected"])
+def test_output_changed_in_place(settings: str) -> None:
+    module = made(FusedLSTM, settings)
+    x = random(T, B, I)
+
+    def loss(w: dict[str, Tensor], change: bool) -> Tensor:
+        output, _ = functional_call(module, w, (x,))
+        return (output.mul_(2) if change else output * 2).square().sum()
+
+    weights = {k: v.detach() for k, v in module.named_parameters()}
+    assert_close(grad(loss)(weights, True), grad(loss)(weights, False))
+
+
+def test_vmap_in_a_checkpoint() -> None:
+    module = made(FusedLSTM, "projected")
+    x = random(V, T, B, I).requires_grad_()
+    leaves = [x, *module.parameters()]
+
+    def run(x: Tensor) -> Tensor:
+        return vmap(lambda s: module(s)[0])(x).square().sum()
+
+    found = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(run(x), leaves))
+
+
+@pytest.mark.parametrize("kind", [FusedLSTM, FusedGRU])
+@pytest.mark.parametrize("settings", ["plain", "layers-bidirectional"])
+def test_vmap_over_gradients_of_one_call(kind: type[nn.Module], settings: str) -> None:
+    module = made(kind, settings)
+    x = random(T, B, I).requires_grad_()
+    y = module(x, lengths=[5, 0, 2])[0]
+    leaves = [x, *module.parameters()]
+    dy = random(V, *y.shape, seed=3)
+
+    def pull(g: Tensor) -> Any:
+        return torch.autograd.grad(y, leaves, g, retain_graph=True)
+
+    assert_close(vmap(pull)(dy), looped(pull, (0,), dy))
 
 
 def test_random_dropout() -> None:

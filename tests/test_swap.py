@@ -262,6 +262,32 @@ class Masked(nn.LSTM):
         return super().forward(x * 2, hx)
 
 
+class Flat(nn.LSTM):
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [p * 2 for p in self.__dict__["_own"]]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor]) -> None:
+        self.__dict__["_own"] = value
+
+
+class Strict(nn.LSTM):
+    def __init_subclass__(cls, *, wanted: bool, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+
+class Reduced(nn.LSTM):
+    def __reduce__(self) -> Any:
+        return Reduced, (5, 6)
+
+
+def own_weights() -> nn.Module:
+    module = nn.LSTM(5, 6)
+    module._flat_weights = [w.detach() * 2 for w in module._flat_weights]
+    return module
+
+
 class Permuted(nn.GRU):
     def permute_hidden(self, hx: Tensor, permutation: Tensor | None) -> Tensor:
         return hx
@@ -283,6 +309,8 @@ def test_subclasses_without_a_forward() -> None:
     output, _ = module(inputs(module), lengths=[4, 0, 2])  # a call of FusedLSTM's own
     assert not output[:, 1].any()
     module.reset_parameters()  # super() finds its way
+    assert type(type(module)(5, 6, 2)) is type(module)
+    assert type(type(cell)(5, 6)(torch.zeros(2, 5))) is Tensor
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(other) is type(module)
         assert_close(results(other), results(module), rtol=0, atol=0)
@@ -327,6 +355,13 @@ LEFT = {
     "own forward": (lambda: Masked(5, 6), r"Masked: forward of its own"),
     "own part of it": (lambda: Permuted(5, 6), r"Permuted: permute_hidden of its own"),
     "forward of the object": (own_forward, r"LSTM: forward of its own"),
+    "own weights": (lambda: Flat(5, 6), r"Flat: _flat_weights of its own"),
+    "weights of the object": (own_weights, r"LSTM: _flat_weights of its own"),
+    "a class that can't be extended": (
+        lambda: Strict(5, 6),
+        r"Strict: its class can't be extended",
+    ),
+    "own pickling": (lambda: Reduced(5, 6), r"Reduced: __reduce__ of its own"),
     "Elman": (lambda: nn.RNN(5, 6), r"RNN: no counterpart"),
     "Elman's cell": (lambda: nn.RNNCell(5, 6), r"RNNCell: no counterpart"),
     "quantised": (quantised, r"LSTM: scripted or quantised"),
@@ -349,6 +384,31 @@ def test_what_is_left_is_listed(case: str) -> None:
         assert fuse(model.layer) is model.layer
     unfuse(model)  # says nothing: there is nothing of ours in it
     assert type(model.good) is nn.GRU
+
+
+def test_what_is_inside_of_what_is_left() -> None:
+    """A layer of a subclass that can't be swapped is swapped, as it is where it is shared."""
+
+    class Holder(nn.LSTM):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)[0]
+
+    model = Model(Holder(5, 6))
+    model.layer.inner = model.shared = nn.GRU(5, 6)
+    with pytest.warns(UserWarning, match="Holder: forward of its own"):
+        fuse(model)
+    assert type(model.shared) is FusedGRU
+    unfuse(model)
+    assert type(model.layer.inner) is nn.GRU
+
+
+def test_unfuse_flattens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What moved to a GPU while fused is as cuDNN wants it."""
+    module = fuse(nn.ModuleList([nn.LSTM(5, 6), nn.GRUCell(5, 6)]))
+    calls: list[nn.Module] = []
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda m: calls.append(m))
+    unfuse(module)
+    assert calls == [module[0]]
 
 
 def test_unfuse_leaves_subclasses_of_ours() -> None:
@@ -390,10 +450,16 @@ def test_weights_assigned_while_fused_are_those_of_the_way_back() -> None:
     assert_close(results(unfuse(module)), results(other), rtol=0, atol=0)
 
 
-def test_nothing_is_kept_alive() -> None:
-    module = made(nn.LSTM)
-    parametrizations.weight_norm(module, "weight_hh_l0")
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_nothing_is_kept_alive(parametrized: bool) -> None:
+    class Local(nn.LSTM):
+        pass
+
+    module = made(nn.LSTM if parametrized else Local)
+    if parametrized:
+        parametrizations.weight_norm(module, "weight_hh_l0")
     fuse(module)
+    del Local
     gone = weakref.ref(module)
     cls = weakref.ref(type(module))
     del module

@@ -75,12 +75,15 @@ def compiles_lengths(kind: Kind, device: str) -> None:
     def model(x: Tensor, lengths: Tensor) -> Tensor:
         if isinstance(module, (FusedLSTM, FusedGRU)):
             return module(x, lengths=lengths)[0]
-        return module(pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False))[0].data
+        packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(module(packed)[0])[0]
 
     module = made(kind).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     lengths = torch.tensor([2, 5, 3], device=device)
-    outcome(module, compiled(data(device=device), lengths))
+    x = data(device=device)
+    found = outcome(module, compiled(x, lengths))
+    assert_close(found, outcome(module, model(x, lengths)), rtol=1e-4, atol=1e-5)
 
 
 def exports(kind: Kind, device: str) -> None:
@@ -91,6 +94,13 @@ def exports(kind: Kind, device: str) -> None:
     for steps, rows in ((1, 1), (8, 2), (30, 5)):
         x = data(steps, rows, I, device=device)
         assert_close(program.module()(x), module(x))
+
+
+def fx_traces(kind: Kind, device: str) -> None:
+    """`torch.fx.symbolic_trace`"""
+    model = nn.Sequential(made(kind)).to(device)
+    traced = torch.fx.symbolic_trace(model)
+    assert_close(traced(data(device=device)), model(data(device=device)))
 
 
 def traces(kind: Kind, device: str) -> None:
@@ -131,6 +141,34 @@ def per_sample(kind: Kind, device: str) -> None:
         assert_close({n: g[i] for n, g in found.items()}, alone, rtol=1e-4, atol=1e-5)
 
 
+def batched_gradients(kind: Kind, device: str) -> None:
+    """`autograd.functional.jacobian(vectorize=True)`, `is_grads_batched`"""
+    module = made(kind, batch_first=True).to(device).double().requires_grad_(False)
+    x = data(2, 3, I, device=device).double().requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        return module(x)[0]
+
+    expected = torch.autograd.functional.jacobian(run, x)
+    assert_close(torch.autograd.functional.jacobian(run, x, vectorize=True), expected)
+    y = run(x)
+    every = torch.eye(y.numel(), device=device).double().reshape(-1, *y.shape)
+    (found,) = torch.autograd.grad(y, x, every, is_grads_batched=True)
+    assert_close(found, expected.reshape(found.shape))
+
+
+def batched_tangents(kind: Kind, device: str) -> None:
+    """`jacobian(vectorize=True, strategy="forward-mode")`"""
+    module = made(kind, batch_first=True).to(device).double()
+    x = data(2, 3, I, device=device).double()
+
+    def run(x: Tensor) -> Tensor:
+        return module(x)[0]
+
+    found = torch.autograd.functional.jacobian(run, x, vectorize=True, strategy="forward-mode")
+    assert_close(found, torch.autograd.functional.jacobian(run, x))
+
+
 def forward_mode(kind: Kind, device: str) -> None:
     """`jvp`, `hessian`"""
     module = made(kind).to(device).double().requires_grad_(False)
@@ -141,25 +179,27 @@ def forward_mode(kind: Kind, device: str) -> None:
         return module(x)[0].square().sum()
 
     assert_close(jvp(loss, (x,), (v,))[1], (grad(loss)(x) * v).sum())
-    found = hessian(loss)(x).reshape(x.numel(), x.numel())
-    assert_close(found, found.T)
+    expected = torch.autograd.functional.hessian(loss, x)
+    assert expected.any()
+    assert_close(hessian(loss)(x), expected)
 
 
 def second_derivatives(kind: Kind, device: str) -> None:
     """second derivatives (`create_graph=True`)"""
     module = made(kind).to(device)
-    x = data(device=device).requires_grad_()
-    (gradient,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
-    _, found = outcome(module, gradient)
-    assert any(g.any() for g in found.values())
+    module = module.double()
+    x = data(3, 2, I, device=device).double().requires_grad_()
+    weights = list(module.parameters())
+    assert torch.autograd.gradgradcheck(lambda x, *_: module(x)[0], (x, *weights), fast_mode=True)
 
 
 def eval_mode(kind: Kind, device: str) -> None:
     """gradients in eval mode"""
     module = made(kind).to(device).eval()
-    x = data(device=device).requires_grad_()
-    module(x)[0].sum().backward()
-    assert x.grad.any()
+    x = data(device=device)
+    found = outcome(module, module(x)[0])
+    assert_close(found, outcome(module.train(), module(x)[0]))
+    assert all(g.any() for g in found[1].values())
 
 
 # Training.
@@ -325,12 +365,15 @@ GROUPS: dict[str, dict[Callable[[Kind, str], None], tuple[str, str]]] = {
         compiles_lengths: (NO, YES),
         exports: (NO, YES),
         traces: (YES, YES),
+        fx_traces: (YES, UNFUSE),
         scripts: (YES, UNFUSE),
     },
     "torch.func": {
         maps: (NO, YES),
         per_sample: (NOT_GRU, YES),
         forward_mode: (YES, YES),
+        batched_gradients: (YES, YES),
+        batched_tangents: (NO, YES),
         stateless: (YES, YES),
     },
     "training": {
@@ -355,7 +398,7 @@ GROUPS: dict[str, dict[Callable[[Kind, str], None], tuple[str, str]]] = {
 FEATURES = {f: claims for group in GROUPS.values() for f, claims in group.items()}
 # Shown by tests that start processes or compile C++.
 ELSEWHERE = [
-    ("AOTInductor package", NO, YES, "test_compile.py::test_aot_inductor"),
+    ("AOTInductor package, any number of steps", NO, YES, "test_compile.py::test_aot_inductor"),
     ("two graphs for all sizes", NO, YES, "test_compile.py::test_two_graphs_for_all_sizes"),
     ("`torch.library.opcheck` of the ops", "-", YES, "test_compile.py"),
     ("DistributedDataParallel, 2 processes", YES, YES, "test_distributed.py"),

@@ -256,16 +256,16 @@ FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>
   // A row that starts at t has no step before, although the batch may.
   const int64_t before = step_before(s, t), continued = before < 0 ? 0 : s.active[before];
   for (int64_t j = 0; j < s.active[t]; ++j) {
-    const int64_t b = s.row[j], at = s.position[t] + b;
+    const int64_t b = s.row[j], at = s.position[t] + b, to = s.packed_position[t] + s.rank[j];
     const int64_t from = j < continued ? s.position[before] + b : -1;
     const T* saved_row = s.saved + at * Cell::kSaved * H;
     const T* saved_before = s.saved + from * Cell::kSaved * H;
     const T* h0 = row_of(s.h0, b, s.h0_stride);
     const T* state0 = Cell::kStateIsOutput ? h0 : row_of(s.c0, b, s.c0_stride);
     if (s.projection_panels) {
-      copy_row(s.h_previous + at * P, from < 0 ? h0 : s.y + from * s.y_stride, P, P);
+      copy_row(s.h_previous + to * P, from < 0 ? h0 : s.y + from * s.y_stride, P, P);
     }
-    T* dsums = s.dsums + at * kSums * H;
+    T* dsums = s.dsums + to * kSums * H;
     for (int64_t u = begin; u < end; u += L) {
       const int64_t n = H - u;
       const auto load_saved = [&](Vec<T>(&saved)[Cell::kSaved],
@@ -282,14 +282,14 @@ FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>
         if (state0) state = load(state0 + u, n);
         if (h0 && !s.projection_panels) h = load(h0 + u, n);
       }
-      if (!s.projection_panels) store(s.h_previous + at * P + u, h, n);
+      if (!s.projection_panels) store(s.h_previous + to * P + u, h, n);
       load_saved(saved, saved_row);
       Vec<T> d = load(m.dstate + j * m.state_size + u);
       Cell::backward(saved, state, load(dout + j * dout_size + u), d, dsum);
       store(m.dstate + j * m.state_size + u, d);
       unroll<kSums>([&](auto c)
                         __attribute__((always_inline)) { store(dsums + c * H + u, dsum[c], n); });
-      if (s.projection_panels) store(s.h_raw + at * H + u, Cell::output(saved), n);
+      if (s.projection_panels) store(s.h_raw + to * H + u, Cell::output(saved), n);
     }
   }
 }
@@ -312,7 +312,7 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
   const int64_t blocks = (P + kSums * L - 1) / (kSums * L);
   if (i > 0) {
     const int64_t t = time(i - 1);
-    const Rows<const T> dsums{s.dsums, kSums * H, s.row, s.position[t]};
+    const Rows<const T> dsums{s.dsums, kSums * H, s.rank, s.packed_position[t]};
     const Rows<T> dh{m.dh, m.dh_size};
     const int64_t last = block_end < blocks ? block_end : blocks;
     if constexpr (Cell::kGates == kSums) {  // the sums of the hidden part are all of them, in order
@@ -352,7 +352,7 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
     return backward_units<Cell>(s, m, t, begin, end_of(H), m.dh, m.dh_size);
   }
   for (int64_t j = 0; j < rows; ++j) {
-    copy_row(s.dr + (s.position[t] + s.row[j]) * P, m.dh + j * m.dh_size, P, P);
+    copy_row(s.dr + (s.packed_position[t] + s.rank[j]) * P, m.dh + j * m.dh_size, P, P);
   }
   multiply<T>(rows, P, H, s.projection_panels, 0, m.dh, m.dh_size, m.draw, m.state_size, false);
   backward_units<Cell>(s, m, t, 0, H, m.draw, m.state_size);

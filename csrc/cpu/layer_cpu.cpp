@@ -340,6 +340,18 @@ Output forward(const Layer& layer, bool save) {
   return out;
 }
 
+/// The positions that rows of different lengths reach, in the order of Plan::packed_position;
+/// undefined where it is all of them.
+Tensor reached(const Layer& layer, const Plan& plan) {
+  if (!layer.lengths.defined()) return {};
+  const Tensor positions = new_tensor<int64_t>({plan.packed_positions});
+  int64_t* to = positions.mutable_data_ptr<int64_t>();
+  for (int64_t t = 0; t < layer.T; ++t) {
+    for (int64_t j = 0; j < plan.active[t]; ++j) *to++ = plan.position[t] + plan.order[j];
+  }
+  return positions;
+}
+
 struct Gradients {
   Tensor input, h0, c0;
   std::vector<Tensor> weights;
@@ -348,21 +360,21 @@ struct Gradients {
 template <class T>
 Gradients backward(const Layer& layer, const OutputGradients& g,
                    const std::vector<bool>& output_mask) {
-  const int64_t D = layer.D, N = layer.N, H = layer.H, P = layer.P, S = layer.cell.sums;
+  const int64_t D = layer.D, H = layer.H, P = layer.P, S = layer.cell.sums;
   const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
   const int64_t blocks = divide_up(std::max(H, P), common.block_columns);
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
-  const auto positions = [&](int64_t features) {  // padding must not reach the products
-    return new_at_positions<T>(layer, {D, N, features}, D);
+  const auto at_positions = [&](int64_t features) {
+    return new_tensor<T>({D, plan.packed_positions, features});
   };
-  const Tensor dsums = positions(S * H), h_previous = positions(P);
+  const Tensor dsums = at_positions(S * H), h_previous = at_positions(P);
   Tensor dr, h_raw;
   Scratch<T> panels, projection_panels;
   if (layer.has_projection) {
-    dr = positions(P);
-    h_raw = positions(H);
+    dr = at_positions(P);
+    h_raw = at_positions(H);
     projection_panels = pack_products<T>(layer, &DirectionWeights::hr, P, H, H, 1);
   }
   if (worth_packing<T>(layer.T * divide_up(layer.B, common.tile_rows), P)) {
@@ -392,6 +404,8 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     if (g.dy.defined()) s.dy = g.dy.const_data_ptr<T>() + d * P;
     s.dh_n = part(g.dh_n);
     s.dc_n = part(g.dc_n);
+    s.rank = shares.runs[r].rank.data();
+    s.packed_position = plan.packed_position.data();
     s.dsums = part(dsums);
     s.h_previous = part(h_previous);
     s.dr = part(dr);
@@ -417,7 +431,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const size_t states = layer.cell.has_c ? 3 : 2;
   out.weights = weight_gradients(layer, directions,
                                  std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-                                 output_mask[0], out.input, OwnProducts<T>());
+                                 output_mask[0], out.input, OwnProducts<T>(), reached(layer, plan));
   const auto wanted = [&](Tensor& t, size_t i) {
     t = output_mask[i] ? in_type(t, layer.type) : at::empty({0}, layer.options().dtype(layer.type));
   };

@@ -22,6 +22,10 @@ struct Plan {
   Indices order;     ///< [B]
   Indices active;    ///< [T] rows in each step: a prefix of order
   Indices position;  ///< [T] of batch row 0
+  /// [T] of the first in `order`, where positions that no row reaches are not counted, and how many
+  /// there are then.
+  Indices packed_position;
+  int64_t packed_positions = 0;
 
   explicit Plan(const Layer& layer)
       : order(size_t(layer.B)), active(size_t(layer.T), layer.B), position(size_t(layer.T)) {
@@ -30,10 +34,19 @@ struct Plan {
       if (layer.packed) active[t] = layer.batch_sizes[t];
       at += active[t];
     }
-    if (!layer.lengths.defined()) {
+    if (layer.lengths.defined()) {
+      sort_rows(layer);
+    } else {
       for (int64_t b = 0; b < layer.B; ++b) order[b] = b;
-      return;
     }
+    for (int64_t n : active) {
+      packed_position.push_back(packed_positions);
+      packed_positions += n;
+    }
+  }
+
+ private:
+  void sort_rows(const Layer& layer) {
     // A stable counting sort by length, longest first.
     const int64_t* length = layer.lengths.const_data_ptr<int64_t>();
     std::vector<int64_t> longer(layer.T + 2, 0);  // [l]: rows of length l, then rows longer than l
@@ -156,7 +169,7 @@ constexpr int64_t kSharedStep = 1 << 15;
 struct Shares {
   struct Run {
     int64_t direction;
-    Indices row, active;
+    Indices row, rank, active;  ///< rank: places in Plan::order
   };
   c10::SmallVector<Run, 4> runs;
   int64_t members = 1;  ///< of each run
@@ -181,9 +194,12 @@ struct Shares {
     for (int64_t d = 0; d < layer.D; ++d) {
       for (int64_t part = 0; part < rows; ++part) {
         // Every rows-th row, so that rows of all lengths go to each thread.
-        runs.push_back({d, {}, {}});
+        runs.push_back({d, {}, {}, {}});
         Run& run = runs.back();
-        for (int64_t j = part; j < layer.B; j += rows) run.row.push_back(plan.order[j]);
+        for (int64_t j = part; j < layer.B; j += rows) {
+          run.row.push_back(plan.order[j]);
+          run.rank.push_back(j);
+        }
         for (int64_t n : plan.active) {
           run.active.push_back(n > part ? (n - part + rows - 1) / rows : 0);
         }
