@@ -170,6 +170,20 @@ class Fused(_Module):
         return _with_mode(module, forward, mode)
 
 
+class Packing(Fused):
+    """fusedrnn where the caller packs and unpacks rows of different lengths, without lengths=."""
+
+    name = "packing"
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return case.layout == "lengths"
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        given = problem(case, self.device)
+        module = fusedrnn.fuse(given.module)
+        return _with_mode(module, _forward(module, case, given), mode)
+
+
 class Torch(_Module):
     """torch.nn, the reference."""
 
@@ -320,7 +334,14 @@ class CuDnn(Torch):
         return {"cudnn": str(cudnn.version())}
 
 
-PEERS: tuple[Peer, ...] = (Torch(), Compiled(), OnnxRuntime(), OpenVino(), CuDnn())
+PEERS: tuple[Peer, ...] = (
+    Torch(),
+    Compiled(),
+    OnnxRuntime(),
+    OpenVino(),
+    CuDnn(),
+    Packing(),
+)
 
 
 def values(output: Any) -> Tensor:

@@ -21,6 +21,7 @@ TITLES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "cudnn": "cuDNN",
+    "packing": "packing by hand",
 }
 
 
@@ -125,7 +126,7 @@ def table(run: dict[str, Any]) -> str:
     groups = _groups(rows)
     by_mode: dict[str, list[str]] = {}
     for peer, mode in sorted(groups, key=lambda group: (group[1], list(TITLES).index(group[0]))):
-        if peer != "torch.compile":  # of a few cases only
+        if peer not in ("torch.compile", "packing"):  # of a few cases only
             by_mode.setdefault(mode, []).append(peer)
     head, means = ["case"], ["geometric mean"]
     for mode, found in by_mode.items():
@@ -141,6 +142,14 @@ def table(run: dict[str, Any]) -> str:
         body.append(cells)
     align = ["---", *("---:" for _ in head[1:])]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, align, *body, means)]
+    by_hand = [
+        f"{row['name']} {row['ratio']:.2f} ({row['mode']})"
+        for row in rows
+        if row["peer"] == "packing"
+    ]
+    if by_hand:
+        lines += ["", "Fused layers that are packed and unpacked by hand, over `lengths=`: "]
+        lines[-1] += f"{', '.join(by_hand)}."
     return "\n".join([caption(run["header"]), "", *lines])
 
 
@@ -151,6 +160,7 @@ def digits(value: float) -> str:
 
 _COLORS = {"fusedrnn": "#0072b2", "torch": "#d55e00", "cudnn": "#d55e00"}
 _COLORS |= {"onnxruntime": "#009e73", "openvino": "#cc79a7", "torch.compile": "#e69f00"}
+_COLORS |= {"packing": "#999999"}
 
 
 def pictures(run: dict[str, Any], output: Path) -> None:
