@@ -148,18 +148,26 @@ def build(results: Path) -> list[Command]:
     ]
 
 
+# After an illegal access all tests fail. Of a kernel that waits for ever: where.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+PYTEST += ["--maxfail=25", "-o", "faulthandler_timeout=120"]
+
+
 def tests(results: Path) -> list[Command]:
-    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    # After an illegal access all tests fail. Of a kernel that waits for ever: where.
-    pytest += ["--maxfail=25", "-o", "faulthandler_timeout=120"]
     others = ["tests/test_ops.py"]
     if importlib.util.find_spec("expecttest"):  # which torch's own samples need
         others.append("tests/test_modules.py")
     return [
-        Command("primitives", [*pytest, "tests/test_primitives.py"], passed=some_passed),
-        Command("CUDA", [*pytest, "tests/test_cuda.py"], share=5, passed=some_passed),
-        Command("CPU", [*pytest, *others]),
+        Command("primitives", [*PYTEST, "tests/test_primitives.py"], passed=some_passed),
+        Command("CUDA", [*PYTEST, "tests/test_cuda.py"], share=5, passed=some_passed),
+        Command("CPU", [*PYTEST, *others]),
     ]
+
+
+def ecosystem(results: Path) -> list[Command]:
+    names = ("compile", "functorch", "swap", "works_with")
+    files = [f"tests/test_{name}.py" for name in names]
+    return [Command("ecosystem", [*PYTEST, "-k", "cuda", *files], passed=some_passed)]
 
 
 def clean_but_for_others(status: int, output: str) -> bool:
@@ -209,7 +217,7 @@ def checks(results: Path) -> list[Command]:
     ]
 
 
-STAGES = {s.__name__: s for s in (build, tests, sanitize, bench, checks)}
+STAGES = {s.__name__: s for s in (build, tests, ecosystem, sanitize, bench, checks)}
 
 
 def write_log(path: Path, sections: dict[str, str]) -> None:
