@@ -74,8 +74,8 @@ def check_metadata(path: Path, metadata: Message, wheel: Message) -> list[str]:
     readme = (ROOT / "README.md").read_text()
     if str(metadata.get_payload()).strip() != readme.strip():
         problems.append(f"{path.name}: the description is not README.md")
-    if any("torch" in need for need in metadata.get_all("Requires-Dist", [])):
-        problems.append(f"{path.name} has pip install torch")
+    needs = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
+    problems += [f"{path.name} has pip install {need}" for need in needs]
     here = f"cp{sys.version_info.major}{sys.version_info.minor}"
     tag = f"{python}-{abi}-{platform}"
     if (python, abi) != (here, here) or platform == "any" or wheel["Tag"] != tag:

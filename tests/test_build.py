@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
 
 import cuda_check
@@ -203,6 +204,18 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
         "Version is 0.1.0",
         f"the tag is py3-none-any, and {wheel.stem.split('-', 2)[2]} inside",
     ]
+
+
+def test_wheel_brings_no_torch() -> None:
+    """Only an extra may ask for a package."""
+    path, metadata = Path("fusedrnn-0.1.0-cp311-cp311-linux_x86_64.whl"), Message()
+    for need in ("torch>=2.11", "numpy", 'gluonts[torch]; extra == "models"'):
+        metadata["Requires-Dist"] = need
+    assert [
+        problem
+        for problem in dist_check.check_metadata(path, metadata, Message())
+        if "pip install" in problem
+    ] == [f"{path.name} has pip install {need}" for need in ("torch>=2.11", "numpy")]
 
 
 def toolkit(
