@@ -11,6 +11,7 @@ stress of each vowel of an English word from its phonemes (CMU Pronouncing Dicti
     python examples/train_tagger.py --cell gru --conllu train.conllu --dev dev.conllu
     torchrun --standalone --nproc-per-node 2 examples/train_tagger.py
     torchrun --standalone --nproc-per-node 2 examples/train_tagger.py --fsdp
+    python examples/train_tagger.py --device cuda --amp --compile --lengths
 
 Processes share the rows of each batch; with --fsdp (FSDP2, torch's fully_shard) the weights too.
 Writes to --output: curves.png, metrics.json and model.pt. The checkpoint loads into either layer:
@@ -325,6 +326,7 @@ class Tagger(nn.Module):
         hidden: size of the hidden state of each direction.
         layers: number of layers.
         fused: whether the layers are fusedrnn's; parameters and their names are the same.
+        packs: whether batches are packed for the layers, which those of fusedrnn don't need.
     """
 
     def __init__(
@@ -337,8 +339,10 @@ class Tagger(nn.Module):
         layers: int,
         *,
         fused: bool,
+        packs: bool = True,
     ) -> None:
         super().__init__()
+        self.packs = packs
         self.embedding = nn.Embedding(words, embedding)
         self.rnn = LAYERS[cell][fused](
             embedding, hidden, layers, batch_first=True, bidirectional=True
@@ -348,6 +352,8 @@ class Tagger(nn.Module):
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
         """Scores [B, T, L] of words [B, T], of which each row has its length [B], on the CPU."""
         embedded = self.embedding(words)
+        if not self.packs:
+            return self.linear(self.rnn(embedded, lengths=lengths)[0])
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         output, _ = self.rnn(packed)
         padded, _ = pad_packed_sequence(output, batch_first=True, total_length=words.size(1))
@@ -401,6 +407,7 @@ class Side:
     workers: Workers
     lr: float
     steps: int  # of the whole run
+    amp: bool = False  # whether forward passes are autocast to bfloat16
     losses: list[float] = field(default_factory=list)  # of each step
     history: list[dict[str, float]] = field(default_factory=list)  # of each epoch
     speeds: dict[str, list[float]] = field(default_factory=lambda: {"train": [], "eval": []})
@@ -419,12 +426,18 @@ class Side:
         self.loss = self.known = self.right = self.labelled = 0.0
         self.epoch_losses: list[float] = []
 
+    def autocast(self) -> torch.autocast:
+        """What forward passes run in."""
+        return torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.amp)
+
     def backward(self, batch: Batch) -> Tensor:
         """Adds the gradients of a batch's mean loss; returns this process's share of the loss."""
         self.optimizer.zero_grad()
         # The mean over the whole batch: what processes share is divided by their count.
         share = self.workers.count / max(1, batch.labelled)
-        loss = loss_sum(self.model(batch.words, batch.lengths), batch.labels) * share
+        with self.autocast():
+            scores = self.model(batch.words, batch.lengths)
+        loss = loss_sum(scores.float(), batch.labels) * share
         loss.backward()
         return loss.detach()
 
@@ -445,10 +458,11 @@ class Side:
         self.tagger.eval()
         with torch.no_grad():
             start = self.workers.clock()
-            scores = [self.tagger(batch.words, batch.lengths) for batch in batches]
+            with self.autocast():
+                scores = [self.tagger(batch.words, batch.lengths) for batch in batches]
             self.end_turn("eval", batches, self.workers.clock() - start)
             for batch, score in zip(batches, scores, strict=True):
-                self.loss += float(loss_sum(score, batch.labels))
+                self.loss += float(loss_sum(score.float(), batch.labels))
                 self.known += int((batch.labels >= 0).sum())
                 self.labelled += int((batch.labels != NO_LABEL).sum())
                 self.right += int((score.argmax(-1) == batch.labels).sum())
@@ -506,10 +520,13 @@ def make_sides(args: argparse.Namespace, data: Data, workers: Workers) -> tuple[
     for fused in (False, True):
         torch.manual_seed(args.seed)  # both layers draw the same initial values
         sizes = {"words": len(data.words), "labels": len(data.labels), **model_sizes(args)}
-        tagger = Tagger(**sizes, fused=fused).to(workers.device)
+        packs = not (fused and args.lengths)
+        tagger = Tagger(**sizes, fused=fused, packs=packs).to(workers.device)
+        if args.compile:
+            tagger.compile(dynamic=True)
         name = f"Fused{args.cell.upper()}" if fused else f"nn.{args.cell.upper()}"
         steps = args.epochs * steps_per_epoch(args, data)
-        sides.append(Side(name, tagger, workers, args.lr, steps))
+        sides.append(Side(name, tagger, workers, args.lr, steps, args.amp))
     return sides[0], sides[1]
 
 
@@ -742,8 +759,9 @@ def describe(args: argparse.Namespace, data: Data, workers: Workers) -> str:
         where += f", {threads} thread{'s' * (threads > 1)}"
     if workers.count > 1:
         where = f"{workers.count} processes on {where} each"
-    if workers.fsdp:
-        where += ", FSDP"
+    where += ", FSDP" if workers.fsdp else ""
+    where += ", bfloat16 by autocast" if args.amp else ""
+    where += ", torch.compile" if args.compile else ""
     task = {"upos": "UPOS of words", "stress": "Stress of phonemes"}[data.task]
     return (
         f"{task}: {args.layers}-layer bidirectional {args.cell.upper()}, hidden {args.hidden}, "
@@ -800,6 +818,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=_number(int, 0, 2**31), default=0)
     add("--threads", type=_number(int, 1, 1024), help="of the CPU; torch's choice if not given")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--lengths", action="store_true", help="the fused layer gets lengths, no packed batch")
+    add("--amp", action="store_true", help="autocast forward passes to bfloat16")
+    add("--compile", action="store_true", help="torch.compile both taggers")
     add("--fsdp", action="store_true", help="shard the weights over torchrun's processes")
     add("--output", type=Path, metavar="DIR", default=Path("runs/tagger"))
     args = parser.parse_args(argv)

@@ -126,6 +126,28 @@ def test_trains_both_alike(files, tmp_path, capsys, cell):
     assert set(metrics["tokens_per_second"]["train"]) == {*names, "ratio"}
 
 
+@pytest.mark.parametrize(
+    ("options", "where", "is_exact"),
+    [
+        (["--lengths"], "cpu, 1 thread", True),
+        (["--amp"], "cpu, 1 thread, bfloat16 by autocast", False),
+        (["--compile", "--lengths"], "cpu, 1 thread, torch.compile", True),
+    ],
+)
+def test_options_train_both_alike(files, tmp_path, capsys, options, where, is_exact):
+    """And as without them, but for the rounding of bfloat16, which is seen."""
+    found = []
+    for more in ([], options):
+        assert tagger.main([*files, "--layers", "2", *more]) == 0
+        metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        found.append([side["step_losses"] for side in metrics["sides"].values()])
+    assert f"batches of 4, {where}\n" in capsys.readouterr().out
+    (plain, _), (theirs, ours) = found
+    assert ours == pytest.approx(theirs, abs=1e-4 if is_exact else 0.05)
+    assert theirs == pytest.approx(plain, abs=0.1)
+    assert (theirs[:5] == pytest.approx(plain[:5], abs=1e-5)) == is_exact
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_checkpoint_loads_into_either_layer(files, tmp_path, cell):
     assert tagger.main([*files, "--cell", cell]) == 0
