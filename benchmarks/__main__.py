@@ -2,9 +2,11 @@
 
 `python -m benchmarks steady` is about single calls instead: steady.py; `python -m benchmarks
 checks` about the kernels of a GPU: checks.py; `python -m benchmarks models` about models of other
-packages: models.py; `python -m benchmarks compiled` about torch.compile: compiled.py. A run of the
-whole grid is stored in benchmarks/results/, with pictures; a part of it only where --output says.
-On a GPU the time of a call includes the wait for its end.
+packages: models.py; `python -m benchmarks compiled` about torch.compile: compiled.py; `python -m
+benchmarks training` about the tagger example: training.py; `python -m benchmarks worst` about the
+kernels of the worst cases on a GPU: worst.py. A run of the whole grid is stored in
+benchmarks/results/, with pictures; a part of it only where --output says. On a GPU the time of a
+call includes the wait for its end.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +30,27 @@ from benchmarks import (
     peers,
     report,
     steady,
+    training,
+    worst,
 )
 from fusedrnn import _ops
 
 RESULTS = Path(__file__).parent / "results"
+OTHERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "checks": checks.main,
+    "compiled": compiled.main,
+    "models": models.main,
+    "steady": steady.main,
+    "training": training.main,
+    "worst": worst.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is asked for, or reads a stored run, and reports; gives the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["steady"]:
-        return steady.main(argv[1:])
-    if argv[:1] == ["checks"]:
-        return checks.main(argv[1:])
-    if argv[:1] == ["models"]:
-        return models.main(argv[1:])
-    if argv[:1] == ["compiled"]:
-        return compiled.main(argv[1:])
+    if argv and argv[0] in OTHERS:
+        return OTHERS[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -86,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output:
         report.pictures(run, output)
     if args.readme:
-        report.write_between(args.readme, "table", report.table(run))
+        report.write_between(args.readme, report.marker("table", run), report.table(run))
+        if "training" in run and run["header"]["device"] != "cpu":
+            text = training.table(run["training"])
+            report.write_between(args.readme, report.marker("training", run), text)
     if args.compare:
         old = json.loads(args.compare.read_text())
         worse = report.compare(old["rows"], run["rows"], args.tolerance)
@@ -116,6 +125,7 @@ def _measure(
         raise SystemExit("no peer to compare with")
     header = machine.header(device, present)
     probe = limits.probe() if device == "cpu" else None
+    of_gpu = limits.gpu_peaks() if device == "cuda" else None
     last = best = probe.measure() if probe else None
     rows: list[dict[str, Any]] = []
     report.heading()
@@ -129,9 +139,15 @@ def _measure(
                 for row in found:
                     row["limit_ms"] = limits.limit_ms(case, mode, now.or_better(last or now))
                 last, best = now, now.or_better(best or now)
+            if of_gpu:
+                regime = checks.regime_of(peers.Fused(device).prepare(case, mode))
+                for row in found:
+                    row["limit_ms"] = limits.gpu_limit_ms(case, mode, of_gpu)
+                    row["regime"] = regime
             report.lines(found)
             rows += found
-    header["peaks"] = best and dataclasses.asdict(best)
+    peaks = best or of_gpu
+    header["peaks"] = peaks and dataclasses.asdict(peaks)
     return {"header": header, "rows": rows}
 
 

@@ -75,6 +75,11 @@ def regimes_in(names: Sequence[str]) -> set[str]:
     return found
 
 
+def regime_of(call: Call) -> str:
+    """The regime that a warm call runs in; of several, all; "-" where none is known."""
+    return "+".join(sorted(regimes_in([name for name, _, _ in kernels_of(call)]))) or "-"
+
+
 @contextlib.contextmanager
 def running(regime: str, kind: str) -> Iterator[None]:
     """Layers run in this regime and in the precision of this kind."""

