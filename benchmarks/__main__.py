@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output:
         report.pictures(run, output)
     if args.readme:
-        report.write_between(args.readme, report.marker("table", run), report.table(run))
+        text = report.table(run)
+        if run["header"]["device"] != "cpu" and output:
+            picture = os.path.relpath(report.picture(output, "ratio"), args.readme.parent)
+            text += f"\n\n![Time of cuDNN over fusedrnn's, by case]({picture})"
+        report.write_between(args.readme, report.marker("table", run), text)
         if "training" in run and run["header"]["device"] != "cpu":
             text = training.table(run["training"])
             report.write_between(args.readme, report.marker("training", run), text)

@@ -183,6 +183,11 @@ _COLORS |= {"onnxruntime": "#009e73", "openvino": "#cc79a7", "torch.compile": "#
 _COLORS |= {"packing": "#999999"}
 
 
+def picture(output: Path, kind: str) -> Path:
+    """Where that of a stored run is: "ratio" or "limit"."""
+    return output.with_name(f"{output.stem}_{kind}.png")
+
+
 def pictures(run: dict[str, Any], output: Path) -> None:
     """Draws OUTPUT_ratio.png and, where the limits are known, OUTPUT_limit.png."""
     try:
@@ -203,14 +208,14 @@ def pictures(run: dict[str, Any], output: Path) -> None:
     _bars(
         ratios,
         f"Time of a peer over fusedrnn's: right of 1, fusedrnn is faster\n{where}",
-        output.with_name(f"{output.stem}_ratio.png"),
+        picture(output, "ratio"),
         is_ratio=True,
     )
     if shares:
         _bars(
             shares,
             f"Least time by the machine's measured peaks, % of the time taken\n{where}",
-            output.with_name(f"{output.stem}_limit.png"),
+            picture(output, "limit"),
             is_ratio=False,
         )
 

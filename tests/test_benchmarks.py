@@ -260,6 +260,8 @@ def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| a | 1.00 | 2.00 | 50% | grid | 3.0 / 2.0 | 1.00 | 4.00 |  | grid |  |",
         "| geometric mean |  | **2.00** |  |  |  |  | **4.00** |  |  |  |",
+        "",
+        "![Time of cuDNN over fusedrnn's, by case](run_ratio.png)",
         "<!-- /table cuda -->",
         "<!-- training cuda -->",
         caption,
