@@ -173,7 +173,7 @@ def autocast(
     device = input.device.type
     if (
         not torch._C._is_any_autocast_enabled()
-        or not torch.amp.is_autocast_available(device)
+        or not _reference.has_autocast(device)
         or not torch.is_autocast_enabled(device)
         or torch.float64 in (input.dtype, weights[0].dtype)
     ):

@@ -18,6 +18,13 @@ States = tuple[Tensor, ...]
 Step = Callable[[Tensor, States, Tensor, Tensor | None, Tensor | None], States]
 
 
+# torch 2.11's dynamo can't look into it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_autocast(device: str) -> bool:
+    """Whether torch.autocast knows this type of device; asked about another it raises."""
+    return torch.amp.is_autocast_available(device)
+
+
 def lstm_step(
     x: Tensor, states: States, weight_hh: Tensor, bias_hh: Tensor | None, weight_hr: Tensor | None
 ) -> States:
@@ -88,7 +95,7 @@ def layer(
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
     """One layer, all its directions: the output, and the states after each row's last step."""
-    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(input.device.type):
+    if torch._C._is_any_autocast_enabled() and has_autocast(input.device.type):
         with torch.autocast(input.device.type, enabled=False):  # whoever calls has cast
             return _layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
     return _layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
