@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import (
     cases,
     checks,
@@ -83,10 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         modes = [args.mode] if args.mode else measure.MODES
-        run = _measure(chosen, modes, args.device, args.peer, args.seconds)
-        is_whole = not (args.cases or args.mode or args.peer)
-        name = report.slug(run["header"]["device"])
-        output = args.output or (RESULTS / f"{name}.json" if is_whole else None)
+        output = args.output
+        if output is None and not (args.cases or args.mode or args.peer):
+            name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+            output = RESULTS / f"{report.slug(name)}.json"
+        # On a GPU after each case, for what is lent to a session may be taken away.
+        early = output if args.device == "cuda" else None
+        run = _measure(chosen, modes, args.device, args.peer, args.seconds, early)
         if output:
             report.store(output, run)
     report.summary(run["rows"])
@@ -115,6 +120,7 @@ def _measure(
     device: str,
     names: Sequence[str] | None,
     seconds: float,
+    early: Path | None,
 ) -> dict[str, Any]:
     if device not in _ops.devices():
         raise SystemExit(f"this build of fusedrnn has no kernels for {device}")
@@ -131,6 +137,7 @@ def _measure(
     header = machine.header(device, present)
     probe = limits.probe() if device == "cpu" else None
     of_gpu = limits.gpu_peaks() if device == "cuda" else None
+    header["peaks"] = of_gpu and dataclasses.asdict(of_gpu)
     last = best = probe.measure() if probe else None
     rows: list[dict[str, Any]] = []
     report.heading()
@@ -145,14 +152,23 @@ def _measure(
                     row["limit_ms"] = limits.limit_ms(case, mode, now.or_better(last or now))
                 last, best = now, now.or_better(best or now)
             if of_gpu:
-                regime = checks.regime_of(peers.Fused(device).prepare(case, mode))
                 for row in found:
                     row["limit_ms"] = limits.gpu_limit_ms(case, mode, of_gpu)
-                    row["regime"] = regime
             report.lines(found)
             rows += found
-    peaks = best or of_gpu
-    header["peaks"] = peaks and dataclasses.asdict(peaks)
+            if early:
+                report.store(early, {"header": header, "rows": rows})
+    if best:
+        header["peaks"] = dataclasses.asdict(best)
+    if of_gpu:
+        # After all times: launches stay slower once a profiler has been attached.
+        regimes = {
+            (case.name, mode): checks.regime_of(peers.Fused(device).prepare(case, mode))
+            for case in chosen
+            for mode in modes
+        }
+        for row in rows:
+            row["regime"] = regimes[row["name"], row["mode"]]
     return {"header": header, "rows": rows}
 
 

@@ -170,11 +170,18 @@ def _kernel_peaks() -> dict[str, dict[str, float]]:
             command = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
             command += ["-arch=native", f"-I{_SOURCE.parents[1]}/csrc", "-o", program]
             for args in ([*command, str(_GPU_SOURCE)], [program]):
-                done = subprocess.run(args, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    args, capture_output=True, text=True, check=False, timeout=100
+                )
                 if done.returncode:
                     raise OSError(done.stderr.strip() or f"{args[0]} exited {done.returncode}")
         found: dict[str, dict[str, float]] = json.loads(done.stdout)
-    except (OSError, ValueError, setup_cuda.MissingError) as error:
+    except (
+        OSError,
+        ValueError,
+        setup_cuda.MissingError,
+        subprocess.TimeoutExpired,
+    ) as error:
         print(f"without the times of exchanges: {error}", file=sys.stderr)
         return {}
     return found
@@ -247,8 +254,9 @@ def gpu_limit_ms(case: Case, mode: str, peaks: GpuPeaks) -> float:
 
     The largest of three times. Operations: `flops` at the rate of torch's products. Memory: weights
     and inputs read and outputs written once, in training read again and the gradients written.
-    Steps: each of the T of each layer waits for the one before to hand its h on, in both passes;
-    directions run beside each other. Not counted: what is saved for the backward pass, the products
+    Steps: each waits for the one before to hand its h on, in both passes. Layers follow each other
+    in both directions, and a step behind each other in one; directions run beside each other. Not
+    counted: what is saved for the backward pass, the products
     of a step, launches.
     """
     width, passes = _BYTES[case.dtype], 2 if mode == "training" else 1
@@ -257,9 +265,10 @@ def gpu_limit_ms(case: Case, mode: str, peaks: GpuPeaks) -> float:
     values = sum(case.lengths) * (case.I + case.directions * P)
     moved = width * ((weights + values) * passes + (weights if mode == "training" else 0))
     recurrent = width * (P * case.gates * case.H + case.H * case.proj_size)
-    steps = case.T * case.layers * passes * peaks.exchange_seconds(recurrent)
+    steps = case.T * case.layers if case.bidirectional else case.T + case.layers - 1
+    waiting = steps * passes * peaks.exchange_seconds(recurrent)
     compute = flops(case, mode) / peaks.flops[case.dtype]
-    return 1e3 * max(compute, moved / peaks.bandwidth, steps)
+    return 1e3 * max(compute, moved / peaks.bandwidth, waiting)
 
 
 def limit_ms(case: Case, mode: str, peaks: Peaks | None) -> float | None:

@@ -112,7 +112,7 @@ struct PlainRate {
 /// TFLOP/s of the whole GPU.
 template <class Kernel>
 double tflops(float* out) {
-  const unsigned ctas = 4 * unsigned(attribute(cudaDevAttrMultiProcessorCount));
+  const unsigned ctas = 2 * unsigned(attribute(cudaDevAttrMultiProcessorCount));
   const double ms =
       milliseconds([&] { check(cudaError_t(launch(Kernel{out}, Grid{ctas}, nullptr))); });
   return Kernel::kFlops * Kernel::kThreads * ctas * kRounds / ms * 1e-9;
@@ -169,7 +169,7 @@ struct InGrid {
 };
 
 /// To the next CTA of a cluster, by its shared memory and the cluster's barrier.
-__global__ void in_cluster(float* out, int steps) {
+__global__ void __launch_bounds__(kHidden, 1) in_cluster(float* out, int steps) {
 #if __CUDA_ARCH__ >= 900
   __shared__ float h[2][kHidden];
   const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
@@ -185,42 +185,34 @@ __global__ void in_cluster(float* out, int steps) {
 #endif
 }
 
-/// As large as a persistent layer's would be: a CTA fills a multiprocessor.
-__global__ void __launch_bounds__(256, 1) large_cluster(float* out) {
-  extern __shared__ float shared[];
-  out[threadIdx.x] = shared[threadIdx.x];
-}
-
-struct ClusterConfig {
+/// A cluster whose CTAs each fill a multiprocessor, as a persistent layer's would.
+struct Cluster {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute;
 
-  ClusterConfig(unsigned ctas, unsigned cluster, unsigned threads, size_t shared) {
+  explicit Cluster(unsigned ctas) {
     config.gridDim = dim3(ctas);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
+    config.blockDim = dim3(kHidden);
+    config.dynamicSmemBytes = size_t(::attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - 4096;
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.x = ctas;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
+    check(cudaFuncSetAttribute(in_cluster, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    check(cudaFuncSetAttribute(in_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(config.dynamicSmemBytes)));
+  }
+  Cluster(const Cluster&) = delete;
+
+  /// How many of them the GPU has room for at once.
+  int active() const {
+    int count = 0;
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, in_cluster, &config);
+    if (status != cudaSuccess) cudaGetLastError();  // too large for this GPU
+    return status == cudaSuccess ? count : 0;
   }
 };
-
-template <class Function>
-void allow_large_clusters(Function* function) {
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-}
-
-int active_clusters(unsigned cluster) {
-  constexpr size_t kShared = 200 * 1024;
-  allow_large_clusters(large_cluster);
-  check(cudaFuncSetAttribute(large_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  const ClusterConfig c(cluster, cluster, 256, kShared);
-  int count = 0;
-  check(cudaOccupancyMaxActiveClusters(&count, large_cluster, &c.config));
-  return count;
-}
 
 void print(const char* name, double value, const char* end = ",") {
   std::printf("\"%s\": %.6g%s", name, value, end);
@@ -236,6 +228,7 @@ int main() {
   check(cudaMalloc(&h, 2 * multiprocessors * kHidden * sizeof(float)));
   check(cudaMalloc(&arrived, sizeof(uint32_t)));
 
+  for (int i = 0; i < 100; ++i) tflops<TensorRate<BFloat16>>(out);  // until the clocks are up
   std::printf("{\"tflops\": {");
   print("bfloat16", tflops<TensorRate<BFloat16>>(out));
   print("float16", tflops<TensorRate<Float16>>(out));
@@ -252,14 +245,14 @@ int main() {
           }));
   }
   const bool has_clusters = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  if (has_clusters) {
-    allow_large_clusters(in_cluster);
-    for (unsigned cluster : {2u, 4u, 8u, 16u}) {
-      print(("cluster " + std::to_string(cluster)).c_str(), nanoseconds([&](int steps) {
-              const ClusterConfig c(cluster, cluster, kHidden, 0);
-              check(cudaLaunchKernelEx(&c.config, in_cluster, out, steps));
-            }));
-    }
+  int active[17] = {};
+  for (unsigned ctas = 2; has_clusters && ctas <= 16; ctas *= 2) {
+    const Cluster cluster(ctas);
+    active[ctas] = cluster.active();
+    if (!active[ctas]) continue;
+    print(("cluster " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
+            check(cudaLaunchKernelEx(&cluster.config, in_cluster, out, steps));
+          }));
   }
   print("cta", nanoseconds([&](int steps) {
           const Grid grid{1, 1, 1, 2 * kHidden * sizeof(float)};
@@ -268,11 +261,8 @@ int main() {
         "},\n");
 
   std::printf("\"active_clusters\": {");
-  if (has_clusters) {
-    print("8", active_clusters(8));
-    print("16", active_clusters(16), "");
-  }
-  std::printf("}}\n");
+  print("8", active[8]);
+  print("16", active[16], "}}\n");
   check(cudaDeviceSynchronize());
   return 0;
 }

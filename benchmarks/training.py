@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "train_tagger.py"
 WAYS: dict[str, list[str]] = {
     "as it is": [],
     "lengths": ["--lengths"],
-    "autocast to bfloat16": ["--amp"],
+    "autocast": ["--amp"],
     "torch.compile, lengths": ["--compile", "--lengths"],
 }
 
@@ -87,14 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and (missing := CuDnn().available()):
         print(missing)
         return 1
-    rows = []
+    header = machine.header(args.device, [CuDnn()] if args.device == "cuda" else [])
+    results = Path(__file__).parent / "results" / f"{report.slug(header['device'])}.json"
+    rows: list[dict[str, Any]] = []
+    found = {"header": header, "arguments": " ".join(args.arguments), "rows": rows}
     for way in args.way or WAYS:
         rows.append(measure(way, args.device, args.arguments))
+        report.store(args.output or results, {"training": found})
         ratios = {kind: row["ratio"] for kind, row in rows[-1]["tokens_per_second"].items()}
         print(f"{way}: {', '.join(f'{kind} {ratio:.2f}' for kind, ratio in ratios.items())}")
-    header = machine.header(args.device, [CuDnn()] if args.device == "cuda" else [])
-    found = {"header": header, "arguments": " ".join(args.arguments), "rows": rows}
-    results = Path(__file__).parent / "results" / f"{report.slug(header['device'])}.json"
-    report.store(args.output or results, {"training": found})
     print(table(found))
     return 0

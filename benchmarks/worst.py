@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +27,10 @@ from benchmarks.peers import CuDnn, Fused, Peer
 
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "build" / "ncu"
-SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
+SECTIONS = (
+    *("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats"),
+    *("ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis"),
+)
 # Of ncu's table, what says which resource a kernel waits for.
 METRICS = (
     *(
@@ -72,7 +77,8 @@ def profiled(name: str, mode: str) -> list[dict[str, str]] | str:
     ncu = shutil.which("ncu") or (shutil.which(f"{home}/bin/ncu") if home else None)
     if ncu is None:
         return "ncu is not there"
-    command = [ncu, "--clock-control", "none"]  # the clocks stay as they are
+    # Clocks and caches stay as they are.
+    command = [ncu, "--clock-control", "none", "--cache-control", "none"]
     command += ["--target-processes", "all", "--page", "details", "--kernel-name-base", "demangled"]
     for section in SECTIONS:
         command += ["--section", section]
@@ -84,23 +90,30 @@ def profiled(name: str, mode: str) -> list[dict[str, str]] | str:
         ["--kernel-name", "regex:fusedrnn", "--launch-count", "12"],
     ):
         call = [sys.executable, "-m", "benchmarks", "worst", "--call", name, mode]
-        try:
-            done = subprocess.run(
-                [*command, *chosen, *call],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=60,
-            )
-        except subprocess.TimeoutExpired:
-            said = "ncu took over 60 s"
-            continue
-        (LINES / f"{report.slug(f'{name} {mode}')}.txt").write_text(done.stdout + done.stderr)
-        if found := metrics_in(done.stdout):
+        status, text = _run([*command, *chosen, *call], 60)
+        (LINES / f"{report.slug(f'{name} {mode}')}.txt").write_text(text)
+        if found := metrics_in(text):
             return found
-        said = f"ncu exited {done.returncode}: {done.stdout.strip()[-200:]}"
+        said = f"ncu exited {status}: {text.strip()[-200:]}"
     return said
+
+
+def _run(command: Sequence[str], limit: float) -> tuple[int, str]:
+    """Exit status and output; after `limit` seconds it is killed, with what it has started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        text, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+    return process.returncode, text
 
 
 def kernels(name: str, mode: str, device: str = "cuda") -> dict[str, list[str]]:

@@ -760,7 +760,7 @@ def describe(args: argparse.Namespace, data: Data, workers: Workers) -> str:
     if workers.count > 1:
         where = f"{workers.count} processes on {where} each"
     where += ", FSDP" if workers.fsdp else ""
-    where += ", bfloat16 by autocast" if args.amp else ""
+    where += ", autocast" if args.amp else ""
     where += ", torch.compile" if args.compile else ""
     task = {"upos": "UPOS of words", "stress": "Stress of phonemes"}[data.task]
     return (

@@ -223,7 +223,7 @@ def training(results: Path) -> list[Command]:
     large = ["--", "--hidden", "256", "--batch-size", "256"]
     measure = [sys.executable, "-m", "benchmarks", "training", "--device", "cuda"]
     return [
-        Command("training", [*measure, "--output", str(results), *large]),
+        Command("training", [*measure, "--output", str(results), *large], share=2),
         Command("small", [*measure, "--output", str(BUILD / "small.json")]),
     ]
 

@@ -149,6 +149,8 @@ def test_limit_of_a_gpu() -> None:
     assert peaks.exchange_seconds(4 * 4 * 129**2) == 5e-7
     assert limits.gpu_limit_ms(wide, "training", peaks) == pytest.approx(2.0)
     # Memory: 32 KiB of weights, 2 KiB of x and as much of y; again, and the gradients' 32 KiB.
+    one_way = dataclasses.replace(deep, bidirectional=False)
+    assert limits.gpu_limit_ms(one_way, "inference", peaks) == pytest.approx(0.1001)
     few = Case("b", B=8, H=64, I=64)
     unknown = dataclasses.replace(peaks, bandwidth=1e9, exchange={})
     moved = 4 * (2 * 4 * 64 * 64 + 8 * 128)
@@ -502,7 +504,10 @@ def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         return [(names.get(regime, "other"), 3, 6.0)]
 
     monkeypatch.setattr(checks, "kernels_of", kernels_of)
-    (row,) = checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
+    rows = checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
+    assert list(rows[0]) == ["cell", "kind", "H", "B", "cudnn", "step", "alone", "grid"]
+    checks.leave_what_ran(rows, "cpu")
+    (row,) = rows
     assert list(row) == ["cell", "kind", "H", "B", "cudnn", "step", "alone"]
     assert set(row["alone"]) == {"inference_us", "training_us", "tflops"}
     first, second = checks.cudnn_kernels(["ieee"], [4], [1], "cpu")

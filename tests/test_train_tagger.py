@@ -130,7 +130,7 @@ def test_trains_both_alike(files, tmp_path, capsys, cell):
     ("options", "where", "is_exact"),
     [
         (["--lengths"], "cpu, 1 thread", True),
-        (["--amp"], "cpu, 1 thread, bfloat16 by autocast", False),
+        (["--amp"], "cpu, 1 thread, autocast", False),
         (["--compile", "--lengths"], "cpu, 1 thread, torch.compile", True),
     ],
 )
