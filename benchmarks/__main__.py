@@ -11,7 +11,6 @@ call includes the wait for its end.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -38,7 +37,6 @@ from benchmarks import (
 )
 from fusedrnn import _ops
 
-RESULTS = Path(__file__).parent / "results"
 OTHERS: dict[str, Callable[[Sequence[str]], int]] = {
     "checks": checks.main,
     "compiled": compiled.main,
@@ -54,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in OTHERS:
         return OTHERS[argv[0]](argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("", __doc__)
     parser.add_argument("cases", nargs="*", metavar="case", help="names or parts of names")
     parser.add_argument("--mode", choices=measure.MODES, help="default: both")
     names = sorted({peer.name for peer in peers.PEERS})
@@ -88,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = args.output
         if output is None and not (args.cases or args.mode or args.peer):
             name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-            output = RESULTS / f"{report.slug(name)}.json"
+            output = report.results_of(name)
         # On a GPU after each case, for what is lent to a session may be taken away.
         early = output if args.device == "cuda" else None
         run = _measure(chosen, modes, args.device, args.peer, args.seconds, early)

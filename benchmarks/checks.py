@@ -8,7 +8,6 @@ the products with the input, small here, and in training those of the weights' g
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -210,11 +209,7 @@ def leave_what_ran(rows: Sequence[dict[str, Any]], device: str = "cuda") -> None
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, stores under "checks" and reports; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks checks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("checks", __doc__)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
     args = parser.parse_args(argv)
     missing = CuDnn().available()
@@ -234,8 +229,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cudnn_kernels": cudnn_kernels(("tf32", "float16", "bfloat16"), (128, 512, 1024), (1, 64)),
         "steps": steps,
     }
-    results = Path(__file__).parent / "results"
-    report.store(
-        args.output or results / f"{report.slug(header['device'])}.json", {"checks": checks}
-    )
+    report.store(args.output or report.results_of(header["device"]), {"checks": checks})
     return 0

@@ -7,7 +7,6 @@ out of its graphs, which break there.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import types
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import fusedrnn
 from benchmarks import machine, report
 from benchmarks.measure import MODES, in_turn
 
-RESULTS = Path(__file__).parent / "results" / "compiled.json"
+RESULTS = report.RESULTS / "compiled.json"
 
 
 class Network(nn.Module):
@@ -158,11 +157,7 @@ def page(run: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, stores and reports."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compiled",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("compiled", __doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="to time each (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a JSON file")
     args = parser.parse_args(argv)

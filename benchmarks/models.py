@@ -12,7 +12,6 @@ its recurrent layers moved by their last bit.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -37,7 +36,7 @@ import fusedrnn
 from benchmarks import machine, report
 from benchmarks.measure import in_turn, spread
 
-RESULTS = Path(__file__).parent / "results" / "models.json"
+RESULTS = report.RESULTS / "models.json"
 FUSED = (fusedrnn.FusedLSTM, fusedrnn.FusedGRU, fusedrnn.FusedLSTMCell, fusedrnn.FusedGRUCell)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 # Training sums rounding up over its steps.
@@ -795,11 +794,7 @@ def short_table(run: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compares, stores and reports; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks models",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("models", __doc__)
     parser.add_argument("models", nargs="*", metavar="name", help="names or parts of names")
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each (%(default)s)")
     parser.add_argument("--output", type=Path, help="a JSON file; beside it goes the page")

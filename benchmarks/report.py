@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import math
@@ -23,6 +24,23 @@ TITLES = {
     "cudnn": "cuDNN",
     "packing": "packing by hand",
 }
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """Of `python -m benchmarks NAME`, with the docstring of its module."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}".strip(),
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def results_of(device: str) -> Path:
+    """Where the runs on a device are stored, named as torch does or "cpu"."""
+    return RESULTS / f"{slug(device)}.json"
 
 
 def slug(name: str) -> str:

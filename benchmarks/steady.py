@@ -7,7 +7,6 @@ and the longest are told. After that, whether all threads are at least as fast a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -28,7 +27,7 @@ from benchmarks.cases import Case, pick
 from benchmarks.measure import in_turn
 from benchmarks.peers import Call, Fused, OnnxRuntime, Peer, Torch
 
-RESULTS = Path(__file__).parent / "results" / "steady.json"
+RESULTS = report.RESULTS / "steady.json"
 STEPS = ("step H64", "step H256 x2")
 SCALING = ("step H256 x2", "B1 T100 H256", "B8 T50 H128", "tagger", "B64 T100 H256")
 CALLS = 10_000
@@ -225,11 +224,7 @@ def table(run: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, stores and reports; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks steady",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("steady", __doc__)
     parser.add_argument("--calls", type=int, default=CALLS, help="in a row (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="at most (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a JSON file (%(default)s)")

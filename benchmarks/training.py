@@ -7,7 +7,6 @@ example's own, as in `python -m benchmarks training -- --cell gru --hidden 256`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -74,11 +73,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, stores and reports; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("training", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--way", choices=WAYS, action="append", help="default: all")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
@@ -88,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(missing)
         return 1
     header = machine.header(args.device, [CuDnn()] if args.device == "cuda" else [])
-    results = Path(__file__).parent / "results" / f"{report.slug(header['device'])}.json"
+    output = args.output or report.results_of(header["device"])
     rows: list[dict[str, Any]] = []
     found = {"header": header, "arguments": " ".join(args.arguments), "rows": rows}
     for way in args.way or WAYS:
         rows.append(measure(way, args.device, args.arguments))
-        report.store(args.output or results, {"training": found})
+        report.store(output, {"training": found})
         ratios = {kind: row["ratio"] for kind, row in rows[-1]["tokens_per_second"].items()}
         print(f"{way}: {', '.join(f'{kind} {ratio:.2f}' for kind, ratio in ratios.items())}")
     print(table(found))

@@ -7,7 +7,6 @@ Stored under "worst" of the run, the lines of ncu in build/ncu/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -118,7 +117,7 @@ def _run(command: Sequence[str], limit: float) -> tuple[int, str]:
 
 def kernels(name: str, mode: str, device: str = "cuda") -> dict[str, list[str]]:
     """The kernels of a call of ours and of cuDNN's, the longest first."""
-    case = next(case for case in cases.pick([name], device) if case.name == name)
+    (case,) = cases.pick([name], device)
     both: tuple[Peer, Peer] = (Fused(device), CuDnn())
     return {
         peer.name: [
@@ -131,11 +130,7 @@ def kernels(name: str, mode: str, device: str = "cuda") -> dict[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Profiles, stores and reports; gives the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks worst",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("worst", __doc__)
     parser.add_argument("--run", type=Path, help="default: benchmarks/results/DEVICE.json")
     parser.add_argument("--count", type=int, default=3, help="cases (%(default)s)")
     parser.add_argument(
@@ -149,16 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, mode = args.call
         if mode not in MODES:
             parser.error(f"no mode {mode!r}; there are {', '.join(MODES)}")
-        case = next(case for case in cases.pick([name], "cuda") if case.name == name)
+        (case,) = cases.pick([name], "cuda")
         call = Fused("cuda").prepare(case, mode)
         for _ in range(3):
             call()
         torch.cuda.synchronize()
         return 0
-    path = args.run
-    if path is None:
-        name = report.slug(torch.cuda.get_device_name())
-        path = Path(__file__).parent / "results" / f"{name}.json"
+    path = args.run or report.results_of(torch.cuda.get_device_name())
     rows = json.loads(path.read_text()).get("rows", []) if path.exists() else []
     if not rows:
         print(f"{path} has no rows yet: python -m benchmarks --device cuda")

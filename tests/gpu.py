@@ -29,9 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import setup_cuda  # noqa: E402
-from benchmarks.report import slug, store  # noqa: E402
+from benchmarks.report import results_of, store  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 BUILD = ROOT / "build" / "gpu"
 LIMIT_SECONDS = 470
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -269,7 +268,7 @@ def main() -> int:
         return 1
     BUILD.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name()
-    results = RESULTS / f"{slug(device)}.json"
+    results = results_of(device)
     print(f"{device}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     table, sections, stored = [], {}, {}
     for name in names:

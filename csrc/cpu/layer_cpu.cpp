@@ -340,11 +340,11 @@ Output forward(const Layer& layer, bool save) {
   return out;
 }
 
-/// The positions that rows of different lengths reach, in the order of Plan::packed_position;
-/// undefined where it is all of them.
-Tensor reached(const Layer& layer, const Plan& plan) {
+/// The positions that rows of different lengths reach, in the order of the packing; undefined where
+/// it is all of them.
+Tensor reached(const Layer& layer, const Plan& plan, const Packing& packing) {
   if (!layer.lengths.defined()) return {};
-  const Tensor positions = new_tensor<int64_t>({plan.packed_positions});
+  const Tensor positions = new_tensor<int64_t>({packing.count});
   int64_t* to = positions.mutable_data_ptr<int64_t>();
   for (int64_t t = 0; t < layer.T; ++t) {
     for (int64_t j = 0; j < plan.active[t]; ++j) *to++ = plan.position[t] + plan.order[j];
@@ -366,8 +366,9 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const int64_t blocks = divide_up(std::max(H, P), common.block_columns);
   const Plan plan(layer);
   const Shares shares(layer, plan, common.tile_rows, blocks);
+  const Packing packing(plan);
   const auto at_positions = [&](int64_t features) {
-    return new_tensor<T>({D, plan.packed_positions, features});
+    return new_tensor<T>({D, packing.count, features});
   };
   const Tensor dsums = at_positions(S * H), h_previous = at_positions(P);
   Tensor dr, h_raw;
@@ -405,7 +406,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     s.dh_n = part(g.dh_n);
     s.dc_n = part(g.dc_n);
     s.rank = shares.runs[r].rank.data();
-    s.packed_position = plan.packed_position.data();
+    s.packed_position = packing.position.data();
     s.dsums = part(dsums);
     s.h_previous = part(h_previous);
     s.dr = part(dr);
@@ -429,9 +430,9 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
                      layer.has_projection ? h_raw[d] : Tensor()};
   }
   const size_t states = layer.cell.has_c ? 3 : 2;
-  out.weights = weight_gradients(layer, directions,
-                                 std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-                                 output_mask[0], out.input, OwnProducts<T>(), reached(layer, plan));
+  out.weights = weight_gradients(
+      layer, directions, std::vector<bool>(output_mask.begin() + states, output_mask.end()),
+      output_mask[0], out.input, OwnProducts<T>(), reached(layer, plan, packing));
   const auto wanted = [&](Tensor& t, size_t i) {
     t = output_mask[i] ? in_type(t, layer.type) : at::empty({0}, layer.options().dtype(layer.type));
   };

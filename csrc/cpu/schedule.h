@@ -22,10 +22,6 @@ struct Plan {
   Indices order;     ///< [B]
   Indices active;    ///< [T] rows in each step: a prefix of order
   Indices position;  ///< [T] of batch row 0
-  /// [T] of the first in `order`, where positions that no row reaches are not counted, and how many
-  /// there are then.
-  Indices packed_position;
-  int64_t packed_positions = 0;
 
   explicit Plan(const Layer& layer)
       : order(size_t(layer.B)), active(size_t(layer.T), layer.B), position(size_t(layer.T)) {
@@ -34,19 +30,10 @@ struct Plan {
       if (layer.packed) active[t] = layer.batch_sizes[t];
       at += active[t];
     }
-    if (layer.lengths.defined()) {
-      sort_rows(layer);
-    } else {
+    if (!layer.lengths.defined()) {
       for (int64_t b = 0; b < layer.B; ++b) order[b] = b;
+      return;
     }
-    for (int64_t n : active) {
-      packed_position.push_back(packed_positions);
-      packed_positions += n;
-    }
-  }
-
- private:
-  void sort_rows(const Layer& layer) {
     // A stable counting sort by length, longest first.
     const int64_t* length = layer.lengths.const_data_ptr<int64_t>();
     std::vector<int64_t> longer(layer.T + 2, 0);  // [l]: rows of length l, then rows longer than l
@@ -61,6 +48,20 @@ struct Plan {
       if (l < layer.T) active[l] = longer[l];
     }
     for (int64_t b = 0; b < layer.B; ++b) order[longer[length[b]]++] = b;
+  }
+};
+
+/// Positions where those that no row reaches are not counted: the rows of a step one after the
+/// other, in a plan's order.
+struct Packing {
+  Indices position;   ///< [T] of the first row
+  int64_t count = 0;  ///< of all positions
+
+  explicit Packing(const Plan& plan) : position(plan.active.size()) {
+    for (size_t t = 0; t < position.size(); ++t) {
+      position[t] = count;
+      count += plan.active[t];
+    }
   }
 };
 
