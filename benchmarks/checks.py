@@ -1,5 +1,7 @@
 """`python -m benchmarks checks`: which kernels run on a GPU, and what a step of each costs.
 
+`--clusters`: instead, what a step costs in clusters, beside the grid and cuDNN.
+
 The kernels that cuDNN runs for nn.LSTM and nn.GRU, by torch.profiler; then microseconds a step of
 each regime of ours and of cuDNN, from the difference between long sequences and short ones, which
 leaves out launches and the loading of weights, but has in it whatever else grows with the steps:
@@ -28,13 +30,14 @@ from benchmarks.peers import Call, CuDnn
 from fusedrnn import _ops
 
 REGIMES = ("step", "alone", "grid")
+CLUSTERS = ("grid", "cluster")  # what --clusters measures
 # Type and, of float32, the precision of products.
 KINDS = {"tf32": "float32", "ieee": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 INPUT_SIZE = 8
 STEPS = (200, 1200)
 
-# Sharing<the product, blocks, splits> of recurrent.cuh: one split where a CTA is alone.
-_SPLITS = re.compile(r"Sharing<(?:\w+::)*\w+Product<[^>]*>, *(?:\(int\))?\d+, *(?:\(int\))?(\d+)>")
+# The sharings of workers.cuh, by which a kernel of recurrent.cuh is named.
+_SHARING = re.compile(r"\b(Alone|Grid|Cluster)(?:Sharing|Scattering)<(?:\w+::)*\w+Product<")
 
 Kernel = tuple[str, int, float]
 
@@ -69,8 +72,8 @@ def regimes_in(names: Sequence[str]) -> set[str]:
     for name in names:
         if re.search(r"\b(Forward|Backward)StepKernel<", name):
             found.add("step")
-        if splits := _SPLITS.search(name):
-            found.add("alone" if splits[1] == "1" else "grid")
+        if sharing := _SHARING.search(name):
+            found.add(sharing[1].lower())
     return found
 
 
@@ -156,8 +159,9 @@ def step_times(
     sizes: Sequence[int],
     rows: Sequence[int],
     device: str = "cuda",
+    regimes: Sequence[str] = REGIMES,
 ) -> list[dict[str, Any]]:
-    """Microseconds a step of cuDNN and of each of our regimes, or of what runs in its stead.
+    """Microseconds a step of cuDNN and of some of our regimes, or of what runs in their stead.
 
     `tflops`: of the products with weight_hh in inference.
     """
@@ -166,7 +170,7 @@ def step_times(
         theirs, ours = _modules(cell, H, kind, device)
         gates = 4 if cell == "LSTM" else 3
         row: dict[str, Any] = {"cell": cell, "kind": kind, "H": H, "B": B}
-        for name in ("cudnn", *REGIMES):
+        for name in ("cudnn", *regimes):
             module = theirs if name == "cudnn" else ours
             with running("" if name == "cudnn" else name, kind):
                 us = {}
@@ -187,7 +191,7 @@ def step_times(
 def _times(row: dict[str, Any]) -> str:
     times = (
         f"{name} {row[name]['inference_us']:.2f} {row[name]['training_us']:.2f}"
-        for name in ("cudnn", *REGIMES)
+        for name in ("cudnn", *REGIMES, "cluster")
         if name in row
     )
     return f"us a step: {', '.join(times)}"
@@ -200,7 +204,7 @@ def leave_what_ran(rows: Sequence[dict[str, Any]], device: str = "cuda") -> None
     """
     for row in rows:
         _, ours = _modules(row["cell"], row["H"], row["kind"], device)
-        for regime in REGIMES:
+        for regime in [name for name in (*REGIMES, "cluster") if name in row]:
             with running(regime, row["kind"]):
                 short = kernels_of(call_of(ours, 6, row["B"], "inference"))
             if regimes_in([kernel for kernel, _, _ in short]) != {regime}:
@@ -211,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Checks, stores under "checks" and reports; gives the exit status."""
     parser = report.parser("checks", __doc__)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
+    parser.add_argument("--clusters", action="store_true", help='stored under "clusters" instead')
     args = parser.parse_args(argv)
     missing = CuDnn().available()
     if missing or "cuda" not in _ops.devices():
@@ -218,6 +223,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     header = machine.header("cuda", [CuDnn()])
     print(report.caption(header))
+    output = args.output or report.results_of(header["device"])
+    if args.clusters:
+        steps = [
+            *step_times(("LSTM",), ("tf32",), (128, 256), (1, 16, 64, 128), regimes=CLUSTERS),
+            *step_times(
+                ("LSTM",), ("bfloat16", "float16"), (256, 512), (1, 16, 64, 128), regimes=CLUSTERS
+            ),
+            *step_times(("GRU",), ("tf32", "float16"), (256,), (1, 64), regimes=CLUSTERS),
+        ]
+        leave_what_ran(steps)
+        report.store(output, {"clusters": {"header": header, "steps": steps}})
+        return 0
     kinds, sizes = ("tf32", "ieee", "bfloat16"), (64, 128, 256, 512, 1024)
     steps = [
         *step_times(("LSTM",), kinds, sizes, (1, 16, 64, 128)),
@@ -229,5 +246,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cudnn_kernels": cudnn_kernels(("tf32", "float16", "bfloat16"), (128, 512, 1024), (1, 64)),
         "steps": steps,
     }
-    report.store(args.output or report.results_of(header["device"]), {"checks": checks})
+    report.store(output, {"checks": checks})
     return 0

@@ -1,6 +1,7 @@
 """`make gpu`: what needs an NVIDIA GPU, with the torch that is there and without a network.
 
-    python tests/gpu.py [build] [tests] [ecosystem] [sanitize] [bench] [checks] [training] [worst]
+    python tests/gpu.py [build] [tests] [ecosystem] [sanitize] [bench] [checks] [clusters]
+                        [training] [worst]
 
 Stages, all by default, each under eight minutes. A stage that fails does not stop those after it;
 the exit status is 1 if any did. Results go to benchmarks/results/<device>.json, the end of what
@@ -158,7 +159,12 @@ def tests(results: Path) -> list[Command]:
         others.append("tests/test_modules.py")
     return [
         Command("primitives", [*PYTEST, "tests/test_primitives.py"], passed=some_passed),
-        Command("CUDA", [*PYTEST, "tests/test_cuda.py"], share=5, passed=some_passed),
+        Command(
+            "CUDA",
+            [*PYTEST, "-k", "not cluster", "tests/test_cuda.py"],
+            share=5,
+            passed=some_passed,
+        ),
         Command("CPU", [*PYTEST, *others]),
     ]
 
@@ -175,13 +181,17 @@ def clean_but_for_others(status: int, output: str) -> bool:
     return "cases, forward and backward" in output and ours is None
 
 
-def sanitize(results: Path) -> list[Command]:
+def of_toolkit(name: str) -> str:
     try:
         home = setup_cuda.find_home()
     except setup_cuda.MissingError:
         home = None
     path = f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}"
-    nvcc, sanitizer = (shutil.which(n, path=path) or n for n in ("nvcc", "compute-sanitizer"))
+    return shutil.which(name, path=path) or name
+
+
+def sanitize(results: Path) -> list[Command]:
+    nvcc, sanitizer = of_toolkit("nvcc"), of_toolkit("compute-sanitizer")
     compiled = [nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-arch=native", "-lineinfo"]
     compiled += ["-Icsrc", "tests/primitives.cu", "-o", str(PRIMITIVES)]
     commands = [Command("nvcc", compiled)]
@@ -190,6 +200,11 @@ def sanitize(results: Path) -> list[Command]:
         # The launches that have to fail are no errors of the program's.
         api = ["--report-api-errors", "no"] if tool == "memcheck" else []
         commands.append(Command(f"{tool}, primitives", [*check, *api, str(PRIMITIVES)], share=0.3))
+    return [*commands, *sanitized(sanitizer, "step", "alone", "grid")]
+
+
+def sanitized(sanitizer: str, *regimes: str) -> list[Command]:
+    commands = []
     for tool in TOOLS:
         check = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--show-backtrace", "no"]
         # initcheck has to see what other kernels write.
@@ -197,7 +212,7 @@ def sanitize(results: Path) -> list[Command]:
         commands.append(
             Command(
                 f"{tool}, layers",
-                [*check, *ours, sys.executable, "tests/sanitized.py"],
+                [*check, *ours, sys.executable, "tests/sanitized.py", *regimes],
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else bounds are those of torch's blocks
                 passed=clean_but_for_others if tool == "initcheck" else is_zero,
             )
@@ -213,6 +228,17 @@ def bench(results: Path) -> list[Command]:
 def checks(results: Path) -> list[Command]:
     return [
         Command("checks", [sys.executable, "-m", "benchmarks", "checks", "--output", str(results)])
+    ]
+
+
+def clusters(results: Path) -> list[Command]:
+    """By themselves: they run only where they are asked for, and nothing else hangs if they do."""
+    measure = [sys.executable, "-m", "benchmarks", "checks", "--clusters"]
+    of_clusters = [*PYTEST, "-k", "cluster", "tests/test_cuda.py"]
+    return [
+        Command("CUDA, clusters", of_clusters, share=4, passed=some_passed),
+        Command("checks, clusters", [*measure, "--output", str(results)], share=2),
+        *sanitized(of_toolkit("compute-sanitizer"), "cluster"),
     ]
 
 
@@ -238,7 +264,17 @@ def worst(results: Path) -> list[Command]:
 
 STAGES = {
     stage.__name__: stage
-    for stage in (build, tests, ecosystem, sanitize, bench, checks, training, worst)
+    for stage in (
+        build,
+        tests,
+        ecosystem,
+        sanitize,
+        bench,
+        checks,
+        clusters,
+        training,
+        worst,
+    )
 }
 
 

@@ -262,6 +262,109 @@ void test_handshake() {
   report(name, sum, wrong.values().size() * rounds * 12);
 }
 
+// ---- clusters -----------------------------------------------------------------------------------
+
+/// Rounds in which each thread reads what one of another CTA of the cluster wrote.
+struct ClusterTurns : UsesClusters {
+  static constexpr int kThreads = 64, kRounds = 20;
+  uint32_t* values;  ///< [CTAs, kThreads]
+  uint32_t* wrong;
+  unsigned size;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const uint32_t own = blockIdx.x * kThreads + threadIdx.x, first = blockIdx.x / size * size;
+    uint32_t count = 0;
+    for (uint32_t round = 0; round < kRounds; ++round) {
+      values[own] = round * 100000 + own;
+      sync_cluster();
+      const uint32_t cta = first + (blockIdx.x - first + round + 1) % size;
+      const uint32_t other = cta * kThreads + (threadIdx.x + 5 * round) % kThreads;
+      count += values[other] != round * 100000 + other;
+      sync_cluster();
+    }
+    wrong[own] = count;
+  }
+};
+
+/// Every thread sends 16 bytes and 8 to every CTA of the cluster, itself too, in each round.
+struct AllToAll : UsesClusters {
+  static constexpr int kThreads = 64;
+  uint32_t* wrong;
+  unsigned size;
+  int rounds;
+
+  static FUSEDRNN_DEVICE uint32_t value(int round, unsigned cta, unsigned thread, int i) {
+    return uint32_t(round) * 2654435761u + cta * 4096 + thread * 8 + uint32_t(i);
+  }
+  static size_t shared_bytes(unsigned size) {
+    return 2 * size * kThreads * (sizeof(Words) + 2 * sizeof(float)) + 2 * sizeof(Mailbox);
+  }
+  FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
+    const int half = int(size) * kThreads;
+    Words* const words = reinterpret_cast<Words*>(memory);            // [2, size, kThreads]
+    float* const pairs = reinterpret_cast<float*>(words + 2 * half);  // [2, size, kThreads, 2]
+    Mailbox* const boxes = reinterpret_cast<Mailbox*>(pairs + 4 * half);
+    const uint32_t bytes = uint32_t(half) * (sizeof(Words) + 2 * sizeof(float));
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; ++i) open(boxes + i);
+      expect(boxes, bytes);
+    }
+    sync_cluster();
+    const unsigned rank = blockIdx.x % size, thread = threadIdx.x;
+    uint32_t count = 0;
+    for (int round = 0; round < rounds; ++round) {
+      const int at = round % 2 * half + int(rank * kThreads + thread);
+      Mailbox* const box = boxes + round % 2;
+      // Of the next round; some of its mail may come before it is told.
+      if (thread == 0 && round + 1 < rounds) expect(boxes + (round + 1) % 2, bytes);
+      Words own;
+      for (int i = 0; i < 4; ++i) own.word[i] = value(round, rank, thread, i);
+      const float a = float(round + 1000 * int(thread)), b = float(rank) + 0.5f;
+      for (unsigned cta = 0; cta < size; ++cta) {
+        send(own, words + at, box, cta);
+        send(a, b, pairs + 2 * at, box, cta);
+      }
+      wait_for(box, uint32_t(round / 2 % 2));
+      for (unsigned cta = 0; cta < size; ++cta) {
+        const unsigned other = (thread + 7 * cta + unsigned(round)) % kThreads;
+        const int from = round % 2 * half + int(cta * kThreads + other);
+        for (int i = 0; i < 4; ++i) count += words[from].word[i] != value(round, cta, other, i);
+        count += pairs[2 * from] != float(round + 1000 * int(other));
+        count += pairs[2 * from + 1] != float(cta) + 0.5f;
+      }
+    }
+    wrong[blockIdx.x * kThreads + thread] = count;
+  }
+};
+
+void test_clusters() {
+  size_t sizes = 0;
+  for (const unsigned size : {1, 2, 3, 4, 8, 16}) {
+    const unsigned clusters = 3;
+    const Grid turns{clusters * size, 1, 1, 0, false, size};
+    const Grid all{clusters * size, 1, 1, AllToAll::shared_bytes(size), false, size};
+    if (!active_clusters<ClusterTurns>(turns) || !active_clusters<AllToAll>(all)) continue;
+    ++sizes;
+    char name[80];
+    std::snprintf(name, sizeof(name), "sync_cluster, %u CTAs", size);
+    const size_t threads = clusters * size * AllToAll::kThreads;
+    Memory<uint32_t> values(threads), wrong(threads);
+    if (!ran(name, ClusterTurns{{}, values.data(), wrong.data(), size}, turns)) return;
+    size_t sum = 0;
+    for (const uint32_t w : wrong.values()) sum += w;
+    report(name, sum, threads * ClusterTurns::kRounds);
+    std::snprintf(name, sizeof(name), "open, expect, send, wait_for, %u CTAs", size);
+    const int rounds = 100;
+    if (!ran(name, AllToAll{{}, wrong.data(), size, rounds}, all)) return;
+    sum = 0;
+    for (const uint32_t w : wrong.values()) sum += w;
+    report(name, sum, threads * rounds * size * 6);
+  }
+  const bool too_many =
+      active_clusters<AllToAll>({64, 1, 1, AllToAll::shared_bytes(32), false, 32});
+  report("active_clusters", too_many, sizes);
+}
+
 // ---- warps --------------------------------------------------------------------------------------
 
 struct Shuffle {
@@ -275,6 +378,33 @@ struct Shuffle {
     }
   }
 };
+
+/// Each lane another's value, by a pattern that is no exclusive or.
+struct ShuffleFrom {
+  static constexpr int kThreads = 64;
+  uint32_t* out;  ///< [32, kThreads]
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    for (int k = 0; k < 32; ++k) {
+      out[k * kThreads + threadIdx.x] =
+          shuffle(1000 * k + threadIdx.x, int(threadIdx.x % 32 * 5 + k) % 32);
+    }
+  }
+};
+
+void test_shuffle_from() {
+  Memory<uint32_t> out(32 * ShuffleFrom::kThreads);
+  if (!ran("shuffle", ShuffleFrom{out.data()}, {1})) return;
+  const auto found = out.values();
+  size_t wrong = 0;
+  for (int k = 0; k < 32; ++k) {
+    for (int t = 0; t < ShuffleFrom::kThreads; ++t) {
+      const int from = t / 32 * 32 + (t % 32 * 5 + k) % 32;
+      wrong += found[k * ShuffleFrom::kThreads + t] != uint32_t(1000 * k + from);
+    }
+  }
+  report("shuffle", wrong, found.size());
+}
 
 void test_shuffle() {
   Memory<float> out(31 * Shuffle::kThreads);
@@ -509,9 +639,11 @@ int main() {
   test_turns<true>("sync_warp");
   test_handshake();
   test_shuffle();
+  test_shuffle_from();
   test_multiply_add<BFloat16>("multiply_add_16x8<BFloat16>", 0);
   test_multiply_add<Float16>("multiply_add_16x8<Float16>", 1500);
   test_multiply_add<float>("multiply_add_16x8<float>", 1500);
   test_types();
+  test_clusters();
   return failed;
 }

@@ -1,18 +1,22 @@
-"""Every CUDA kernel once, on small layers: what compute-sanitizer runs. Exits 1 without a GPU."""
+"""Every CUDA kernel once, on small layers: what compute-sanitizer runs. Exits 1 without a GPU.
+
+python tests/sanitized.py [regime ...]: those of some regimes.
+"""
 
 from __future__ import annotations
 
 import sys
 
 import torch
-from test_cuda import KINDS, every_kernel, run_op, running
+from test_cuda import KINDS, REGIMES, every_kernel, run_op, running
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("needs a GPU")
         return 1
-    cases = every_kernel()
+    regimes = sys.argv[1:] or REGIMES
+    cases = [(regime, case) for regime, case in every_kernel() if regime in regimes]
     for regime, case in cases:
         with running(regime, case.kind):
             found = run_op(case, "cuda", KINDS[case.kind])

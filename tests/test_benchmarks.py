@@ -484,9 +484,11 @@ def test_a_device_of_its_own(tmp_path: Path) -> None:
     ("name", "regime"),
     [
         ("run<(anonymous namespace)::ForwardStepKernel<host::Lstm, float, 4>>", "step"),
-        ("run<R<Lstm, cuda::Sharing<cuda::TensorProduct<float, 4, 64>, 4, 1> >", "alone"),
-        ("run<R<Gru, Sharing<PlainProduct<(int)1, (int)192>, (int)1, (int)8>>", "grid"),
-        ("void cutlass::Kernel<Sharing>", None),
+        ("run<R<Lstm, cuda::AloneSharing<cuda::TensorProduct<float, 4, 64>, 4> >", "alone"),
+        ("run<R<Gru, GridSharing<PlainProduct<(int)1, (int)192>, (int)8>>", "grid"),
+        ("run<R<Gru, cuda::ClusterSharing<a::TensorProduct<float, 3, 64>, 4> >", "cluster"),
+        ("run<R<Gru, cuda::ClusterScattering<a::TensorProduct<float, 3, 64> > >", "cluster"),
+        ("void cutlass::Kernel<GridSharing<int>>", None),
     ],
 )
 def test_regimes_by_kernels(name: str, regime: str | None) -> None:
@@ -500,12 +502,13 @@ def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     def kernels_of(call: peers.Call) -> list[checks.Kernel]:
         call()
         regime = os.environ["FUSEDRNN_CUDA_REGIME"]
-        names = {"step": "ForwardStepKernel<x", "alone": "Sharing<a::TensorProduct<x>, 4, 1>"}
+        names = {"step": "ForwardStepKernel<x", "alone": "AloneSharing<a::TensorProduct<x>, 4>"}
         return [(names.get(regime, "other"), 3, 6.0)]
 
     monkeypatch.setattr(checks, "kernels_of", kernels_of)
     rows = checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
     assert list(rows[0]) == ["cell", "kind", "H", "B", "cudnn", "step", "alone", "grid"]
+    assert "cluster" in checks.step_times(["GRU"], ["tf32"], [4], [1], "cpu", checks.CLUSTERS)[0]
     checks.leave_what_ran(rows, "cpu")
     (row,) = rows
     assert list(row) == ["cell", "kind", "H", "B", "cudnn", "step", "alone"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fusedrnn  # noqa: F401  loads the ops
 
+HALVES = (torch.bfloat16, torch.float16)
 GATES = {"lstm": 4, "gru": 3}
 # What operands of a product are rounded to.
 ROUNDING = {
@@ -151,14 +152,14 @@ def covering() -> list[Case]:
     rng = random.Random(1)
     cases = []
     kinds = [(torch.float64, "ieee", ["step"])]
-    kinds += [(t, "ieee", ["step", "alone", "grid"]) for t in (torch.float32, torch.bfloat16)]
-    kinds += [(torch.float16, "ieee", ["step", "alone", "grid"])]
-    kinds += [(torch.float32, "tf32", ["alone", "grid"])]
+    kinds += [(torch.float32, "ieee", ["step", "alone", "grid"])]
+    kinds += [(t, "ieee", ["step", "alone", "cluster", "grid"]) for t in HALVES]
+    kinds += [(torch.float32, "tf32", ["alone", "cluster", "grid"])]
     for (dtype, precision, regimes), cell, layout, bidirectional in itertools.product(
         kinds, ("lstm", "gru"), ("padded", "packed", "lengths"), (False, True)
     ):
         for regime in regimes:
-            H = rng.choice([1, 5, 16, 21, 24, 33])
+            H = rng.choice([32, 33, 50, 70] if regime == "cluster" else [1, 5, 16, 21, 24, 33])
             projected = cell == "lstm" and regime == "step" and rng.random() < 0.5
             used = (rng.random() < 0.7, rng.random() < 0.7, rng.random() < 0.7)
             cases.append(
@@ -200,6 +201,11 @@ def test_like_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         Case(dtype=torch.float32, H=260, T=2, B=2, regime="grid", multiprocessors=17),
         Case(cell="gru", dtype=torch.float32, precision="tf32", H=290, T=2, B=2, regime="grid",
              multiprocessors=19),
+        Case(dtype=torch.bfloat16, H=257, T=3, B=9, regime="cluster", multiprocessors=16),
+        Case(cell="gru", dtype=torch.float16, H=512, T=2, B=2, regime="cluster",
+             multiprocessors=16),
+        Case(cell="gru", dtype=torch.float32, precision="tf32", H=129, T=3, B=2, regime="cluster"),
+        Case(dtype=torch.bfloat16, H=33, T=5, B=70, regime="cluster", multiprocessors=2),
     ],
     ids=str,
 )  # fmt: skip
@@ -243,6 +249,12 @@ def launches(c: Case, monkeypatch: pytest.MonkeyPatch) -> int:
         (Case(proj_size=3), 20),
         (Case(regime="step"), 10),
         (Case(regime="alone", H=65), 10),
+        (Case(regime="cluster", precision="tf32"), 2),
+        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=4), 2),
+        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=3), 10),  # no room for one
+        (Case(regime="cluster"), 10),  # of tensor cores alone
+        (Case(regime="cluster", precision="tf32", H=257, T=1, multiprocessors=16), 2),
+        (Case(regime="cluster", dtype=torch.float64), 10),
         (Case(B=0), 0),
     ],
     ids=str,
@@ -267,11 +279,11 @@ def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_regime(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", "fast")
-    with pytest.raises(RuntimeError, match="FUSEDRNN_CUDA_REGIME=fast is none of step, alone and"):
+    with pytest.raises(RuntimeError, match="fast is none of step, alone, cluster and grid"):
         Problem(Case()).run(ops, torch.float32)
 
 
-@pytest.mark.parametrize("regime", ["step", "alone", "grid"])
+@pytest.mark.parametrize("regime", test_cuda.REGIMES)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_same_bits_in_any_order(cell: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(cell, torch.bfloat16, regime=regime, layout="lengths", B=19, bidirectional=True)
@@ -289,12 +301,15 @@ def test_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the 16 bits that cuDNN counts steps in, or a kernel's argument holds positions."""
     check(Case(T=1000, B=2, H=3, layout="packed", regime="step"), monkeypatch)
     check(Case(T=600, B=2, H=3, layout="packed", regime="grid"), monkeypatch)
+    check(Case(T=300, B=2, H=33, layout="packed", regime="cluster", precision="tf32"), monkeypatch)
 
 
-@pytest.mark.parametrize("regime", ["step", "alone", "grid"])
+@pytest.mark.parametrize("regime", test_cuda.REGIMES)
 def test_inputs_stay_as_they_are(regime: str, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where they are strided, or share their memory, and where some of it may not be read."""
     monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
+    precision = test_cuda.float32_of(regime)
+    monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", precision)
     T, B, I, H = 5, 3, 4, 8
     lengths = torch.tensor([2, 5, 0])
     x = torch.randn(B, I, T).permute(2, 0, 1)
@@ -307,7 +322,8 @@ def test_inputs_stay_as_they_are(regime: str, ops: Any, monkeypatch: pytest.Monk
     arguments = (x, h0, h0, weights, False, None, lengths)
     y, h_n, c_n, saved = ops.lstm(*arguments, True)
     expected = torch.ops.fusedrnn.lstm(*arguments, True)[:3]
-    torch.testing.assert_close((y, h_n, c_n), tuple(expected))
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if precision == "tf32" else {}
+    torch.testing.assert_close((y, h_n, c_n), tuple(expected), **tolerance)
     saved_clone = saved.clone()
     masks = [True] * 5
     grads = (torch.ones_like(y), None, None)

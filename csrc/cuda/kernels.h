@@ -108,13 +108,21 @@ int upload(const int64_t* numbers, int64_t count, int64_t* to, void* stream);
 //
 // Each CTA keeps its units' part of weight_hh in registers for the whole sequence. A *group* of
 // CTAs runs the units of one direction for a tile of rows; its CTAs tell each other of h, or of the
-// gradients, through `exchange`, and count their arrivals there. No projection.
+// gradients. No projection.
+
+/// How far h has to go from step to step.
+enum class Reach {
+  cta,      ///< one CTA has all units
+  cluster,  ///< the CTAs of a cluster have them and write into each other's shared memory
+  grid,     ///< CTAs that run together, through `exchange` in global memory, count arrivals there
+};
 
 /// How a layer is cut up.
 struct Cut {
-  int variant = 0;     ///< 0: one CTA has all units; 1, 2: the group's CTAs have 16 units each
+  Reach reach = Reach::cta;
+  bool half = false;   ///< half the registers hold all weights, so that a step is shorter
   int64_t ctas = 0;    ///< in a group
-  int64_t groups = 0;  ///< in a direction
+  int64_t groups = 0;  ///< in a direction; 0: the layer can't run so
   int64_t tile_rows = 0;
   int64_t depth = 0;  ///< units that the exchange has room for
 };
@@ -122,15 +130,20 @@ struct Cut {
 enum class Precision { ieee, tf32 };  ///< of products of float32; the half types have their own
 
 /// The cut of a layer of D directions with operands of `operand_bytes` for a device of so many
-/// multiprocessors; groups 0: it can't run in one launch. `grid`: even if one CTA could do it.
+/// multiprocessors. `grid`: even if one CTA could do it.
 Cut cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t directions,
            int64_t operand_bytes, int64_t multiprocessors, bool grid);
+
+/// The cut into clusters, with as many rows in each as its shared memory has room for.
+Cut cluster_cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t operand_bytes);
+/// The same with no more rows than leave work for `clusters` that run at the same time.
+Cut spread(Cut cut, int64_t rows, int64_t directions, int64_t clusters);
 
 struct Recurrence {
   int steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
   const int64_t* lengths = nullptr;   ///< [B], null: all steps
   const int64_t* position = nullptr;  ///< [T + 1] of a packed batch, null: padded
-  uint32_t* arrivals = nullptr;       ///< [D, groups], zero on entry
+  uint32_t* arrivals = nullptr;       ///< [D, groups], zero on entry; of Reach::grid
 };
 
 template <class S, class T = SumOf<S>>
@@ -146,7 +159,7 @@ struct RecurrentForward : Recurrence {
     S* h_n = nullptr;       ///< [B, H]
     T* c_n = nullptr;       ///< [B, H], LSTM only
     T* saved = nullptr;     ///< [N, A, H], null: not wanted
-    S* exchange = nullptr;  ///< [2, groups * tile_rows, depth], zero on entry
+    S* exchange = nullptr;  ///< [2, groups * tile_rows, depth], zero on entry; of Reach::grid
   } direction[2];
   int64_t h0_stride = 0, c0_stride = 0, y_stride = 0;
 };
@@ -165,7 +178,7 @@ struct RecurrentBackward : Recurrence {
     S* h_previous = nullptr;  ///< [N, H]
     T* dh0 = nullptr;         ///< [B, H]
     T* dc0 = nullptr;         ///< [B, H], LSTM only
-    S* exchange = nullptr;    ///< [2, groups * tile_rows, G, depth], zero on entry
+    S* exchange = nullptr;    ///< [2, groups * tile_rows, G, depth], zero on entry; likewise
   } direction[2];
   int64_t h0_stride = 0, c0_stride = 0, dy_stride = 0;
 };
@@ -176,5 +189,9 @@ int recurrent_forward(const RecurrentForward<S>& run, const Cut& cut, Precision 
 template <class Cell, class S>
 int recurrent_backward(const RecurrentBackward<S>& run, const Cut& cut, Precision precision,
                        void* stream);
+
+/// How many clusters of such a cut run at the same time; 0: the device can't run it.
+template <class Cell, class S>
+int recurrent_clusters(const Cut& cut, bool backward, Precision precision);
 
 }  // namespace fusedrnn::cuda

@@ -93,21 +93,32 @@ constexpr int64_t kFewSteps = 4;
 
 /// The cut of a layer that runs in one launch; no groups: it goes step by step.
 ///
-/// FUSEDRNN_CUDA_REGIME=step, alone or grid asks for another than the best, for tests; where a
-/// layer can't run so, it goes step by step.
-Cut regime_of(const Layer& layer, const Device& device) {
+/// FUSEDRNN_CUDA_REGIME=step, alone, cluster or grid asks for one, for tests; where a layer can't
+/// run so, it goes step by step. Clusters run only where they are asked for, until a GPU has shown
+/// what they gain over the grid (`python -m benchmarks checks`).
+template <class Cell, class S>
+Cut regime_of(const Layer& layer, const Device& device, bool backward, Precision precision) {
   const char* asked = std::getenv("FUSEDRNN_CUDA_REGIME");
   const std::string_view regime = asked ? asked : "";
-  TORCH_CHECK(regime.empty() || regime == "step" || regime == "alone" || regime == "grid",
-              "FUSEDRNN_CUDA_REGIME=", regime, " is none of step, alone and grid");
+  TORCH_CHECK(regime.empty() || regime == "step" || regime == "alone" || regime == "cluster" ||
+                  regime == "grid",
+              "FUSEDRNN_CUDA_REGIME=", regime, " is none of step, alone, cluster and grid");
   const int64_t bytes = layer.input.element_size();
   if (regime == "step" || layer.has_projection || bytes == 8 || layer.B == 0 ||
       (regime.empty() && layer.T <= kFewSteps)) {
     return {};
   }
+  if constexpr (sizeof(S) <= 4) {
+    if (regime == "cluster") {
+      const Cut cut = cluster_cut_of(layer.T, layer.B, layer.H, bytes);
+      if (cut.groups == 0) return {};
+      const int clusters = recurrent_clusters<Cell, S>(cut, backward, precision);
+      return clusters > 0 ? spread(cut, layer.B, layer.D, clusters) : Cut{};
+    }
+  }
   const Cut cut =
       cut_of(layer.T, layer.B, layer.H, layer.D, bytes, device.multiprocessors, regime == "grid");
-  return regime == "alone" && cut.variant != 0 ? Cut{} : cut;
+  return regime == "alone" && cut.reach != Reach::cta ? Cut{} : cut;
 }
 
 void set(Recurrence& r, const Layer& layer, const Cut& cut, const Tensor& position,
@@ -123,11 +134,11 @@ void set(Recurrence& r, const Layer& layer, const Cut& cut, const Tensor& positi
 }
 
 /// Counts of arrivals and room for what CTAs tell each other: two halves of `parts` values of each
-/// unit. A CTA that is alone has its own.
+/// unit. They are there for a grid alone.
 template <class S>
 struct Exchange {
   Exchange(const Layer& layer, const Cut& cut, int64_t parts) {
-    if (cut.variant == 0) return;
+    if (cut.reach != Reach::grid) return;
     arrivals = at::zeros({layer.D, cut.groups}, layer.options().dtype(at::kInt));
     operands = new_zeros<S>(layer, {layer.D, 2, cut.groups * cut.tile_rows, parts * cut.depth});
   }
@@ -174,7 +185,7 @@ Output forward(const Layer& layer, bool save) {
   };
 
   bool done = false;
-  if (const Cut cut = regime_of(layer, device); cut.groups > 0) {
+  if (const Cut cut = regime_of<Cell, S>(layer, device, false, precision); cut.groups > 0) {
     if constexpr (!std::is_same_v<S, double>) {
       const Tensor position = steps.upload(device);
       const Exchange<S> exchange(layer, cut, 1);
@@ -304,7 +315,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const int64_t c0_stride = layer.c0.defined() ? layer.c0.stride(1) : 0;
 
   bool done = false;
-  if (const Cut cut = regime_of(layer, device); cut.groups > 0) {
+  if (const Cut cut = regime_of<Cell, S>(layer, device, true, precision); cut.groups > 0) {
     if constexpr (!std::is_same_v<S, double>) {
       const Tensor position = steps.upload(device);
       const Exchange<S> exchange(layer, cut, G);

@@ -8,24 +8,32 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../sequence.h"
 
 namespace fusedrnn::cuda {
 
 /// A grid of CTAs, each with `shared` bytes of shared memory. `resident`: all of them run at the
-/// same time, so that they can wait for each other.
+/// same time, so that they can wait for each other. `cluster`: so do as many neighbours along x,
+/// which can also write into each other's shared memory; 0: none.
 struct Grid {
   unsigned x, y = 1, z = 1;
   size_t shared = 0;
   bool resident = false;
+  unsigned cluster = 0;
 };
+
+/// A base of kernels that run in clusters, which need compute capability 9.0.
+struct UsesClusters {};
 
 }  // namespace fusedrnn::cuda
 
 #ifndef __CUDACC__
 #include <emulator.h>
 #else
+
+#include <atomic>
 
 #define FUSEDRNN_DEVICE __device__ __forceinline__
 
@@ -35,29 +43,80 @@ namespace fusedrnn::cuda {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant__ Kernel kernel) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (std::is_base_of_v<UsesClusters, Kernel>) {
+    __trap();
+    return;
+  }
+#endif
   extern __shared__ __align__(16) unsigned char shared[];
   kernel(shared);
 }
 
+/// A kernel's launch, as CUDA wants to be told.
+template <class Kernel>
+struct Configuration {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  cudaError_t set(const Grid& grid) {
+    config.gridDim = dim3(grid.x, grid.y, grid.z);
+    config.blockDim = dim3(Kernel::kThreads);
+    config.dynamicSmemBytes = grid.shared;
+    config.attrs = &attribute;
+    config.numAttrs = grid.resident || grid.cluster > 1;
+    if (grid.cluster > 1) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = grid.cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+    cudaError_t status = cudaSuccess;
+    if (grid.shared > 48 * 1024) {
+      status = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    int(grid.shared));
+    }
+    if (status == cudaSuccess && grid.cluster > 8) {  // what not every device with clusters can
+      status = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    return status;
+  }
+};
+
 /// Returns a cudaError_t.
 template <class Kernel>
 int launch(const Kernel& kernel, const Grid& grid, void* stream) {
-  if (grid.shared > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
-    if (status != cudaSuccess) return status;
+  Configuration<Kernel> c;
+  if (const cudaError_t status = c.set(grid); status != cudaSuccess) return status;
+  c.config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&c.config, run<Kernel>, kernel);
+}
+
+/// How many clusters of such a grid run at the same time on the current device; 0: none can.
+/// Answers are kept by the size of the cluster, for one costs as much as a few launches: `shared`
+/// must follow from that.
+template <class Kernel>
+int active_clusters(const Grid& grid) {
+  constexpr int kDevices = 64, kMost = 16;
+  static std::atomic<int> known[kDevices][kMost + 1];  // the answer + 1
+  int device = 0;
+  if (grid.cluster > kMost || cudaGetDevice(&device) != cudaSuccess) return 0;
+  std::atomic<int>* const answer = device < kDevices ? &known[device][grid.cluster] : nullptr;
+  if (const int kept = answer ? answer->load() : 0) return kept - 1;
+  cudaFuncAttributes attributes;
+  Configuration<Kernel> c;
+  int count = 0;
+  // Code for older devices that was compiled again for this one is without clusters.
+  if (cudaFuncGetAttributes(&attributes, run<Kernel>) != cudaSuccess ||
+      attributes.ptxVersion < 90 || c.set(grid) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&count, run<Kernel>, &c.config) != cudaSuccess) {
+    cudaGetLastError();
+    count = 0;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.x, grid.y, grid.z);
-  config.blockDim = dim3(Kernel::kThreads);
-  config.dynamicSmemBytes = grid.shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = grid.resident ? 1 : 0;
-  return cudaLaunchKernelEx(&config, run<Kernel>, kernel);
+  if (answer) answer->store(count + 1);
+  return count;
 }
 
 // ---- threads that wait for each other -----------------------------------------------------------
@@ -80,8 +139,62 @@ FUSEDRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
 /// Inside a loop that waits for a value of another CTA.
 FUSEDRNN_DEVICE void pause() {}
 
+// ---- clusters -----------------------------------------------------------------------------------
+
+/// All threads of the cluster arrive here, and see what the others wrote before.
+FUSEDRNN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" : : : "memory");
+  asm volatile("barrier.cluster.wait.acquire;" : : : "memory");
+}
+
+/// Counts bytes that CTAs of the cluster send into this one's shared memory, where it lies itself
+/// (PTX ISA, "mbarrier"). It goes from phase to phase: one ends when a thread of the CTA has said
+/// how much to expect, and all of it has come.
+struct alignas(8) Mailbox {
+  uint64_t state;
+};
+FUSEDRNN_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+/// By one thread; others may use it after a sync_cluster().
+FUSEDRNN_DEVICE void open(Mailbox* box) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+      "fence.mbarrier_init.release.cluster;"
+      :
+      : "r"(shared_address(box))
+      : "memory");
+}
+/// By one thread, once in a phase; some of the mail may have come before.
+FUSEDRNN_DEVICE void expect(Mailbox* box, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(shared_address(box)), "r"(bytes)
+               : "memory");
+}
+/// Waits for the end of a phase, 0 for the first and every second, 1 for the others; not for one
+/// before the last. What was sent, and what the senders had seen, can be read after this.
+FUSEDRNN_DEVICE void wait_for(Mailbox* box, uint32_t phase) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n\t"
+        ".reg .pred done;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, done;\n\t"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(box)), "r"(phase)
+        : "memory");
+  } while (!done);
+}
+
 // ---- warps --------------------------------------------------------------------------------------
 
+/// The value of lane `from`.
+FUSEDRNN_DEVICE uint32_t shuffle(uint32_t value, int from) {
+  return __shfl_sync(0xffffffffu, value, from);
+}
 /// The value of the lane whose number differs by `mask`.
 FUSEDRNN_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -115,6 +228,35 @@ FUSEDRNN_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 struct alignas(16) Words {
   uint32_t word[4];
 };
+
+/// Sends 16 or 8 bytes to where `to` is in the shared memory of the cluster's CTA number `cta`, to
+/// be counted in its `box`; the sender does not wait.
+FUSEDRNN_DEVICE void send(const Words& w, void* to, Mailbox* box, unsigned cta) {
+  asm volatile(
+      "{\n\t"
+      ".reg .b32 to, box;\n\t"
+      "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 box, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, "
+      "[box];\n\t"
+      "}"
+      :
+      : "r"(shared_address(to)), "r"(shared_address(box)), "r"(cta), "r"(w.word[0]), "r"(w.word[1]),
+        "r"(w.word[2]), "r"(w.word[3])
+      : "memory");
+}
+FUSEDRNN_DEVICE void send(float a, float b, float* to, Mailbox* box, unsigned cta) {
+  asm volatile(
+      "{\n\t"
+      ".reg .b32 to, box;\n\t"
+      "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 box, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, [box];\n\t"
+      "}"
+      :
+      : "r"(shared_address(to)), "r"(shared_address(box)), "r"(cta), "f"(a), "f"(b)
+      : "memory");
+}
 
 /// Reads global memory past the SM's own cache, which does not see what other SMs write.
 FUSEDRNN_DEVICE Words load_shared_by_ctas(const void* p) {

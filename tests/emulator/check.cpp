@@ -60,7 +60,6 @@ double rounded(double x) {
 
 struct Case {
   const char* regime;
-  int variant;
   Precision precision;
   int T, B, H, D;
   const char* layout;
@@ -220,9 +219,20 @@ std::string run(const Case& c, unsigned seed) {
   Buffer<float> out_dh0(dh0.size(), kNan), out_dc0(dc0.size(), kNan);
   int status = 0;
   if (!step) {
-    Cut cut = cut_of(T, B, H, D, sizeof(S), c.multiprocessors, std::string(c.regime) == "grid");
-    if (cut.groups == 0 || cut.variant != c.variant) return "the case has another cut";
-    const auto set = [&](Recurrence& r) {
+    const std::string regime = c.regime;
+    const auto cut_for = [&](bool backward) {
+      if (regime != "cluster") {
+        return cut_of(T, B, H, D, sizeof(S), c.multiprocessors, regime == "grid");
+      }
+      const Cut cut = cluster_cut_of(T, B, H, sizeof(S));
+      return spread(cut, B, D, recurrent_clusters<Cell, S>(cut, backward, c.precision));
+    };
+    const Cut cut = cut_for(false), back = cut_for(true);
+    const Reach reach = regime == "alone"     ? Reach::cta
+                        : regime == "cluster" ? Reach::cluster
+                                              : Reach::grid;
+    if (cut.groups == 0 || cut.reach != reach) return "the case has another cut";
+    const auto set = [&](Recurrence& r, const Cut& cut) {
       r.steps = int(T);
       r.rows = int(B);
       r.hidden_size = int(H);
@@ -237,8 +247,8 @@ std::string run(const Case& c, unsigned seed) {
     };
     RecurrentForward<S> f;
     RecurrentBackward<S> r;
-    set(f);
-    set(r);
+    set(f, cut);
+    set(r, back);
     f.y_stride = r.dy_stride = D * H;
     f.h0_stride = f.c0_stride = r.h0_stride = r.c0_stride = H;
     for (int64_t d = 0; d < D; ++d) {
@@ -268,7 +278,7 @@ std::string run(const Case& c, unsigned seed) {
                         exchange(G)};
     }
     status = recurrent_forward<Cell>(f, cut, c.precision, nullptr);
-    if (!status) status = recurrent_backward<Cell>(r, cut, c.precision, nullptr);
+    if (!status) status = recurrent_backward<Cell>(r, back, c.precision, nullptr);
   } else {
     for (int64_t d = 0; d < D && !status; ++d) {
       const S* w = weight.data() + d * G * H * H;
@@ -394,14 +404,21 @@ int main(int argc, char** argv) {
   // Alone: all units in one CTA. Grid: two or three CTAs a group; tiles of one and of two products.
   const Precision own = sizeof(S) == 4 ? Precision::ieee : Precision::tf32;
   std::vector<Case> cases = {
-      {"step", 0, own, 3, 5, 7, 2, "padded", 8},    {"step", 0, own, 4, 3, 8, 2, "packed", 8},
-      {"step", 0, own, 4, 3, 4, 2, "lengths", 8},   {"alone", 0, own, 3, 3, 21, 1, "padded", 8},
-      {"alone", 0, own, 4, 17, 8, 2, "lengths", 8}, {"grid", 1, own, 3, 3, 21, 2, "padded", 8},
-      {"grid", 1, own, 4, 20, 18, 1, "packed", 2},  {"grid", 1, own, 4, 20, 18, 1, "lengths", 4},
+      {"step", own, 3, 5, 7, 2, "padded", 8},    {"step", own, 4, 3, 8, 2, "packed", 8},
+      {"step", own, 4, 3, 4, 2, "lengths", 8},   {"alone", own, 3, 3, 21, 1, "padded", 8},
+      {"alone", own, 4, 17, 8, 2, "lengths", 8}, {"grid", own, 3, 3, 21, 2, "padded", 8},
+      {"grid", own, 4, 20, 18, 1, "packed", 2},  {"grid", own, 4, 20, 18, 1, "lengths", 4},
   };
+  // Clusters of one to three CTAs; tiles of one chunk, and of two where few clusters find room.
+  const Case clusters[] = {
+      {"cluster", Precision::tf32, 3, 3, 21, 2, "padded", 8},
+      {"cluster", Precision::tf32, 5, 20, 40, 1, "packed", 2},
+      {"cluster", Precision::tf32, 4, 12, 70, 2, "lengths", 6},
+  };
+  cases.insert(cases.end(), std::begin(clusters), std::end(clusters));
   if (sizeof(S) == 4) {
-    cases.push_back({"alone", 0, Precision::tf32, 3, 3, 21, 1, "padded", 8});
-    cases.push_back({"grid", 1, Precision::tf32, 3, 20, 18, 2, "lengths", 4});
+    cases.push_back({"alone", Precision::tf32, 3, 3, 21, 1, "padded", 8});
+    cases.push_back({"grid", Precision::tf32, 3, 20, 18, 2, "lengths", 4});
   }
   for (int seed = 0; seed < seeds; ++seed) {
     for (const Case& c : cases) {

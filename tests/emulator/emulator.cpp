@@ -33,6 +33,8 @@ __attribute__((weak)) void __tsan_destroy_fiber(void*);
 __attribute__((weak)) void __tsan_switch_to_fiber(void*, unsigned);
 __attribute__((weak)) void __tsan_acquire(void*);
 __attribute__((weak)) void __tsan_release(void*);
+__attribute__((weak)) void __tsan_read8(void*);
+__attribute__((weak)) void __tsan_write_range(void*, unsigned long);
 }
 
 namespace fusedrnn::emulator {
@@ -157,8 +159,25 @@ struct Warp {
   alignas(64) unsigned char slots[2][32 * 64];
 };
 
+/// CTAs that run together and write into each other's shared memory; where a launch asks for none,
+/// each CTA is one by itself.
+struct Cluster {
+  Barrier barrier;
+  std::vector<Cta*> ctas;  ///< null where one is gone
+};
+
+/// A mailbox: it ends a phase when it has been told what to expect and all that has come.
+struct Box {
+  uint64_t phases = 0;  ///< that have ended
+  bool told = false;    ///< in this phase
+  int64_t missing = 0;  ///< bytes, less than none before it is told
+  std::vector<Fiber*> waiting = {};
+};
+
 struct Cta {
   Index3 index;
+  std::shared_ptr<Cluster> cluster;
+  std::map<size_t, Box> boxes;  ///< by where they are in shared memory
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<Fiber*> fibers;
@@ -177,6 +196,14 @@ enum class Order {
   kCount
 };
 
+/// What is on its way to another CTA.
+struct Message {
+  Cta* to;
+  size_t at, box;  ///< in its shared memory
+  unsigned char data[16];
+  unsigned bytes;
+};
+
 struct Launch {
   const cuda::Grid& grid;
   unsigned threads;
@@ -191,6 +218,8 @@ struct Launch {
   void* main_tsan = nullptr;
   Fiber* current = nullptr;
   size_t alive = 0, idle_polls = 0;
+  std::vector<Message> mail = {};
+  bool late_mail = false;  ///< it comes when nothing else can go on
   std::string error = {};
 };
 
@@ -292,7 +321,9 @@ void enter() {
     ++cta.barrier.gone;
     ++warp.barrier.gone;
     ++warp.exchange.gone;
-    for (Barrier* b : {&cta.barrier, &warp.barrier, &warp.exchange}) {
+    Barrier& of_cluster = cta.cluster->barrier;
+    ++of_cluster.gone;
+    for (Barrier* b : {&cta.barrier, &warp.barrier, &warp.exchange, &of_cluster}) {
       if (!b->waiting.empty()) {
         fail("a thread left the kernel while others wait for it: " + describe(b->waiting[0]));
       }
@@ -321,11 +352,13 @@ Fiber* new_fiber() {
   return f;
 }
 
-void start_cta(Index3 index) {
+void start_cta(Index3 index, const std::shared_ptr<Cluster>& cluster) {
   Launch& l = *active;
   ++counted.ctas;
   auto cta = std::make_unique<Cta>();
   cta->index = index;
+  cta->cluster = cluster;
+  cluster->ctas.push_back(cta.get());
   cta->barrier.expect(l.threads);
   cta->warps.resize((l.threads + 31) / 32);
   for (size_t w = 0; w < cta->warps.size(); ++w) {
@@ -413,32 +446,86 @@ void report_deadlock() {
   fail(text);
 }
 
+void end_phase(Box& box) {
+  if (!box.told || box.missing != 0) return;
+  box.told = false;
+  ++box.phases;
+  for (Fiber* f : box.waiting) put_in(f, State::ready);
+  box.waiting.clear();
+}
+
+/// Where something of the running CTA is in its shared memory.
+size_t place_of(const void* p, size_t bytes, Where where) {
+  const Guarded& shared = *active->current->cta->shared;
+  const auto at = size_t(static_cast<const unsigned char*>(p) - shared.data());
+  if (at + bytes > shared.size() || at % bytes) {
+    fail_here("no place in shared memory, or one that is not aligned", where);
+  }
+  return at;
+}
+Box& own_box(void* p, Where where) {
+  std::map<size_t, Box>& boxes = active->current->cta->boxes;
+  const auto box = boxes.find(place_of(p, sizeof(uint64_t), where));
+  if (box == boxes.end()) fail_here("a mailbox that nobody has opened", where);
+  return box->second;
+}
+
+/// One message, any of those on their way, comes.
+void deliver() {
+  Launch& l = *active;
+  std::swap(l.mail[l.random() % l.mail.size()], l.mail.back());
+  const Message m = l.mail.back();
+  l.mail.pop_back();
+  l.idle_polls = 0;
+  for (unsigned i = 0; i < m.bytes; ++i) m.to->shared->data()[m.at + i] = m.data[i];
+  const auto box = m.to->boxes.find(m.box);
+  if (box == m.to->boxes.end()) return fail("mail for a box that nobody has opened");
+  box->second.missing -= m.bytes;
+  if (box->second.told && box->second.missing < 0) fail("more mail than was expected");
+  end_phase(box->second);
+}
+
 void run_all() {
   Launch& l = *active;
-  const uint64_t total = uint64_t(l.grid.x) * l.grid.y * l.grid.z;
+  const uint64_t size = std::max(1u, l.grid.cluster);
+  const uint64_t total = uint64_t(l.grid.x) * l.grid.y * l.grid.z / size;  // clusters
   const uint64_t together = l.grid.resident ? total : 1 + l.random() % 3;
   std::vector<uint64_t> waiting(total);
   for (uint64_t i = 0; i < total; ++i) waiting[i] = i;
   std::shuffle(waiting.begin(), waiting.end(), l.random);
   for (;;) {
-    while (l.ctas.size() < together && !waiting.empty()) {
-      const uint64_t i = waiting.back();
+    while (l.ctas.size() + size <= together * size && !waiting.empty()) {
+      const auto cluster = std::make_shared<Cluster>();
+      cluster->barrier.expect(unsigned(size) * l.threads);
+      for (uint64_t i = waiting.back() * size; i < (waiting.back() + 1) * size; ++i) {
+        start_cta({unsigned(i % l.grid.x), unsigned(i / l.grid.x % l.grid.y),
+                   unsigned(i / l.grid.x / l.grid.y)},
+                  cluster);
+      }
       waiting.pop_back();
-      start_cta({unsigned(i % l.grid.x), unsigned(i / l.grid.x % l.grid.y),
-                 unsigned(i / l.grid.x / l.grid.y)});
     }
     if (l.alive == 0 && waiting.empty()) return;
-    // Each that polls has looked again, and all that it could wait for waits too.
-    if (l.ready.empty() && l.starved.empty() && l.idle_polls >= 2 * l.polling.size()) {
-      return report_deadlock();
+    const bool idle = l.ready.empty() && l.starved.empty();
+    if (!l.mail.empty() && (idle || (!l.late_mail && l.random() % 2))) {
+      deliver();
+      if (!l.error.empty()) return;
+      continue;
     }
+    // Each that polls has looked again, and all that it could wait for waits too.
+    if (idle && l.idle_polls >= 2 * l.polling.size()) return report_deadlock();
     switch_to(next());
     if (!l.error.empty()) return;
     Cta* const cta = l.current->cta;
     if (cta->gone == l.threads) {  // its shared memory goes with it
+      if (std::any_of(l.mail.begin(), l.mail.end(),
+                      [&](const Message& m) { return m.to == cta; })) {
+        return fail("mail is on its way to a CTA that has left the kernel");
+      }
       acquire(&l);
       l.current = nullptr;
       for (Fiber* f : cta->fibers) give_back(f);
+      std::vector<Cta*>& of_cluster = cta->cluster->ctas;
+      std::replace(of_cluster.begin(), of_cluster.end(), cta, static_cast<Cta*>(nullptr));
       l.ctas.erase(std::find_if(l.ctas.begin(), l.ctas.end(),
                                 [&](const auto& c) { return c.get() == cta; }));
     }
@@ -471,13 +558,14 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
            size_t place) {
   const std::lock_guard<std::mutex> lock(mutex);
   const uint64_t total = uint64_t(grid.x) * grid.y * grid.z;
-  // The limits of a device of compute capability 8.0 and up.
+  // The limits of a device of compute capability 8.0 and up, for clusters of 9.0.
   if (threads == 0 || threads > 1024 || total == 0 || grid.y > 65535 || grid.z > 65535 ||
-      grid.x > 0x7fffffffu || grid.shared > 99 * 1024) {
+      grid.x > 0x7fffffffu || grid.shared > (grid.cluster ? 227 : 99) * 1024u ||
+      grid.cluster > 16 || (grid.cluster && grid.x % grid.cluster)) {
     error_of_last = "a grid that no device takes";
     return 1;
   }
-  if (grid.resident && total > uint64_t(chosen.room)) {
+  if ((grid.resident && total > uint64_t(chosen.room)) || grid.cluster > unsigned(chosen.room)) {
     error_of_last = "more CTAs than can run together";
     return kNoRoom;
   }
@@ -487,8 +575,10 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
   ++all_kernels()[place].launches;
   ++counted.launches;
   l.order = Order(l.random() % uint64_t(Order::kCount));
+  l.late_mail = l.random() % 4 == 0;
   if (has_tsan) l.main_tsan = __tsan_get_current_fiber();
   gridDim = {grid.x, grid.y, grid.z};
+  if (grid.cluster) l.mail.reserve(1 << 16);  // as for Barrier's
   active = &l;
   run_all();
   for (const auto& cta : l.ctas) {
@@ -502,6 +592,47 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
 void sync_cta(Where where) { arrive(active->current->cta->barrier, where, true); }
 void sync_warp(Where where) { arrive(own_warp().barrier, where, true); }
 void pause(Where where) { leave(State::polling, where); }
+void sync_cluster(Where where) { arrive(active->current->cta->cluster->barrier, where, true); }
+
+void open(void* p, Where where) {
+  active->current->cta->boxes[place_of(p, sizeof(uint64_t), where)].waiting.reserve(
+      active->threads);  // as for Barrier's
+}
+void expect(void* p, uint32_t bytes, Where where) {
+  Box& box = own_box(p, where);
+  if (box.told) fail_here("a mailbox that is told twice what to expect", where);
+  release(p);
+  box.told = true;
+  box.missing += bytes;
+  if (box.missing < 0) fail_here("more mail than was expected", where);
+  end_phase(box);
+}
+void wait_for(void* p, uint32_t phase, Where where) {
+  Box& box = own_box(p, where);
+  ++counted.waits;
+  // As mbarrier.test_wait.parity: done is a phase of the other parity than the one that goes on.
+  while (box.phases % 2 == phase) {
+    box.waiting.push_back(active->current);
+    leave(State::waiting, where);
+  }
+  acquire(p);
+}
+void send(const void* data, unsigned bytes, void* to, void* box, unsigned cta, Where where) {
+  const std::vector<Cta*>& ctas = active->current->cta->cluster->ctas;
+  if (cta >= ctas.size()) fail_here("mail to a CTA that is not of the cluster", where);
+  if (!ctas[cta]) fail_here("mail to a CTA that has left the kernel", where);
+  const size_t at = place_of(to, bytes, where), of_box = place_of(box, sizeof(uint64_t), where);
+  Message m = {ctas[cta], at, of_box, {}, bytes};
+  for (unsigned i = 0; i < bytes; ++i) m.data[i] = static_cast<const unsigned char*>(data)[i];
+  // To ThreadSanitizer the sender writes now, and whoever finds the box complete has waited for it.
+  unsigned char* const shared = ctas[cta]->shared->data();
+  if (has_tsan) {
+    __tsan_read8(shared + of_box);
+    __tsan_write_range(shared + at, bytes);
+  }
+  release(shared + of_box);
+  active->mail.push_back(m);
+}
 
 const unsigned char* exchange(const void* own, unsigned bytes, Where where) {
   Warp& warp = own_warp();

@@ -56,12 +56,19 @@ struct Where {
 using Thread = void(const void* kernel, unsigned char* shared);
 int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread* thread,
            size_t place);
+void sync_cluster(Where where);
 void sync_cta(Where where);
 void sync_warp(Where where);
 void pause(Where where);
 /// Waits until all lanes of the warp are here with `bytes` of theirs; returns those of all 32, 64
 /// bytes apart. It orders nothing else.
 const unsigned char* exchange(const void* own, unsigned bytes, Where where);
+
+/// Mailboxes, known by their address. What is sent comes some time later, in any order.
+void open(void* box, Where where);
+void expect(void* box, uint32_t bytes, Where where);
+void wait_for(void* box, uint32_t phase, Where where);
+void send(const void* data, unsigned bytes, void* to, void* box, unsigned cta, Where where);
 
 }  // namespace fusedrnn::emulator
 
@@ -84,6 +91,12 @@ int launch(const Kernel& kernel, const Grid& grid, void*) {
       Place<Kernel>::value);
 }
 
+/// All of the emulated device's room.
+template <class Kernel>
+int active_clusters(const Grid& grid) {
+  return emulator::settings().room / int(grid.cluster);
+}
+
 inline void sync_cta(int line = __builtin_LINE()) { emulator::sync_cta({"sync_cta", line}); }
 inline void sync_warp(int line = __builtin_LINE()) { emulator::sync_warp({"sync_warp", line}); }
 inline uint32_t load_acquire(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
@@ -92,6 +105,33 @@ inline void add_release(uint32_t* p, uint32_t value) {
 }
 inline void pause(int line = __builtin_LINE()) { emulator::pause({"pause", line}); }
 
+inline void sync_cluster(int line = __builtin_LINE()) {
+  emulator::sync_cluster({"sync_cluster", line});
+}
+struct alignas(8) Mailbox {
+  uint64_t state;
+};
+inline void open(Mailbox* box, int line = __builtin_LINE()) {
+  box->state = 0;
+  emulator::open(box, {"open", line});
+}
+inline void expect(Mailbox* box, uint32_t bytes, int line = __builtin_LINE()) {
+  emulator::expect(box, bytes, {"expect", line});
+}
+inline void wait_for(Mailbox* box, uint32_t phase, int line = __builtin_LINE()) {
+  emulator::wait_for(box, phase, {"wait_for", line});
+}
+inline void send(float a, float b, float* to, Mailbox* box, unsigned cta,
+                 int line = __builtin_LINE()) {
+  const float both[2] = {a, b};
+  emulator::send(both, sizeof(both), to, box, cta, {"send", line});
+}
+
+inline uint32_t shuffle(uint32_t value, int from, int line = __builtin_LINE()) {
+  const unsigned char* all = emulator::exchange(&value, sizeof(value), {"shuffle", line});
+  std::memcpy(&value, all + 64 * (unsigned(from) % 32), sizeof(value));
+  return value;
+}
 inline float shuffle_xor(float value, int mask, int line = __builtin_LINE()) {
   const unsigned char* all = emulator::exchange(&value, sizeof(value), {"shuffle_xor", line});
   std::memcpy(&value, all + 64 * ((threadIdx.x % 32) ^ unsigned(mask)), sizeof(value));
@@ -102,6 +142,10 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 inline Words load_shared_by_ctas(const void* p) { return *static_cast<const Words*>(p); }
+inline void send(const Words& w, void* to, Mailbox* box, unsigned cta,
+                 int line = __builtin_LINE()) {
+  emulator::send(w.word, sizeof(w.word), to, box, cta, {"send", line});
+}
 
 inline float float_of(uint32_t bits) {
   float value;
