@@ -125,7 +125,8 @@ class GpuPeaks:
         flops: operations a second of torch's products of large matrices, by type; float32 is TF32.
         bandwidth: bytes a second of a large copy, those read and those written.
         exchange: seconds of a step that only hands h on, "cta" to the threads of a CTA, "cluster N"
-            and "grid N" to N CTAs, of a cluster and by L2; empty where there is no nvcc.
+            and "grid N" to N CTAs, by a cluster's barrier and by L2, "mail N" as the kernels do it
+            in a cluster; empty where there is no nvcc.
         on_chip: bytes of registers and shared memory of a multiprocessor.
         kernels: what peaks.cu tells besides: `tflops` of products whose weights stay in registers,
             `active_clusters` by their size.

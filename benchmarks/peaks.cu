@@ -185,6 +185,47 @@ __global__ void __launch_bounds__(kHidden, 1) in_cluster(float* out, int steps) 
 #endif
 }
 
+/// To all CTAs of a cluster, by mail into their shared memory, as those of regime "cluster" do.
+struct ByMail : UsesClusters {
+  static constexpr int kThreads = kHidden;
+  float* out;
+  int steps;
+
+  static Grid grid(unsigned ctas) {
+    const size_t shared = 2 * ctas * kHidden * sizeof(float) + 2 * sizeof(Mailbox);
+    return {ctas, 1, 1, shared, false, ctas};
+  }
+  FUSEDRNN_DEVICE void operator()(unsigned char* shared) const {
+    const unsigned ctas = gridDim.x, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 32;
+    float* const h = reinterpret_cast<float*>(shared);  // [2, CTAs, kHidden]
+    Mailbox* const boxes = reinterpret_cast<Mailbox*>(h + 2 * ctas * kHidden);
+    const uint32_t bytes = ctas * kHidden * sizeof(float);
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; ++i) {
+        open(boxes + i);
+        expect(boxes + i, bytes);
+      }
+    }
+    sync_cluster();
+    float value = float(threadIdx.x);
+    for (int t = 0; t < steps; ++t) {
+      float* const half = h + t % 2 * ctas * kHidden;
+      Mailbox* const box = boxes + t % 2;
+      Words words;
+      for (int i = 0; i < 4; ++i) {
+        words.word[i] = shuffle(host::bit_cast<uint32_t>(value), lane % 8 * 4 + i);
+      }
+      sync_warp();
+      float* const to = half + blockIdx.x * kHidden + first + lane % 8 * 4;
+      for (unsigned cta = lane / 8; cta < ctas; cta += 4) send(words, to, box, cta);
+      wait_for(box, t / 2 % 2);
+      if (threadIdx.x == 0 && t + 2 < steps) expect(box, bytes);
+      value = 0.5f * half[(blockIdx.x + 1) % ctas * kHidden + (threadIdx.x + 37) % kHidden];
+    }
+    out[blockIdx.x * kHidden + threadIdx.x] = value;
+  }
+};
+
 /// A cluster whose CTAs each fill a multiprocessor, as a persistent layer's would.
 struct Cluster {
   cudaLaunchConfig_t config = {};
@@ -252,6 +293,10 @@ int main() {
     if (!active[ctas]) continue;
     print(("cluster " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
             check(cudaLaunchKernelEx(&cluster.config, in_cluster, out, steps));
+          }));
+    if (!active_clusters<ByMail>(ByMail::grid(ctas))) continue;
+    print(("mail " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
+            check(cudaError_t(launch(ByMail{{}, out, steps}, ByMail::grid(ctas), nullptr)));
           }));
   }
   print("cta", nanoseconds([&](int steps) {

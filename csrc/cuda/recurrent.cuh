@@ -87,12 +87,17 @@ struct RecurrentForwardKernel : Sharing {
         Inputs in[Sharing::kPairs];
         unroll<Sharing::kPairs>([&](auto n) { in[n] = load(w, w.pair(chunk, n), t); });
         w.collect(product, i, chunk);
+        Outputs out[Sharing::kPairs];
         unroll<Sharing::kPairs>([&](auto n) {
           const Pair p = w.pair(chunk, n);
-          if (in[n].takes_part) apply(w, p, in[n], bias);
+          if (in[n].takes_part) apply(w, p, in[n], bias, out[n]);
           set(w, i + 1, chunk, p);
         });
         w.pass(product, i + 1, chunk);
+        // After what the others wait for.
+        unroll<Sharing::kPairs>([&](auto n) {
+          if (in[n].takes_part) store(w, in[n].position, w.pair(chunk, n).unit, out[n]);
+        });
       }
     }
 
@@ -111,24 +116,29 @@ struct RecurrentForwardKernel : Sharing {
     w.set(k, chunk, p, h);
   }
 
+  struct Outputs {
+    float h, saved[Cell::kSaved];
+  };
+
   FUSEDRNN_DEVICE void apply(const Worker& w, const Pair& p, const Inputs& in,
-                             const float (&bias)[Cell::kSums]) const {
-    const auto& of = run.direction[w.direction];
-    const int H = run.hidden_size;
-    float sum[Cell::kSums], saved[Cell::kSaved];
+                             const float (&bias)[Cell::kSums], Outputs& out) const {
+    float sum[Cell::kSums];
     unroll<Cell::kSums>([&](auto k) { sum[k] = bias[k]; });
     unroll<Cell::kGates>([&](auto g) {
       constexpr int input = Cell::input_sum[g], hidden = Cell::hidden_sum[g];
       sum[input] += in.x[g];
       sum[hidden] += w.sum(p, g);
     });
-    const float h = Cell::forward(sum, w.kept(p, 0), saved);
-    w.kept(p, 1) = h;
-    round_to(of.y[in.position * run.y_stride + p.unit], h);
-    if (of.saved) {
-      unroll<Cell::kSaved>(
-          [&](auto a) { of.saved[(in.position * Cell::kSaved + a) * H + p.unit] = saved[a]; });
-    }
+    w.kept(p, 1) = out.h = Cell::forward(sum, w.kept(p, 0), out.saved);
+  }
+
+  FUSEDRNN_DEVICE void store(const Worker& w, int64_t position, int unit,
+                             const Outputs& out) const {
+    const auto& of = run.direction[w.direction];
+    round_to(of.y[position * run.y_stride + unit], out.h);
+    if (!of.saved) return;
+    float* const saved = of.saved + position * Cell::kSaved * run.hidden_size + unit;
+    unroll<Cell::kSaved>([&](auto a) { saved[a * run.hidden_size] = out.saved[a]; });
   }
 };
 
@@ -211,14 +221,23 @@ struct RecurrentBackwardKernel : Sharing {
         Inputs in[Sharing::kPairs];
         unroll<Sharing::kPairs>([&](auto m) { in[m] = load(w, w.pair(chunk, m), i); });
         if (n > 0) w.collect(product, n - 1, chunk);
+        float dsum[Sharing::kPairs][Cell::kSums] = {};
         unroll<Sharing::kPairs>([&](auto m) {
           const Pair p = w.pair(chunk, m);
-          float fed[Cell::kGates] = {};
           if (n > 0 && p.exists) w.kept(p, 1) += w.sum(p, 0);
-          if (in[m].takes_part) apply(w, p, in[m], fed);
+          if (in[m].takes_part) apply(w, p, in[m], dsum[m]);
+          float fed[Cell::kGates];
+          unroll<Cell::kGates>([&](auto g) {
+            constexpr int hidden = Cell::hidden_sum[g];
+            fed[g] = dsum[m][hidden];
+          });
           if (i >= 0) w.set(n, chunk, p, fed);
         });
         w.pass(product, n, chunk);
+        // After what the others wait for.
+        unroll<Sharing::kPairs>([&](auto m) {
+          if (in[m].takes_part) store(w, in[m], w.pair(chunk, m).unit, dsum[m]);
+        });
       }
     }
 
@@ -233,22 +252,19 @@ struct RecurrentBackwardKernel : Sharing {
     }
   }
 
-  /// `fed`: the gradients of the sums that weight_hh feeds.
   FUSEDRNN_DEVICE void apply(const Worker& w, const Pair& p, const Inputs& in,
-                             float (&fed)[Cell::kGates]) const {
-    const auto& of = run.direction[w.direction];
-    const int H = run.hidden_size;
-    float dsum[Cell::kSums];
+                             float (&dsum)[Cell::kSums]) const {
     const float dh = w.kept(p, 1) + in.dy;
     w.kept(p, 1) = 0;
     Cell::backward(in.saved, in.state, dh, w.kept(p, 0), dsum);
-    round_to(of.h_previous[in.position * H + p.unit], in.h);
-    unroll<Cell::kSums>(
-        [&](auto k) { round_to(of.dsums[(in.position * Cell::kSums + k) * H + p.unit], dsum[k]); });
-    unroll<Cell::kGates>([&](auto g) {
-      constexpr int hidden = Cell::hidden_sum[g];
-      fed[g] = dsum[hidden];
-    });
+  }
+
+  FUSEDRNN_DEVICE void store(const Worker& w, const Inputs& in, int unit,
+                             const float (&dsum)[Cell::kSums]) const {
+    const auto& of = run.direction[w.direction];
+    round_to(of.h_previous[in.position * run.hidden_size + unit], in.h);
+    S* const dsums = of.dsums + in.position * Cell::kSums * run.hidden_size + unit;
+    unroll<Cell::kSums>([&](auto k) { round_to(dsums[k * run.hidden_size], dsum[k]); });
   }
 };
 
