@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "activations.h"
 #include "cuda/primitives.cuh"
 
 using namespace fusedrnn;

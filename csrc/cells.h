@@ -10,7 +10,7 @@
 // To add a cell: a struct here, a schema in ops.cpp, a line in each backend, a test parameter.
 #pragma once
 
-#include "math.h"
+#include "activations.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 

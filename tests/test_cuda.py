@@ -190,7 +190,19 @@ def every_kernel() -> list[tuple[str, Case]]:
     """Each regime, cell, kind and layout, in both directions; odd sizes; two tiles of rows."""
     modes = itertools.product(REGIMES, CELLS, KINDS, LAYOUTS)
     small = [
-        (regime, Case(cell, kind, 3, 17 if layout == "packed" else 3, 4, 21, layout, True))
+        (
+            regime,
+            Case(
+                cell,
+                kind,
+                3,
+                17 if layout == "packed" else 3,
+                4,
+                40 if regime == "cluster" else 21,
+                layout,
+                True,
+            ),
+        )
         for regime, cell, kind, layout in modes
         if runs_in(regime, kind)
     ]

@@ -2,7 +2,7 @@
 // Included with the instruction set already selected (kernel.h), never on its own.
 #pragma once
 
-#include "../math.h"
+#include "../activations.h"
 #include "../sequence.h"
 #include "standard.h"
 

@@ -50,8 +50,8 @@ Cut cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t directions,
 }
 
 // 32 units are a CTA's: four warps share the depth of their product, and what they hold of it is
-// what a warp of a CTA alone holds. Clusters of up to 8 run on every device that has clusters;
-// where more is possible, it is 16.
+// what a warp of a CTA alone holds. Clusters of up to 8 run on every device that has clusters,
+// those of up to 16 on some.
 Cut cluster_cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t operand_bytes) {
   Cut cut;
   cut.reach = Reach::cluster;
@@ -59,8 +59,7 @@ Cut cluster_cut_of(int64_t steps, int64_t rows, int64_t hidden_size, int64_t ope
   cut.half = hidden_size <= kClusterDepth * alone(operand_bytes) / 2;
   cut.depth = kClusterDepth * alone(operand_bytes) / (cut.half ? 2 : 1);
   if (hidden_size > cut.depth) return cut;
-  cut.ctas = divide_up(hidden_size, kClusterUnits);
-  if (cut.ctas > 8) cut.ctas = 16;
+  cut.ctas = std::max<int64_t>(2, divide_up(hidden_size, kClusterUnits));  // mail goes to another
   // Of 227 KB: what comes in a backward pass grows with the CTAs.
   cut.tile_rows = cut.ctas > 8 ? 32 : 64;
   cut.groups = divide_up(rows, cut.tile_rows);

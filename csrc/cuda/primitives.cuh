@@ -15,8 +15,8 @@
 namespace fusedrnn::cuda {
 
 /// A grid of CTAs, each with `shared` bytes of shared memory. `resident`: all of them run at the
-/// same time, so that they can wait for each other. `cluster`: so do as many neighbours along x,
-/// which can also write into each other's shared memory; 0: none.
+/// same time, so that they can wait for each other. `cluster`: so do as many neighbours along x, 2
+/// at least, which can also write into each other's shared memory; 0: none.
 struct Grid {
   unsigned x, y = 1, z = 1;
   size_t shared = 0;
@@ -53,6 +53,28 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant
   kernel(shared);
 }
 
+constexpr int kDevices = 64;  ///< of which something is kept
+
+/// Lets a kernel have all the shared memory that a CTA can, and clusters of any size, on the
+/// current device. Once: a limit that followed from each launch would be in force for those of
+/// other threads, and for captured ones. How much a launch takes is said with the launch.
+template <class Kernel>
+cudaError_t lift_limits() {
+  static std::atomic<bool> lifted[kDevices];
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess || (device < kDevices && lifted[device].load())) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
+  if (status == cudaSuccess && std::is_base_of_v<UsesClusters, Kernel>) {
+    status = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (status == cudaSuccess && device < kDevices) lifted[device].store(true);
+  return status;
+}
+
 /// A kernel's launch, as CUDA wants to be told.
 template <class Kernel>
 struct Configuration {
@@ -64,8 +86,8 @@ struct Configuration {
     config.blockDim = dim3(Kernel::kThreads);
     config.dynamicSmemBytes = grid.shared;
     config.attrs = &attribute;
-    config.numAttrs = grid.resident || grid.cluster > 1;
-    if (grid.cluster > 1) {
+    config.numAttrs = grid.resident || grid.cluster;
+    if (grid.cluster) {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = grid.cluster;
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
@@ -73,15 +95,7 @@ struct Configuration {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     }
-    cudaError_t status = cudaSuccess;
-    if (grid.shared > 48 * 1024) {
-      status = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(grid.shared));
-    }
-    if (status == cudaSuccess && grid.cluster > 8) {  // what not every device with clusters can
-      status = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
-    return status;
+    return grid.shared > 48 * 1024 || grid.cluster ? lift_limits<Kernel>() : cudaSuccess;
   }
 };
 
@@ -99,7 +113,7 @@ int launch(const Kernel& kernel, const Grid& grid, void* stream) {
 /// must follow from that.
 template <class Kernel>
 int active_clusters(const Grid& grid) {
-  constexpr int kDevices = 64, kMost = 16;
+  constexpr int kMost = 16;
   static std::atomic<int> known[kDevices][kMost + 1];  // the answer + 1
   int device = 0;
   if (grid.cluster > kMost || cudaGetDevice(&device) != cudaSuccess) return 0;
@@ -173,20 +187,33 @@ FUSEDRNN_DEVICE void expect(Mailbox* box, uint32_t bytes) {
                : "memory");
 }
 /// Waits for the end of a phase, 0 for the first and every second, 1 for the others; not for one
-/// before the last. What was sent, and what the senders had seen, can be read after this.
+/// before the last. What was sent can be read after this, and what the senders had read, of shared
+/// memory, written.
 FUSEDRNN_DEVICE void wait_for(Mailbox* box, uint32_t phase) {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+  // An acquire that is of global memory too empties the first-level cache.
+#define FUSEDRNN_ORDER "relaxed"
+#define FUSEDRNN_FENCE "fence.acquire.sync_restrict::shared::cluster.cluster;"
+#else
+#define FUSEDRNN_ORDER "acquire"
+#define FUSEDRNN_FENCE ""
+#endif
   uint32_t done;
   do {
     asm volatile(
         "{\n\t"
         ".reg .pred done;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity." FUSEDRNN_ORDER
+        ".cluster.shared::cta.b64 done, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, done;\n\t"
         "}"
         : "=r"(done)
         : "r"(shared_address(box)), "r"(phase)
         : "memory");
   } while (!done);
+  asm volatile(FUSEDRNN_FENCE : : : "memory");
+#undef FUSEDRNN_ORDER
+#undef FUSEDRNN_FENCE
 }
 
 // ---- warps --------------------------------------------------------------------------------------
@@ -229,8 +256,8 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
-/// Sends 16 or 8 bytes to where `to` is in the shared memory of the cluster's CTA number `cta`, to
-/// be counted in its `box`; the sender does not wait.
+/// Sends 16 or 8 bytes to where `to` is in the shared memory of the cluster's CTA number `cta`,
+/// which may be the sender's own, to be counted in its `box`; the sender does not wait.
 FUSEDRNN_DEVICE void send(const Words& w, void* to, Mailbox* box, unsigned cta) {
   asm volatile(
       "{\n\t"

@@ -82,16 +82,25 @@ class TensorProduct {
   template <int N, class H>
   FUSEDRNN_DEVICE void sums(const H& h, float (&c)[N][kTiles][4]) const {
     const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
+    // Each product waits for the one before it in its chain: where tiles are few, two chains each.
+    constexpr bool kTwo = N * kTiles < 3;
+    float other[kTwo ? N : 1][kTwo ? kTiles : 1][4] = {};
     unroll<kPairs>([&](auto j) {
       Words b[N];
       unroll<N>([&](auto n) { b[n] = h.load(8 * n + r, j * kPair + 4 * q * kPerWord); });
       unroll<kTiles>([&](auto m) {
         unroll<N>([&](auto n) {
+          float (&second)[4] = kTwo ? other[kTwo ? n : 0][kTwo ? m : 0] : c[n][m];
           multiply_add_16x8<S>(c[n][m], a_[m][j][0], b[n].word[0], b[n].word[1]);
-          multiply_add_16x8<S>(c[n][m], a_[m][j][1], b[n].word[2], b[n].word[3]);
+          multiply_add_16x8<S>(second, a_[m][j][1], b[n].word[2], b[n].word[3]);
         });
       });
     });
+    if constexpr (kTwo) {
+      unroll<N>([&](auto n) {
+        unroll<kTiles>([&](auto m) { unroll<4>([&](auto i) { c[n][m][i] += other[n][m][i]; }); });
+      });
+    }
   }
 
   template <int kRows, class H>

@@ -76,7 +76,11 @@ struct RecurrentForwardKernel : Sharing {
             Cell::kStateIsOutput ? h : value_or_zero(of.c0, p.row * run.c0_stride + p.unit);
         w.kept(p, 1) = h;
       }
-      unroll<Sharing::kPairs>([&](auto i) { set(w, 0, chunk, w.pair(chunk, i)); });
+      unroll<Sharing::kPairs>([&](auto i) {
+        const Pair p = w.pair(chunk, i);
+        const float h[1] = {p.exists ? w.kept(p, 1) : 0.f};
+        w.set(0, chunk, p, h);
+      });
     }
     w.pass(product, 0, w.chunks() - 1);
 
@@ -90,8 +94,14 @@ struct RecurrentForwardKernel : Sharing {
         Outputs out[Sharing::kPairs];
         unroll<Sharing::kPairs>([&](auto n) {
           const Pair p = w.pair(chunk, n);
-          if (in[n].takes_part) apply(w, p, in[n], bias, out[n]);
-          set(w, i + 1, chunk, p);
+          float h[1] = {0};
+          if (in[n].takes_part) {
+            apply(w, p, in[n], bias, out[n]);
+            h[0] = out[n].h;
+          } else if (p.exists) {
+            h[0] = w.kept(p, 1);
+          }
+          w.set(i + 1, chunk, p, h);
         });
         w.pass(product, i + 1, chunk);
         // After what the others wait for.
@@ -109,11 +119,6 @@ struct RecurrentForwardKernel : Sharing {
         if (of.c_n) of.c_n[p.row * H + p.unit] = w.kept(p, 0);
       }
     }
-  }
-
-  FUSEDRNN_DEVICE void set(const Worker& w, int k, int chunk, const Pair& p) const {
-    const float h[1] = {p.exists ? w.kept(p, 1) : 0.f};
-    w.set(k, chunk, p, h);
   }
 
   struct Outputs {
@@ -167,9 +172,11 @@ struct RecurrentBackwardKernel : Sharing {
   };
 
   struct Inputs {
-    bool takes_part;
+    bool takes_part, has_before;  ///< of the row: it has a step before this one
     int64_t position;
-    float dy, state, h, saved[Cell::kSaved];
+    float dy, saved[Cell::kSaved];
+    float before[Cell::kSaved];  ///< of the step before
+    float h0, state;             ///< where there is none: the first h, and the state before this
   };
 
   FUSEDRNN_DEVICE Inputs load(const Worker& w, const Pair& p, int i) const {
@@ -184,14 +191,14 @@ struct RecurrentBackwardKernel : Sharing {
           [&](auto a) { to[a] = of.saved[(position * Cell::kSaved + a) * H + p.unit]; });
     };
     const int before = w.time(i - 1);
-    if (w.takes_part(p.row, before)) {
-      float saved[Cell::kSaved];
-      load_saved(saved, w.position(before) + p.row);
-      in.state = saved[Cell::kSavedState];
-      in.h = Cell::output(saved);
+    in.has_before = w.takes_part(p.row, before);
+    if (in.has_before) {
+      load_saved(in.before, w.position(before) + p.row);
+      in.state = in.before[Cell::kSavedState];
     } else {
-      in.h = value_or_zero(of.h0, p.row * run.h0_stride + p.unit);
-      in.state = Cell::kStateIsOutput ? in.h : value_or_zero(of.c0, p.row * run.c0_stride + p.unit);
+      in.h0 = value_or_zero(of.h0, p.row * run.h0_stride + p.unit);
+      in.state =
+          Cell::kStateIsOutput ? in.h0 : value_or_zero(of.c0, p.row * run.c0_stride + p.unit);
     }
     in.dy = value_or_zero(of.dy, in.position * run.dy_stride + p.unit);
     load_saved(in.saved, in.position);
@@ -262,7 +269,8 @@ struct RecurrentBackwardKernel : Sharing {
   FUSEDRNN_DEVICE void store(const Worker& w, const Inputs& in, int unit,
                              const float (&dsum)[Cell::kSums]) const {
     const auto& of = run.direction[w.direction];
-    round_to(of.h_previous[in.position * run.hidden_size + unit], in.h);
+    const float h = in.has_before ? Cell::output(in.before) : in.h0;
+    round_to(of.h_previous[in.position * run.hidden_size + unit], h);
     S* const dsums = of.dsums + in.position * Cell::kSums * run.hidden_size + unit;
     unroll<Cell::kSums>([&](auto k) { round_to(dsums[k * run.hidden_size], dsum[k]); });
   }
@@ -336,7 +344,7 @@ template <class Kernel>
 Grid grid_of(const Cut& cut, int directions) {
   return {unsigned(cut.ctas),       unsigned(cut.groups),
           unsigned(directions),     Kernel::shared_bytes(cut, Kernel::kKept),
-          cut.reach == Reach::grid, cut.reach == Reach::cluster ? unsigned(cut.ctas) : 1};
+          cut.reach == Reach::grid, cut.reach == Reach::cluster ? unsigned(cut.ctas) : 0};
 }
 
 template <class Kernel, class Run>

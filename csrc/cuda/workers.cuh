@@ -45,7 +45,15 @@ class Tile {
     pair.exists = pair.row < run_.rows && pair.unit < run_.hidden_size;
     return pair;
   }
-  FUSEDRNN_DEVICE int chunks() const { return run_.tile_rows / Sharing::kRows; }
+  /// Those that have rows of the batch.
+  FUSEDRNN_DEVICE int chunks() const {
+    const int rows = run_.rows - first_row;
+    return ((rows < run_.tile_rows ? rows : run_.tile_rows) + Sharing::kRows - 1) / Sharing::kRows;
+  }
+  FUSEDRNN_DEVICE int rows_of(int chunk) const {
+    const int rows = run_.rows - first_row - chunk * Sharing::kRows;
+    return rows < Sharing::kRows ? rows : Sharing::kRows;
+  }
 
   /// The i-th value that the CTA keeps for a pair from step to step.
   FUSEDRNN_DEVICE float& kept(const Pair& p, int i) const {
@@ -77,16 +85,16 @@ class Tile {
 /// What has come from the other CTAs of a cluster: a mailbox for each chunk and half.
 class Mail {
  public:
-  /// All threads: after this, mail can come. `bytes`: of a chunk, from all CTAs.
-  FUSEDRNN_DEVICE void start(Mailbox* boxes, int chunks, uint32_t bytes, int steps) {
+  /// All threads: after this, mail can come. bytes(chunk): of all CTAs.
+  template <class Bytes>
+  FUSEDRNN_DEVICE void start(Mailbox* boxes, int chunks, int steps, const Bytes& bytes) {
     boxes_ = boxes;
     chunks_ = chunks;
-    bytes_ = bytes;
     steps_ = steps;
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2 * chunks; ++i) {
         open(boxes + i);
-        expect(boxes + i, bytes);
+        expect(boxes + i, bytes(i % chunks));
       }
     }
     sync_cluster();
@@ -94,16 +102,23 @@ class Mail {
   FUSEDRNN_DEVICE Mailbox* box(int k, int chunk) const { return boxes_ + k % 2 * chunks_ + chunk; }
   /// Until all of the k-th step's has come. What then comes into the same box is of step k + 2,
   /// from CTAs that have had this one's mail of step k + 1.
-  FUSEDRNN_DEVICE void wait(int k, int chunk) const {
+  FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes) const {
     wait_for(box(k, chunk), k / 2 % 2);
-    if (threadIdx.x == 0 && k + 2 < steps_) expect(box(k, chunk), bytes_);
+    if (threadIdx.x == 0 && k + 2 < steps_) expect(box(k, chunk), bytes);
   }
 
  private:
   Mailbox* boxes_;
   int chunks_, steps_;
-  uint32_t bytes_;
 };
+
+/// Elements between rows of operands in shared memory, of so many each: with a multiple of 128
+/// bytes and 64 more, the 16 bytes that lanes of a product read together are in different banks.
+template <class S>
+constexpr int operand_stride(int depth) {
+  const int bytes = depth * int(sizeof(S)), over = bytes % 128;
+  return (bytes + (over <= 64 ? 64 - over : 192 - over)) / int(sizeof(S));
+}
 
 // ---- every CTA has all that its products read ---------------------------------------------------
 
@@ -126,16 +141,17 @@ struct Gathering {
   static constexpr int kUnits = kBlockUnits * kBlocks;
   static constexpr int kDepth = kSplits * Product::kDepth;
   static constexpr int kTileRows = 16 * Product::kTiles;
-  /// Between the rows of the sums: threads that store a product's sums use all banks.
-  static constexpr int kStride = kBlocks * kTileRows + 4;
+  /// Between the sums of blocks, and of rows: threads that store a product's sums, or read those of
+  /// two blocks, use all banks.
+  static constexpr int kBlockStride =
+      kTileRows % 32 == 0 && kBlocks > 1 ? kTileRows + 16 : kTileRows;
+  static constexpr int kStride = kBlocks * kBlockStride + 4;
   /// Batch rows of a product. Fewer where more CTAs or clusters find room: each is done sooner.
   static constexpr int kRows = kReach == Reach::grid ? 16 : 8;
   static constexpr int kPairs = kRows * kUnits / kThreads;  ///< (unit, row) of a thread at a time
   static_assert(kRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
-  /// Between the rows of exchanged operands: in shared memory those of neighbouring rows are in
-  /// other banks.
-  static constexpr bool kShared = kReach != Reach::grid;
-  static constexpr int kExchangeStride = kShared ? kDepth + int(16 / sizeof(S)) : kDepth;
+  static constexpr bool kShared = kReach != Reach::grid;  ///< that is where operands are
+  static constexpr int kExchangeStride = kShared ? operand_stride<S>(kDepth) : kDepth;
 
   // Shared memory, in floats: the sums, before them the weights on their way, scratch of the warps,
   // `kept` floats for each (row, unit), and the exchange where it is there, with its mailboxes.
@@ -186,20 +202,19 @@ class GatheringWorker : public Tile<Sharing> {
     }
     if constexpr (kReach == Reach::cta) sync_cta();
     if constexpr (kReach == Reach::cluster) {
-      const uint32_t bytes = gridDim.x * Sharing::kUnits * Sharing::kRows * sizeof(S);
-      mail_.start(reinterpret_cast<Mailbox*>(exchange_ + 2 * half_), this->chunks(), bytes,
-                  run.steps);
+      mail_.start(reinterpret_cast<Mailbox*>(exchange_ + 2 * half_), this->chunks(), run.steps,
+                  [&](int chunk) { return bytes(chunk); });
     }
   }
 
-  /// Weight is made of (first unit, first depth) of the warp's part and `args`. This uses the
-  /// memory of the sums: all must pass() something before they collect().
+  /// Weight is made of (first unit, first depth) of the warp's part and `args`.
   template <class Weight, class... Args>
   FUSEDRNN_DEVICE void load(Product& product, const Args&... args) const {
     const int warp = threadIdx.x / kWarp;
     const Weight weight{this->first_unit + warp / Sharing::kSplits * Sharing::kBlockUnits,
                         warp % Sharing::kSplits * Product::kDepth, 0, args...};
     product.load(weight, reinterpret_cast<unsigned char*>(sums_) + warp * Product::kLoadScratch);
+    sync_cta();  // that was the memory of the sums
   }
 
   /// values[i] is of the i-th of kParts equal parts of the depth.
@@ -210,6 +225,7 @@ class GatheringWorker : public Tile<Sharing> {
         exchange_ + k % 2 * half_ + p.row_of_tile * Sharing::kExchangeStride + this->first_unit;
     if constexpr (kReach == Reach::cluster) {
       static_assert(kParts == 1 && Sharing::kUnits == kWarp);
+      if (p.row >= this->run_.rows) return;
       S own;
       Product::set_operand(own, p.exists ? values[0] : 0.f);
       send_to_all(own, row, mail_.box(k, chunk));
@@ -233,7 +249,7 @@ class GatheringWorker : public Tile<Sharing> {
   }
 
   FUSEDRNN_DEVICE void collect(const Product& product, int k, int chunk) const {
-    if constexpr (kReach == Reach::cluster) mail_.wait(k, chunk);
+    if constexpr (kReach == Reach::cluster) mail_.wait(k, chunk, bytes(chunk));
     if constexpr (kReach == Reach::grid) {
       if (chunk == 0) {
         if (threadIdx.x == 0) {
@@ -249,7 +265,7 @@ class GatheringWorker : public Tile<Sharing> {
                                               split * Product::kDepth,
                                           Sharing::kExchangeStride};
     product.template multiply<Sharing::kRows>(
-        h, sums_ + split * Sharing::kRows * Sharing::kStride + block * Sharing::kTileRows,
+        h, sums_ + split * Sharing::kRows * Sharing::kStride + block * Sharing::kBlockStride,
         Sharing::kStride, sums_ + Sharing::kSums + warp * Product::kScratch);
     sync_cta();
   }
@@ -257,7 +273,7 @@ class GatheringWorker : public Tile<Sharing> {
   /// Of the chunk that was collected last; `tile`: of the kTiles of the product.
   FUSEDRNN_DEVICE float sum(const Pair& p, int tile) const {
     const int unit = threadIdx.x % Sharing::kUnits, block = unit / Sharing::kBlockUnits;
-    const float* at = sums_ + p.row_of_chunk * Sharing::kStride + block * Sharing::kTileRows +
+    const float* at = sums_ + p.row_of_chunk * Sharing::kStride + block * Sharing::kBlockStride +
                       tile * 16 + unit % Sharing::kBlockUnits;
     float sum = at[0];
 #pragma unroll
@@ -268,6 +284,10 @@ class GatheringWorker : public Tile<Sharing> {
   }
 
  private:
+  /// Of mail for a chunk.
+  FUSEDRNN_DEVICE uint32_t bytes(int chunk) const {
+    return gridDim.x * Sharing::kUnits * this->rows_of(chunk) * sizeof(S);
+  }
   /// Every lane's operand to the same place in each CTA of the cluster, 16 bytes at a time: a lane
   /// has one of the words of the row, and sends it to some of the CTAs.
   static FUSEDRNN_DEVICE void send_to_all(S own, S* row, Mailbox* box) {
@@ -314,7 +334,8 @@ struct ClusterScattering : UsesClusters {
   static constexpr int kDepth = Product::kDepth;                ///< G * kUnits
   static constexpr int kTileUnits = 16;                         ///< of a tile of the product
   static constexpr int kOfWarp = kTileUnits * Product::kTiles;  ///< units
-  static constexpr int kOperandStride = kDepth + int(16 / sizeof(S));
+  static constexpr int kOperandStride = operand_stride<S>(kDepth);
+  static constexpr int kMostCtas = kOfWarp * (kThreads / kWarp) / kUnits;
   static constexpr int kOfCta =
       kUnits * kRows;  ///< products that a CTA sends to another for a chunk
 
@@ -342,9 +363,9 @@ class ScatteringWorker : public Tile<Sharing> {
     const int operands = 2 * run.tile_rows * Sharing::kOperandStride;
     for (int i = threadIdx.x; i < operands; i += Sharing::kThreads) operands_[i] = S{};
     come_ = reinterpret_cast<float*>(operands_ + operands);
-    const int of_chunk = gridDim.x * Sharing::kOfCta;
-    mail_.start(reinterpret_cast<Mailbox*>(come_ + 2 * this->chunks() * of_chunk), this->chunks(),
-                of_chunk * sizeof(float), run.steps);
+    mail_.start(
+        reinterpret_cast<Mailbox*>(come_ + 2 * this->chunks() * gridDim.x * Sharing::kOfCta),
+        this->chunks(), run.steps, [&](int chunk) { return bytes(chunk); });
   }
 
   /// Weight is made of (first unit of the warp's rows, 0, first unit of the depth) and `args`.
@@ -378,29 +399,38 @@ class ScatteringWorker : public Tile<Sharing> {
     unroll<Product::kTiles>([&](auto m) {
       const int first = threadIdx.x / kWarp * Sharing::kOfWarp + m * Sharing::kTileUnits;
       const unsigned cta = first / Sharing::kUnits;
-      if (cta >= gridDim.x) return;
+      if (cta >= gridDim.x || 2 * q >= this->rows_of(chunk)) return;
+      const bool odd = swapped(first % Sharing::kUnits);
       unroll<2>([&](auto i) {
         const int unit = first % Sharing::kUnits + r + 8 * i;
-        send(c[0][m][2 * i], c[0][m][2 * i + 1], to + place(unit, q), mail_.box(k, chunk), cta);
+        const float even = c[0][m][2 * i], uneven = c[0][m][2 * i + 1];
+        send(odd ? uneven : even, odd ? even : uneven, to + place(unit, q), mail_.box(k, chunk),
+             cta);
       });
     });
   }
 
   FUSEDRNN_DEVICE void collect(const Product&, int k, int chunk) {
-    mail_.wait(k, chunk);
+    mail_.wait(k, chunk, bytes(chunk));
     collected_ = come(k, chunk);
   }
 
   FUSEDRNN_DEVICE float sum(const Pair& p, int) const {
     const int unit = threadIdx.x % Sharing::kUnits;
-    const float* at = collected_ + place(unit, p.row_of_chunk / 2) + p.row_of_chunk % 2;
-    float sum = at[0];
-#pragma unroll 4
-    for (unsigned cta = 1; cta < gridDim.x; ++cta) sum += at[cta * Sharing::kOfCta];
+    const float* at =
+        collected_ + place(unit, p.row_of_chunk / 2) + (p.row_of_chunk % 2 ^ int(swapped(unit)));
+    float of_cta[Sharing::kMostCtas], sum = 0;  // all asked for before the first is there
+    unroll<Sharing::kMostCtas>(
+        [&](auto cta) { of_cta[cta] = cta < gridDim.x ? at[cta * Sharing::kOfCta] : 0.f; });
+    unroll<Sharing::kMostCtas>([&](auto cta) { sum += of_cta[cta]; });
     return sum;
   }
 
  private:
+  /// Of mail for a chunk: rows come in twos.
+  FUSEDRNN_DEVICE uint32_t bytes(int chunk) const {
+    return gridDim.x * Sharing::kUnits * ((this->rows_of(chunk) + 1) / 2) * 2 * sizeof(float);
+  }
   FUSEDRNN_DEVICE S* operands(int k, int row) const {
     return operands_ + (k % 2 * this->run_.tile_rows + row) * Sharing::kOperandStride;
   }
@@ -408,10 +438,12 @@ class ScatteringWorker : public Tile<Sharing> {
   FUSEDRNN_DEVICE float* come(int k, int chunk) const {
     return come_ + (k % 2 * this->chunks() + chunk) * int(gridDim.x) * Sharing::kOfCta;
   }
-  /// Where rows 2 pair and 2 pair + 1 of a unit are: neighbouring units use other banks.
+  /// Where rows 2 pair and 2 pair + 1 of a unit are, and whether in that order: those that a warp
+  /// reads of 32 units are in different banks.
   static FUSEDRNN_DEVICE int place(int unit, int pair) {
     return unit * Sharing::kRows + 2 * (pair ^ (unit / 4 % 4));
   }
+  static FUSEDRNN_DEVICE bool swapped(int unit) { return unit / 16 % 2; }
 
   unsigned char* loading_;
   S* operands_;

@@ -561,7 +561,7 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
   // The limits of a device of compute capability 8.0 and up, for clusters of 9.0.
   if (threads == 0 || threads > 1024 || total == 0 || grid.y > 65535 || grid.z > 65535 ||
       grid.x > 0x7fffffffu || grid.shared > (grid.cluster ? 227 : 99) * 1024u ||
-      grid.cluster > 16 || (grid.cluster && grid.x % grid.cluster)) {
+      grid.cluster > 16 || grid.cluster == 1 || (grid.cluster && grid.x % grid.cluster)) {
     error_of_last = "a grid that no device takes";
     return 1;
   }
@@ -619,6 +619,7 @@ void wait_for(void* p, uint32_t phase, Where where) {
 }
 void send(const void* data, unsigned bytes, void* to, void* box, unsigned cta, Where where) {
   const std::vector<Cta*>& ctas = active->current->cta->cluster->ctas;
+  if (ctas.size() < 2) fail_here("mail in a cluster of one CTA, which PTX does not define", where);
   if (cta >= ctas.size()) fail_here("mail to a CTA that is not of the cluster", where);
   if (!ctas[cta]) fail_here("mail to a CTA that has left the kernel", where);
   const size_t at = place_of(to, bytes, where), of_box = place_of(box, sizeof(uint64_t), where);

@@ -94,7 +94,7 @@ int launch(const Kernel& kernel, const Grid& grid, void*) {
 /// All of the emulated device's room.
 template <class Kernel>
 int active_clusters(const Grid& grid) {
-  return emulator::settings().room / int(grid.cluster);
+  return grid.cluster < 2 || grid.cluster > 16 ? 0 : emulator::settings().room / int(grid.cluster);
 }
 
 inline void sync_cta(int line = __builtin_LINE()) { emulator::sync_cta({"sync_cta", line}); }
