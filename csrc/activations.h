@@ -20,6 +20,12 @@
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #endif
 
+#ifdef __CUDACC__
+namespace fusedrnn::cuda {
+__device__ __forceinline__ float reciprocal(float x);  // primitives.cuh
+}
+#endif
+
 namespace fusedrnn::FUSEDRNN_TARGET {
 
 /// Scalar type of V, and the unsigned integers that hold its bits.
@@ -126,7 +132,7 @@ template <class V>
 FUSEDRNN_INLINE V quotient(V a, V b) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<V, float>) {
-    const float r = __fdividef(1.0f, b), q = a * r;
+    const float r = cuda::reciprocal(b), q = a * r;
     return fmaf(fmaf(-b, q, a), r, q);  // to the nearest, but for a last bit
   }
 #endif

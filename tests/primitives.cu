@@ -551,6 +551,39 @@ struct Round {
   }
 };
 
+struct Reciprocal {
+  static constexpr int kThreads = 128;
+  const float* in;
+  float* out;
+  int count;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const int i = int(blockIdx.x) * kThreads + int(threadIdx.x);
+    if (i < count) out[i] = reciprocal(in[i]);
+  }
+};
+
+void test_reciprocal() {
+  std::mt19937 random(1);
+  std::vector<float> numbers = {1, 1 + 0x1p-23f, 2 - 0x1p-22f, 2, 3, 0x1p126f};
+  for (int i = 0; i < 100000; ++i) {  // one of each exponent, and more from 1 to 4
+    const int exponent = i % 2 ? int(random() % 2) : int(random() % 126);
+    numbers.push_back(std::ldexp(1 + float(random() >> 9) * 0x1p-23f, exponent));
+  }
+  const unsigned count = unsigned(numbers.size());
+  Memory<float> in(numbers), out(numbers.size());
+  const Reciprocal kernel{in.data(), out.data(), int(count)};
+  if (!ran("reciprocal", kernel, {(count + Reciprocal::kThreads - 1) / Reciprocal::kThreads})) {
+    return;
+  }
+  size_t wrong = 0;
+  const auto found = out.values();
+  for (size_t i = 0; i < count; ++i) {
+    wrong += !(std::fabs(double(found[i]) * double(numbers[i]) - 1) <= 0x1.01p-23);
+  }
+  report("reciprocal", wrong, count);
+}
+
 struct Widen {
   static constexpr int kThreads = 256;
   float *bfloat16, *float16;
@@ -644,6 +677,7 @@ int main() {
   test_multiply_add<Float16>("multiply_add_16x8<Float16>", 1500);
   test_multiply_add<float>("multiply_add_16x8<float>", 1500);
   test_types();
+  test_reciprocal();
   test_clusters();
   return failed;
 }

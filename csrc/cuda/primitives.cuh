@@ -323,6 +323,13 @@ FUSEDRNN_DEVICE uint32_t tf32_of(float x) {
   return bits;
 }
 
+/// 1 / x within a unit in the last place, for x from 1 to 2^126.
+FUSEDRNN_DEVICE float reciprocal(float x) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
 }  // namespace fusedrnn::cuda
 
 #endif

@@ -409,7 +409,7 @@ int main(int argc, char** argv) {
       {"alone", own, 4, 17, 8, 2, "lengths", 8}, {"grid", own, 3, 3, 21, 2, "padded", 8},
       {"grid", own, 4, 20, 18, 1, "packed", 2},  {"grid", own, 4, 20, 18, 1, "lengths", 4},
   };
-  // Clusters of one to three CTAs; tiles of one chunk, and of two where few clusters find room.
+  // Clusters of two and three CTAs; tiles of one chunk, and of two where few clusters find room.
   const Case clusters[] = {
       {"cluster", Precision::tf32, 3, 3, 21, 2, "padded", 8},
       {"cluster", Precision::tf32, 5, 20, 40, 1, "packed", 2},

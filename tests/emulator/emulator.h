@@ -194,6 +194,8 @@ inline uint32_t tf32_of(float x) {
   return x - x != 0 ? bits : (bits + 0x1000u) & 0xffffe000u;  // infinity and NaN as they are
 }
 
+inline float reciprocal(float x) { return 1 / x; }
+
 /// The value that a register of a fragment holds at `place` of those in it.
 template <class S>
 float element(uint32_t word, int place) {
