@@ -281,15 +281,14 @@ struct RecurrentBackwardKernel : Sharing {
 /// Blocks, splits and a warp's depth in units of a variant (Cut), for operands of so many bytes:
 /// the weights of a thread fill 128 registers, or half of them.
 struct Variant {
-  Reach reach;
   int blocks, splits, depth;
   constexpr int units() const { return splits * depth; }
 };
 constexpr Variant variant_of(Reach reach, bool half, int64_t operand_bytes) {
   const int most = operand_bytes == 2 ? 128 : 64;
-  if (reach == Reach::cta) return {reach, most / 16, 1, most};
+  if (reach == Reach::cta) return {most / 16, 1, most};
   const int splits = reach == Reach::grid ? 8 : 4;
-  return {reach, 8 / splits, splits, half ? most / 2 : most};
+  return {8 / splits, splits, half ? most / 2 : most};
 }
 
 template <class T>
@@ -297,23 +296,34 @@ struct Type {
   using type = T;
 };
 
-/// Calls call(Type<the sharing>{}) for the cut and the precision; -1 where there is none.
+/// Calls call(Type<the kernel>{}) for the cut and the precision; -1 where there is none.
 template <class Cell, class S, bool kBackward, class Call>
-int with_sharing(const Cut& cut, Precision precision, const Call& call) {
+int with_kernel(const Cut& cut, Precision precision, const Call& call) {
+  const auto with_sharing = [&](auto sharing) {
+    using Sharing = typename decltype(sharing)::type;
+    if constexpr (kBackward) {
+      return call(Type<RecurrentBackwardKernel<Cell, Sharing>>{});
+    } else {
+      return call(Type<RecurrentForwardKernel<Cell, Sharing>>{});
+    }
+  };
   const auto with = [&](auto reach, auto half, auto tensor) {
     constexpr Variant v = variant_of(reach, half, sizeof(S));
-    if constexpr (v.reach == Reach::cluster && kBackward) {
+    if constexpr (reach == Reach::cluster && kBackward) {
       constexpr int tiles = v.units() / (8 * 16), depth = Cell::kGates * kWarp;
-      return call(Type<ClusterScattering<TensorProduct<S, tiles, depth>>>{});
+      return with_sharing(Type<ClusterScattering<TensorProduct<S, tiles, depth>>>{});
     } else {
       constexpr int tiles = kBackward ? 1 : Cell::kGates;
       constexpr int depth = kBackward ? v.depth * Cell::kGates : v.depth;
       using Tensor = TensorProduct<S, tiles, depth>;
       using Product = std::conditional_t<tensor, Tensor, PlainProduct<tiles, depth>>;
-      if constexpr (v.reach == Reach::cta) return call(Type<AloneSharing<Product, v.blocks>>{});
-      if constexpr (v.reach == Reach::cluster)
-        return call(Type<ClusterSharing<Product, v.splits>>{});
-      if constexpr (v.reach == Reach::grid) return call(Type<GridSharing<Product, v.splits>>{});
+      if constexpr (reach == Reach::cta) {
+        return with_sharing(Type<AloneSharing<Product, v.blocks>>{});
+      } else if constexpr (reach == Reach::cluster) {
+        return with_sharing(Type<ClusterSharing<Product, v.splits>>{});
+      } else {
+        return with_sharing(Type<GridSharing<Product, v.splits>>{});
+      }
     }
   };
   const auto of_variant = [&](auto tensor) {
@@ -347,45 +357,34 @@ Grid grid_of(const Cut& cut, int directions) {
           cut.reach == Reach::grid, cut.reach == Reach::cluster ? unsigned(cut.ctas) : 0};
 }
 
-template <class Kernel, class Run>
-int launch_recurrent(const Run& run, const Cut& cut, void* stream) {
-  Kernel kernel;
-  kernel.run = run;
-  return launch(kernel, grid_of<Kernel>(cut, run.directions), stream);
+template <class Cell, bool kBackward, class S, class Run>
+int launch_recurrent(const Run& run, const Cut& cut, Precision precision, void* stream) {
+  return with_kernel<Cell, S, kBackward>(cut, precision, [&](auto type) {
+    using Kernel = typename decltype(type)::type;
+    Kernel kernel;
+    kernel.run = run;
+    return launch(kernel, grid_of<Kernel>(cut, run.directions), stream);
+  });
 }
 
 template <class Cell, class S>
 int recurrent_forward(const RecurrentForward<S>& run, const Cut& cut, Precision precision,
                       void* stream) {
-  return with_sharing<Cell, S, false>(cut, precision, [&](auto sharing) {
-    using Kernel = RecurrentForwardKernel<Cell, typename decltype(sharing)::type>;
-    return launch_recurrent<Kernel>(run, cut, stream);
-  });
+  return launch_recurrent<Cell, false, S>(run, cut, precision, stream);
 }
 template <class Cell, class S>
 int recurrent_backward(const RecurrentBackward<S>& run, const Cut& cut, Precision precision,
                        void* stream) {
-  return with_sharing<Cell, S, true>(cut, precision, [&](auto sharing) {
-    using Kernel = RecurrentBackwardKernel<Cell, typename decltype(sharing)::type>;
-    return launch_recurrent<Kernel>(run, cut, stream);
-  });
+  return launch_recurrent<Cell, true, S>(run, cut, precision, stream);
 }
 template <class Cell, class S>
 int recurrent_clusters(const Cut& cut, bool backward, Precision precision) {
-  const auto count = [&](auto kernel) {
-    using Kernel = typename decltype(kernel)::type;
+  const auto count = [&](auto type) {
+    using Kernel = typename decltype(type)::type;
     return active_clusters<Kernel>(grid_of<Kernel>(cut, 1));
   };
-  const int found = backward ? with_sharing<Cell, S, true>(
-                                   cut, precision,
-                                   [&](auto sharing) {
-                                     using Of = typename decltype(sharing)::type;
-                                     return count(Type<RecurrentBackwardKernel<Cell, Of>>{});
-                                   })
-                             : with_sharing<Cell, S, false>(cut, precision, [&](auto sharing) {
-                                 using Of = typename decltype(sharing)::type;
-                                 return count(Type<RecurrentForwardKernel<Cell, Of>>{});
-                               });
+  const int found = backward ? with_kernel<Cell, S, true>(cut, precision, count)
+                             : with_kernel<Cell, S, false>(cut, precision, count);
   return found > 0 ? found : 0;
 }
 
