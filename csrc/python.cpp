@@ -2,17 +2,21 @@
 //
 // A call of torch.ops turns its arguments into a schema's and back; for one step of a small layer
 // that costs more than the layer. `layers` and `cell` take what a module holds and call the ops
-// through the dispatcher. They know the plain case only and return None for any other, or where
-// anything is wrong: fusedrnn/modules.py then takes the long way, which says what is.
+// through the dispatcher. They know the plain case only. Before they call an op they return None
+// for any other case, and where an argument is wrong: fusedrnn/modules.py then takes the long way,
+// which says what is. Once an op has been called, its exception is the caller's: hooks may have run
+// under it, and a second call would run them again.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 
+#include "cells.h"
 #include "ops.h"
 
 namespace fusedrnn {
@@ -24,6 +28,13 @@ const Tensor* plain_tensor(PyObject* object) {
   return object && THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
+/// Reads an attribute that must be True or False itself: what else is true or false, as 1 or a
+/// numpy bool, torch has rules for that the long way knows.
+bool read_flag(PyObject* value, bool& flag) {
+  flag = value == Py_True;
+  return flag || value == Py_False;
+}
+
 /// Whether input's device has kernels, and nothing is active that the ops have no rule for, or that
 /// wants to see calls of torch.
 bool is_plain(const Tensor& input, bool has_c) {
@@ -31,7 +42,8 @@ bool is_plain(const Tensor& input, bool has_c) {
   const auto key = c10::legacyExtractDispatchKey(input.key_set());
   const c10::OperatorHandle& op =
       has_c ? static_cast<const c10::OperatorHandle&>(lstm_op()) : gru_op();
-  return op.hasKernelForDispatchKey(key) &&
+  // A meta tensor has fake kernels, and no autocast that could be asked for.
+  return op.hasKernelForDispatchKey(key) && !input.is_meta() &&
          !tls.included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !tls.included_.has(c10::DispatchKey::Tracer) &&
          !tls.included_.has(c10::DispatchKey::Python) &&
@@ -88,6 +100,30 @@ class Arguments {
     const Tensor* w = plain_tensor(PyDict_GetItemWithError(parameters_, name));
     if (w) weights.push_back(*w);
     return w;
+  }
+
+  /// Whether the module's checks would pass, which word errors as torch does: the types, devices
+  /// and sizes of input and states, of which there are `layers` for `rows` rows. The op checks the
+  /// rest.
+  bool fits(int64_t layers, int64_t rows) const {
+    const Tensor &ih = weights[0], &hh = weights[1];
+    if (ih.dim() != 2 || hh.dim() != 2 || input->size(-1) != ih.size(1)) return false;
+    const auto is_like_weight = [&](const Tensor& t) {
+      return t.scalar_type() == ih.scalar_type() && t.device() == ih.device();
+    };
+    const auto is_state = [&](const OptionalTensor& s, int64_t width) {
+      if (!s) return true;
+      const auto sizes = s->sizes();
+      return is_like_weight(*s) && sizes.back() == width && sizes[sizes.size() - 2] == rows &&
+             (sizes.size() == 2 || sizes[0] == layers);
+    };
+    return is_like_weight(*input) && is_state(states.h, hh.size(1)) &&
+           is_state(states.c, hh.size(0) / host::Lstm::kGates);
+  }
+
+  /// Whether there is None in its place.
+  bool is_absent(PyObject* name) const {
+    return PyDict_GetItemWithError(parameters_, name) == Py_None;
   }
 
   bool has_c = false;
@@ -148,6 +184,7 @@ class BelowAutograd {
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   FUSEDRNN_NAME(_flat_weights_names);
   FUSEDRNN_NAME(num_layers);
+  FUSEDRNN_NAME(bias);
   FUSEDRNN_NAME(bidirectional);
   FUSEDRNN_NAME(batch_first);
   FUSEDRNN_NAME(dropout);
@@ -156,20 +193,27 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!module.read(args, count, 3)) Py_RETURN_NONE;
   PyObject* const names = module[_flat_weights_names];
   PyObject* const layer_count = module[num_layers];
-  if (!names || !PyList_CheckExact(names) || !layer_count || !PyLong_CheckExact(layer_count)) {
+  bool has_bias, both, first, trains;
+  if (!names || !PyList_CheckExact(names) || !layer_count || !PyLong_CheckExact(layer_count) ||
+      !read_flag(module[bias], has_bias) || !read_flag(module[bidirectional], both) ||
+      !read_flag(module[batch_first], first) || !read_flag(module[training], trains)) {
     Py_RETURN_NONE;
   }
-  const int64_t L = PyLong_AsLongLong(layer_count), total = PyList_GET_SIZE(names);
-  if (L < 1 || total % L != 0 || total < 2 * L) Py_RETURN_NONE;
-  if (L > 1 && module[training] != Py_False) {
+  const int64_t L = PyLong_AsLong(layer_count), total = PyList_GET_SIZE(names), D = both ? 2 : 1;
+  // Of a direction; one more with a projection.
+  const int64_t fewest = has_bias ? 4 : 2;
+  if (L < 1 || (total != L * D * fewest && total != L * D * (fewest + 1))) {
+    PyErr_Clear();  // of a number of layers that no int64_t holds
+    Py_RETURN_NONE;
+  }
+  if (L > 1 && trains) {
     PyObject* const p = module[dropout];
     if (!p || !PyFloat_CheckExact(p) || PyFloat_AS_DOUBLE(p) != 0) Py_RETURN_NONE;
   }
   for (int64_t i = 0; i < total; ++i) {
     if (!module.read_weight(PyList_GET_ITEM(names, i))) Py_RETURN_NONE;
   }
-  const bool both = module[bidirectional] == Py_True, first = module[batch_first] == Py_True;
-  const int64_t D = both ? 2 : 1;
+  if (!module.fits(L * D, module.input->size(first ? 0 : 1))) Py_RETURN_NONE;
 
   Result result;
   {
@@ -179,9 +223,6 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (L == 1) {
       result = call(module.has_c, x, module.states, module.weights, both);
     } else {
-      for (const OptionalTensor& s : {std::cref(module.states.h), std::cref(module.states.c)}) {
-        if (s && s->size(0) != L * D) throw std::invalid_argument("hx");
-      }
       std::vector<Tensor> h, c;
       for (int64_t i = 0; i < L; ++i) {
         const auto of_layer = [&](const OptionalTensor& s) {
@@ -205,17 +246,19 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 /// cell(attributes, has_c, input, hx): (h,) or (h, c) after a cell's step, or None.
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  FUSEDRNN_NAME(bias);
   FUSEDRNN_NAME(weight_ih);
   FUSEDRNN_NAME(weight_hh);
   FUSEDRNN_NAME(bias_ih);
   FUSEDRNN_NAME(bias_hh);
   Arguments module;
   if (!module.read(args, count, 2)) Py_RETURN_NONE;
-  PyObject* const names[] = {weight_ih, weight_hh, bias_ih, bias_hh};
-  for (int i = 0; i < (module[bias] == Py_True ? 4 : 2); ++i) {
-    if (!module.read_weight(names[i])) Py_RETURN_NONE;
+  if (!module.read_weight(weight_ih) || !module.read_weight(weight_hh)) Py_RETURN_NONE;
+  // As torch, what there is: its cells don't ask `bias` either.
+  const bool without_bias = module.is_absent(bias_ih) && module.is_absent(bias_hh);
+  if (!without_bias && !(module.read_weight(bias_ih) && module.read_weight(bias_hh))) {
+    Py_RETURN_NONE;
   }
+  if (!module.fits(1, module.input->size(0))) Py_RETURN_NONE;
   Result result;
   {
     const WithoutGil no_gil(*module.input, module.weights);
@@ -236,25 +279,15 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
 
 template <Function function>
-PyObject* or_none(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  try {
-    return function(self, args, count);
-  } catch (const c10::OutOfMemoryError& error) {  // not to be tried again
-    PyObject* const torch = PyImport_ImportModule("torch");
-    PyObject* const type = torch ? PyObject_GetAttrString(torch, "OutOfMemoryError") : nullptr;
-    if (type) PyErr_SetString(type, error.what_without_backtrace());
-    Py_XDECREF(type);
-    Py_XDECREF(torch);
-    return nullptr;
-  } catch (...) {  // the long way finds out, and says so
-    PyErr_Clear();
-    Py_RETURN_NONE;
-  }
+PyObject* translated(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return function(self, args, count);
+  END_HANDLE_TH_ERRORS
 }
 
 template <Function function>
 PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(or_none<function>)),
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(translated<function>)),
           METH_FASTCALL, nullptr};
 }
 

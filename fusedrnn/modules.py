@@ -76,6 +76,26 @@ class _FusedRNN(nn.RNNBase):
             _ops.check_lengths(found, input.size(0))
         return found.to(input.device, torch.int64)
 
+    def _weight_names(self) -> list[str]:
+        """Those of the weights that take part: not all where an attribute was changed since."""
+        names: list[str] = self._flat_weights_names
+        per_layer = (2 if self.bidirectional else 1) * (2 + 2 * self.bias + (self.proj_size > 0))
+        if len(names) == self.num_layers * per_layer:
+            return names
+        if self.num_layers < 1:
+            raise ValueError("num_layers must be greater than zero")
+        ends = [f"_l{i}" for i in range(self.num_layers)]
+        if self.bidirectional:
+            ends += [f"{end}_reverse" for end in ends]
+        found = [n for n in names if n.endswith(tuple(ends)) and (self.bias or "bias" not in n)]
+        if len(found) != self.num_layers * per_layer:
+            raise RuntimeError(
+                f"Expected {self.num_layers * per_layer} weights for num_layers={self.num_layers}, "
+                f"bias={self.bias}, bidirectional={self.bidirectional} and "
+                f"proj_size={self.proj_size}, got {len(found)}"
+            )
+        return found
+
     def _check_states(self, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
         layers = self.num_layers * (2 if self.bidirectional else 1)
         widths = (self.proj_size or self.hidden_size, self.hidden_size)
@@ -95,6 +115,12 @@ class _FusedRNN(nn.RNNBase):
         states: Sequence[Tensor] | None,
         lengths: Lengths | None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+        for name in ("bias", "batch_first", "bidirectional", "training"):
+            flag = getattr(self, name)
+            if not isinstance(
+                flag, bool
+            ):  # torch's call refuses it, its constructor in these words
+                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
         packed = input if isinstance(input, PackedSequence) else None
         is_batched = True
         batch_sizes = sorted_indices = unsorted_indices = None
@@ -116,7 +142,7 @@ class _FusedRNN(nn.RNNBase):
         assert isinstance(input, Tensor)
 
         input, states, weights = _ops.autocast(
-            self.mode, input, states, _weights(self, self._flat_weights_names)
+            self.mode, input, states, _weights(self, self._weight_names())
         )
         weight = weights[0]
         if input.dtype != weight.dtype:
@@ -396,9 +422,13 @@ def _cell(
                     f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected "
                     f"{module.hidden_size}"
                 )
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    # As torch's, whatever `bias` says: those that there are.
+    ih, hh, *biases = _weights(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    there = [b for b in biases if b is not None]
+    if len(there) == 1:
+        biases = [torch.zeros_like(there[0]) if b is None else b for b in biases]
     input, states, weights = _ops.autocast(
-        f"{cell} cell", input, states, _weights(module, names if module.bias else names[:2])
+        f"{cell} cell", input, states, [ih, hh, *(biases if there else [])]
     )
     _check_devices(input, states or (), weights[0])
     _, final = _ops.layer(

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from parity import FUSED, Nearby, assert_as_exact, double, fused_like
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 
@@ -494,6 +496,187 @@ def test_the_short_way_agrees_with_the_long_one(monkeypatch: pytest.MonkeyPatch)
     slow = [case() for case in cases]
     torch.testing.assert_close(fast, slow, rtol=0, atol=0)
     torch.testing.assert_close(without_gradient, slow, rtol=0, atol=0)
+
+
+# What is true or false, or a number, without being Python's own; and what is neither.
+ODD = {
+    "1": 1,
+    "0": 0,
+    "2": 2,
+    "numpy's True": numpy.bool_(True),
+    "numpy's False": numpy.bool_(False),
+    "tensor of True": torch.tensor(True),
+    "tensor of False": torch.tensor(False),
+    "numpy's 1": numpy.int64(1),
+    "numpy's 0.0": numpy.float64(0.0),
+    "None": None,
+    "text": "yes",
+}
+READ = ("bias", "batch_first", "bidirectional", "training", "dropout", "num_layers")
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("attribute", READ)
+@pytest.mark.parametrize(("theirs", "ours"), LAYERS)
+def test_attributes_changed_after_construction(
+    attribute: str, value: str, theirs: type, ours: type
+) -> None:
+    """Each that a call reads: torch's result where torch has one, else an exception."""
+    given = ODD[value]
+    torch.manual_seed(0)
+    a = theirs(3, 4, 2, bidirectional=True)
+    b = fused_like(a)
+    x = torch.randn(5, 5, 3)
+    results: list[Any] = []
+    for module in (a, b):
+        setattr(module, attribute, given)
+        torch.manual_seed(1)  # of dropout
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a division
+            error = raised(lambda m=module: results.append(m(x)))
+        if error is not None:
+            results.append(error)
+    expected, found = results
+    if not isinstance(expected, Exception):
+        torch.testing.assert_close(found, expected)
+    elif attribute not in ("dropout", "num_layers"):
+        assert type(found) is type(expected) is TypeError
+        assert str(found) == f"{attribute} should be of type bool, got: {type(given).__name__}"
+    elif attribute == "dropout" or value in ("0", "2", "numpy's 0.0", "None", "text"):
+        assert isinstance(found, (TypeError, ValueError))
+
+
+@pytest.mark.parametrize(
+    "kept", [{"num_layers": 2}, {"num_layers": 1}, {"bias": False}, {"bidirectional": False}]
+)
+@pytest.mark.parametrize(("theirs", "ours"), LAYERS)
+def test_attributes_that_leave_weights_out(kept: dict, theirs: type, ours: type) -> None:
+    """The layer is the one that would have been made so, with the weights of these names."""
+    torch.manual_seed(0)
+    made = {"num_layers": 1 if "bidirectional" in kept else 3, "bias": True, "bidirectional": True}
+    module = ours(3, 4, **made)
+    expected = theirs(3, 4, **{**made, **kept})
+    expected.load_state_dict({n: module.state_dict()[n] for n in expected.state_dict()})
+    for name, value in kept.items():
+        setattr(module, name, value)
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(module(x), expected(x))
+    torch.testing.assert_close(module(x, lengths=[5, 5]), expected(x))
+
+
+def test_attributes_that_want_more_weights() -> None:
+    x = torch.randn(5, 2, 3)
+    for name, value in {"num_layers": 2, "bias": True, "bidirectional": True}.items():
+        module = fusedrnn.FusedGRU(3, 4, bias=False)
+        setattr(module, name, value)
+        with pytest.raises(RuntimeError, match=r"^Expected 4 weights for num_layers=.*, got 2$"):
+            module(x)
+    module.num_layers = 0
+    with pytest.raises(ValueError, match="num_layers must be greater than zero"):
+        module(x)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["made", "fused"])
+@pytest.mark.parametrize("value", [*ODD, "True", "False"])
+@pytest.mark.parametrize("when", ["constructed", "changed"])
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS[2:])
+def test_bias_of_a_cell(when: str, value: str, swap: bool, theirs: type, ours: type) -> None:
+    """Whatever `bias` is, the biases that are there take part, as in torch."""
+    given = ODD.get(value, value == "True")
+    modules = []
+    for kind in (theirs, theirs if swap else ours):
+        torch.manual_seed(0)
+        module = kind(3, 4, given) if when == "constructed" else kind(3, 4)
+        if when == "changed":
+            module.bias = given
+        modules.append(module)
+    if swap:
+        fusedrnn.fuse(modules[1])
+        assert type(modules[1]) is ours
+    x = torch.randn(2, 3)
+    results = []
+    for module in modules:
+        flat = list(tensors(module(x)))
+        loss = sum(t.square().sum() for t in flat)
+        results.append([*flat, *torch.autograd.grad(loss, list(module.parameters()))])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("absent", [("bias_ih",), ("bias_hh",), ("bias_ih", "bias_hh")])
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS[2:])
+def test_a_cell_whose_biases_were_taken_away(absent: tuple, theirs: type, ours: type) -> None:
+    torch.manual_seed(0)
+    a = theirs(3, 4)
+    b = fused_like(a)
+    for module in (a, b):
+        for name in absent:
+            setattr(module, name, None)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(b(x), a(x))
+
+
+LAYERS_AND_CELLS = {
+    "LSTM": lambda: fusedrnn.FusedLSTM(3, 4),
+    "LSTM of two layers": lambda: fusedrnn.FusedLSTM(3, 4, 2, bidirectional=True),
+    "GRU": lambda: fusedrnn.FusedGRU(3, 4),
+    "GRU of two layers": lambda: fusedrnn.FusedGRU(3, 4, 2, batch_first=True),
+    "LSTMCell": lambda: fusedrnn.FusedLSTMCell(3, 4),
+    "GRUCell": lambda: fusedrnn.FusedGRUCell(3, 4),
+}
+
+
+class Stopped(BaseException):
+    """What `except Exception` does not see, as torch.utils.checkpoint may raise."""
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError, KeyboardInterrupt, Stopped, torch.OutOfMemoryError, MemoryError]
+)
+@pytest.mark.parametrize("name", LAYERS_AND_CELLS)
+def test_what_a_hook_raises_is_the_callers(name: str, error: type[BaseException]) -> None:
+    """At any of the tensors that a call saves: as it is, and no hook runs again."""
+    module = LAYERS_AND_CELLS[name]()
+    x = torch.randn((2, 3) if "Cell" in name else (5, 2, 3))
+
+    def saved(fails: int) -> tuple[list[Tensor], BaseException | None]:
+        packed: list[Tensor] = []
+
+        def pack(t: Tensor) -> Tensor:
+            packed.append(t)
+            if len(packed) == fails:
+                raise reason
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            try:
+                module(x)
+            except BaseException as caught:
+                return packed, caught
+        return packed, None
+
+    reason = error("of the hook")
+    count = len(saved(0)[0])
+    assert count >= 5
+    for fails in range(1, count + 1):
+        packed, caught = saved(fails)
+        assert caught is reason
+        assert len(packed) == fails
+
+
+@pytest.mark.parametrize("name", LAYERS_AND_CELLS)
+def test_checkpoints_that_stop_early(name: str) -> None:
+    """torch.utils.checkpoint ends a recomputation by an exception of a hook."""
+    module = LAYERS_AND_CELLS[name]()
+    x = torch.randn((2, 3) if "Cell" in name else (5, 2, 3), requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return next(tensors(module(x)))
+
+    results = []
+    for call in (run, lambda x: checkpoint(run, x, use_reentrant=False)):
+        y = call(x)
+        results.append(torch.autograd.grad(y.square().sum(), [x, *module.parameters()]))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_meta_device_gives_shapes() -> None:
