@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import fusedrnn
 
@@ -41,6 +44,32 @@ def fused_like(theirs: nn.Module) -> nn.Module:
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         p.requires_grad_(q.requires_grad)
     return ours.train(theirs.training)
+
+
+@functools.cache
+def has_bfloat16_lstm() -> bool:
+    """Whether nn.LSTM runs under autocast on this CPU: oneDNN wants AVX-512 for it on x86-64."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(3, 4)(torch.zeros(2, 1, 3))
+    except RuntimeError as error:
+        if "could not create a primitive descriptor" not in str(error):
+            raise
+        return False
+    return True
+
+
+def autocast_result(module: nn.Module, x: Tensor) -> Any:
+    """What a module gives under autocast to bfloat16 on the CPU.
+
+    For an nn.LSTM that can't run so on this CPU: its float32 results, in the type that it has on
+    others.
+    """
+    if isinstance(module, nn.LSTM) and not has_bfloat16_lstm():
+        with torch.autocast("cpu", enabled=False):
+            return tree_map(lambda t: t.bfloat16(), module(x.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(x)
 
 
 def double(module: nn.Module) -> nn.Module:
