@@ -68,8 +68,9 @@ shared_flags = [f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}", "-O3"]
 host_flags = ["-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 nvcc_flags = [*shared_flags, f"-Xcompiler={','.join(host_flags)}"]
 flags = [*shared_flags, *host_flags]
-if toolkit and toolkit.blas:  # after the toolkit's own, of which the folder may hold other versions
-    flags += ["-idirafter", str(toolkit.blas)]
+# After the toolkit's own, of which the folders may hold other versions.
+for folder in toolkit.libraries if toolkit else ():
+    flags += ["-idirafter", str(folder)]
 link_flags = []
 if sys.platform.startswith("linux"):
     # Compiled for OpenMP but not linked with it: the calls then go to the OpenMP library that torch

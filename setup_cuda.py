@@ -16,6 +16,9 @@ DEFAULT_HOME = Path("/usr/local/cuda")
 # Ampere, Hopper and Blackwell: what runs where no GPU tells; PTX of the last for those to come.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 OLDEST_ARCH = "8.0"  # the first that multiplies bfloat16 and TF32
+OLDEST_TOOLKIT = "12.1"  # the first whose ptxas knows st.async, of PTX ISA 8.1
+# What torch's headers include of CUDA's libraries.
+LIBRARY_HEADERS = ("cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Toolkit:
     home: Path
     version: str
     archs: list[str]
-    blas: Path | None = None  # the headers of cuBLAS and the like, where `home` is without them
+    libraries: tuple[Path, ...] = ()  # the headers of cuBLAS and the like that `home` is without
 
 
 class MissingError(Exception):
@@ -53,11 +56,16 @@ def find_home() -> Path | None:
 
 
 def find_version(home: Path) -> str:
-    """The release of a toolkit, as 13.0."""
+    """The release of a toolkit, as 13.0, one that can compile the kernels."""
     found = re.search(r"release (\d+\.\d+)", answer := _ask(str(home / "bin/nvcc"), "--version"))
     if not found:
         raise MissingError(
             f"{home}/bin/nvcc --version tells no release, but {answer.strip()!r}: reinstall it"
+        )
+    if _parts(found[1]) < _parts(OLDEST_TOOLKIT):
+        raise MissingError(
+            f"{home} is CUDA {found[1]} and the kernels need {OLDEST_TOOLKIT} or later: install a "
+            "later toolkit and set CUDA_HOME to its root"
         )
     return found[1]
 
@@ -80,13 +88,13 @@ def find(torch_version: str, torch_cuda: str | None) -> Toolkit | None:
         home, version = _fitting(torch_version, torch_cuda)
         os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it on import
         archs = find_archs(home, version)
-        blas = find_blas(home, version)
+        libraries = find_libraries(home, version)
     except MissingError as why:
         if setting == "1":
             raise SystemExit(f"FUSEDRNN_CUDA=1, but {why}") from None
         print(f"fusedrnn is built for the CPU only: {why}")
         return None
-    return Toolkit(home, version, archs, blas)
+    return Toolkit(home, version, archs, libraries)
 
 
 def _fitting(torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
@@ -118,7 +126,7 @@ def find_archs(home: Path, version: str) -> list[str]:
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native") and torch.cuda.is_available():
         gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         oldest = min(gpus)
-        if oldest < tuple(map(int, OLDEST_ARCH.split("."))):
+        if oldest < _parts(OLDEST_ARCH):
             raise MissingError(
                 f"a GPU here has compute capability {oldest[0]}.{oldest[1]} and the kernels need "
                 f"{OLDEST_ARCH}: set TORCH_CUDA_ARCH_LIST to build for others"
@@ -147,20 +155,28 @@ def find_archs(home: Path, version: str) -> list[str]:
     return sorted(archs, key=lambda arch: (float(_number(arch)), arch.startswith("compute"), arch))
 
 
-def find_blas(home: Path, version: str) -> Path | None:
-    """Where the headers of CUDA's libraries are, which torch's own include: None for in `home`."""
+def find_libraries(home: Path, version: str) -> tuple[Path, ...]:
+    """Folders of the headers of CUDA's libraries, which torch's own include; none of `home`'s."""
     import torch
 
-    if any(home.glob("include/cublas_v2.h")) or any(home.glob("targets/*/include/cublas_v2.h")):
-        return None
-    # Where torch came with the libraries.
-    found = sorted(Path(torch.__file__).parent.parent.glob("nvidia/*/include/cublas_v2.h"))
-    if not found:
-        raise MissingError(
-            f"{home} has no cublas_v2.h: install the whole toolkit of CUDA {version}, or "
-            f"pip install nvidia-cublas nvidia-cusparse nvidia-cusolver"
-        )
-    return found[-1].parent
+    folders: list[Path] = []
+    for header in LIBRARY_HEADERS:
+        if any(home.glob(f"include/{header}")) or any(home.glob(f"targets/*/include/{header}")):
+            continue
+        # Where torch came with the libraries: in one folder for CUDA 13, in one each for 12.
+        found = sorted(Path(torch.__file__).parent.parent.glob(f"nvidia/*/include/{header}"))
+        if not found:
+            raise MissingError(
+                f"{home} has no {header}: install the whole toolkit of CUDA {version}, or "
+                f"pip install nvidia-cublas nvidia-cusparse nvidia-cusolver"
+            )
+        folders.append(found[-1].parent)
+    return tuple(dict.fromkeys(folders))
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    """(12, 1) of 12.1."""
+    return tuple(int(part) for part in version.split("."))
 
 
 def _number(arch: str) -> str:

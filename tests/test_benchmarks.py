@@ -496,23 +496,26 @@ def test_regimes_by_kernels(name: str, regime: str | None) -> None:
 
 
 def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the CPU, as if its kernels were those of two regimes."""
+    """On the CPU, as a device that has no room for a regime, or fails in another way."""
     monkeypatch.setattr(checks, "STEPS", (2, 30))
+    refusal = "FUSEDRNN_CUDA_REGIME=grid: this device can't run a layer so"
+    call_of = checks.call_of
 
-    def kernels_of(call: peers.Call) -> list[checks.Kernel]:
-        call()
-        regime = os.environ["FUSEDRNN_CUDA_REGIME"]
-        names = {"step": "ForwardStepKernel<x", "alone": "AloneSharing<a::TensorProduct<x>, 4>"}
-        return [(names.get(regime, "other"), 3, 6.0)]
+    def refused(*args: Any) -> peers.Call:
+        if os.environ["FUSEDRNN_CUDA_REGIME"] == "grid":
+            raise RuntimeError(refusal)
+        return call_of(*args)
 
-    monkeypatch.setattr(checks, "kernels_of", kernels_of)
-    rows = checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
-    assert list(rows[0]) == ["cell", "kind", "H", "B", "cudnn", "step", "alone", "grid"]
-    assert "cluster" in checks.step_times(["GRU"], ["tf32"], [4], [1], "cpu", checks.CLUSTERS)[0]
-    checks.leave_what_ran(rows, "cpu")
-    (row,) = rows
+    monkeypatch.setattr(checks, "call_of", refused)
+    (row,) = checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
     assert list(row) == ["cell", "kind", "H", "B", "cudnn", "step", "alone"]
     assert set(row["alone"]) == {"inference_us", "training_us", "tflops"}
+    (row,) = checks.step_times(["GRU"], ["tf32"], [4], [1], "cpu", checks.CLUSTERS)
+    assert list(row) == ["cell", "kind", "H", "B", "cudnn", "cluster"]
+    refusal = "out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
+    monkeypatch.setattr(checks, "kernels_of", lambda call: [call(), [("other", 3, 6.0)]][1])
     first, second = checks.cudnn_kernels(["ieee"], [4], [1], "cpu")
     assert (first["cell"], second["cell"]) == ("LSTM", "GRU")
     assert first["training"] == ["3 x 2.0 us other"]

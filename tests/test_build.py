@@ -236,7 +236,8 @@ esac
     )
     nvcc.chmod(0o755)
     (home / "include").mkdir()
-    (home / "include/cublas_v2.h").touch()
+    for header in setup_cuda.LIBRARY_HEADERS:
+        (home / "include" / header).touch()
     return home
 
 
@@ -269,6 +270,10 @@ REASONS = {
         "(from NVIDIA's repository: apt-get install cuda-toolkit-13-0) and set CUDA_HOME to its "
         "root"
     ),
+    "too old": (
+        "{0}/default is CUDA 12.0 and the kernels need 12.1 or later: install a later toolkit and "
+        "set CUDA_HOME to its root"
+    ),
     "no release": "{0}/default/bin/nvcc --version tells no release, but 'broken': reinstall it",
     "sanitizers": "FUSEDRNN_SANITIZE=1 is for the CPU's kernels alone: unset it for CUDA",
 }
@@ -288,6 +293,8 @@ def test_cuda_cannot_be_built(
         no_cuda.setenv("CUDA_HOME", str(tmp_path / "none"))
     if case == "another major":
         toolkit(tmp_path / "default", version="12.8")
+    if case == "too old":
+        toolkit(tmp_path / "default", version="12.0")
     if case == "no release":
         (toolkit(tmp_path / "default") / "bin/nvcc").write_text("#!/bin/sh\necho broken\n")
     if case == "sanitizers":
@@ -387,20 +394,46 @@ def test_cuda_with_a_gpu_that_is_too_old(
     assert found == setup_cuda.Toolkit(home, "13.0", ["sm_80"])
 
 
-def test_cuda_libraries_headers(tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
-    """From the toolkit, or from where torch brought them along."""
-    home = toolkit(tmp_path / "default")
-    (home / "include/cublas_v2.h").unlink()
+# Where the wheels that torch brings along keep headers of CUDA's libraries.
+WHEELS = {
+    "13.0": {"cu13": ["cublas_v2.h", "cusparse.h", "cusolverDn.h", "cuda_runtime.h"]},
+    "12.8": {
+        "cublas": ["cublas_v2.h"],
+        "cusparse": ["cusparse.h"],
+        "cusolver": ["cusolverDn.h"],
+        "cuda_runtime": ["cuda_runtime.h"],
+    },
+}
+
+
+@pytest.mark.parametrize("version", WHEELS)
+def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
+    """From the toolkit, or from where torch brought them along: of each library that it wants."""
+    home = toolkit(tmp_path / "default", version)
+    for header in setup_cuda.LIBRARY_HEADERS:
+        (home / "include" / header).unlink()
     no_cuda.setattr(torch, "__file__", str(tmp_path / "site/torch/__init__.py"))
     no_cuda.setenv("FUSEDRNN_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"default has no cublas_v2\.h: install the whole toolkit"):
-        setup_cuda.find("2.13.0", "13.0")
-    folder = tmp_path / "site/nvidia/cu13/include"
-    folder.mkdir(parents=True)
-    (folder / "cublas_v2.h").touch()
-    found = setup_cuda.find("2.13.0", "13.0")
+    wheels = {
+        tmp_path / "site/nvidia" / name / "include": headers
+        for name, headers in WHEELS[version].items()
+    }
+    for header in setup_cuda.LIBRARY_HEADERS:  # one wheel after the other
+        with pytest.raises(SystemExit, match=rf"default has no {header}: install the whole tool"):
+            setup_cuda.find("2.13.0", version)
+        for folder, headers in wheels.items():
+            if header in headers:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / header).touch()
+    found = setup_cuda.find("2.13.0", version)
     assert found is not None
-    assert found.blas == folder
+    wanted = [f for f, names in wheels.items() if {*names} & {*setup_cuda.LIBRARY_HEADERS}]
+    assert list(found.libraries) == wanted
+    # The toolkit's own come first.
+    (home / "include/cusparse.h").touch()
+    found = setup_cuda.find("2.13.0", version)
+    assert found is not None
+    assert list(found.libraries) == [f for f in wanted if f.parent.name != "cusparse"]
 
 
 # What nvcc 13.0 -Xptxas -v prints, the spills of the second kernel and the function put in.

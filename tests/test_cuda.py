@@ -50,9 +50,21 @@ CELLS = ("lstm", "gru")
 LAYOUTS = ("padded", "packed", "lengths")
 
 
-def runs_in(regime: str, kind: str) -> bool:
-    """Whether a regime has kernels for a kind: clusters are for tensor cores."""
-    return regime == "step" or (kind != "float64" and (regime, kind) != ("cluster", "ieee"))
+def runs_in(regime: str, kind: str, hidden: int = 1, proj_size: int = 0) -> bool:
+    """Whether a regime has kernels for a layer, on a GPU with room for it."""
+    if regime == "step":
+        return True
+    most = {"alone": (64, 128), "cluster": (256, 512), "grid": (512, 1024)}[regime]
+    is_half = KINDS[kind] in (torch.bfloat16, torch.float16)
+    if kind == "float64" or proj_size or hidden > most[is_half]:
+        return False
+    return (regime, kind) != ("cluster", "ieee")  # clusters are for tensor cores
+
+
+def needs_clusters(regime: str | None) -> bool:
+    """Whether a regime is for GPUs of sm_90 and up, and the one that is there is older."""
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
+    return regime == "cluster" and is_old
 
 
 def float32_of(regime: str | None) -> str:
@@ -62,7 +74,12 @@ def float32_of(regime: str | None) -> str:
 
 @contextlib.contextmanager
 def running(regime: str | None, kind: str | None = None) -> Iterator[None]:
-    """Layers run in this regime, None for the best, and in the precision of this kind."""
+    """Layers run in this regime, None for the best, and in the precision of this kind.
+
+    By itself or not at all: a regime that a layer can't run in is an error.
+    """
+    if needs_clusters(regime):
+        pytest.skip("clusters need a GPU of sm_90")
     rnn: Any = torch.backends.cudnn.rnn
     before, precision = os.environ.get("FUSEDRNN_CUDA_REGIME"), rnn.fp32_precision
     os.environ["FUSEDRNN_CUDA_REGIME"] = regime or ""
@@ -299,20 +316,25 @@ def test_large_clusters(c: Case) -> None:
         ("", "float64", 64, "step"),
         ("step", "tf32", 64, "step"),
         ("grid", "tf32", 64, "grid"),
-        ("alone", "tf32", 80, "step"),
+        ("alone", "tf32", 80, None),
         *(("cluster", kind, 64, "cluster") for kind in ("tf32", "bfloat16", "float16")),
         *(("cluster", kind, 256, "cluster") for kind in ("tf32", "bfloat16", "float16")),
-        ("cluster", "ieee", 64, "step"),
-        ("cluster", "tf32", 257, "step"),
-        ("cluster", "float16", 513, "step"),
+        ("cluster", "ieee", 64, None),
+        ("cluster", "tf32", 257, None),
+        ("cluster", "float16", 513, None),
     ],
 )
-def test_what_runs(regime: str, kind: str, hidden: int, expected: str) -> None:
-    """The regime is asked for in these tests: it must be what runs."""
+def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) -> None:
+    """The regime is asked for in these tests: it must be what runs, or an error."""
     checks = pytest.importorskip("benchmarks.checks")  # there in the root of the checkout
     module = fusedrnn.FusedLSTM(8, hidden, device=DEVICE, dtype=KINDS[kind])
     x = torch.randn(6, 3, 8, device=DEVICE, dtype=KINDS[kind])
     with running(regime, kind):
+        if expected is None:
+            assert not runs_in(regime, kind, hidden)
+            with pytest.raises(RuntimeError, match=f"FUSEDRNN_CUDA_REGIME={regime}: this device"):
+                module(x)
+            return
         names = [name for name, _, _ in checks.kernels_of(lambda: module(x)[0].sum().backward())]
     if not names:
         pytest.skip("torch's profiler tells no kernels here")
@@ -335,8 +357,13 @@ def test_as_exact_as_cudnn(
     regimes: tuple[str, ...], c: Configuration, which: int, precision: str
 ) -> None:
     """Random layers, layouts, strides and states; by the tolerance of parity.py."""
-    kind = precision if c.dtype == torch.float32 else "ieee"
-    with running(regimes[which % len(regimes)], kind):
+    kind = precision
+    if c.dtype != torch.float32:
+        kind = next(k for k, dtype in KINDS.items() if dtype == c.dtype)
+    regime = regimes[which % len(regimes)]
+    if not runs_in(regime, kind, c.hidden_size, c.proj_size):
+        reject()
+    with running(regime, kind):
         try:
             check(c, DEVICE, TF32_EPS if kind == "tf32" else None)
         except RuntimeError as error:
@@ -389,16 +416,60 @@ def test_precisions(regime: str, cell: str) -> None:
     before = matmul.fp32_precision
     found = {}
     for kind in ("ieee", "tf32"):
-        with running(regime, kind):
+        with running(regime if runs_in(regime, kind) else "step", kind):
             found[kind] = run(fused_like(theirs))
     assert matmul.fp32_precision == before
-    with running(regime, "ieee"):
+    with running(None, "ieee"):
         torchs = run(theirs)
     exact, nearby = run(double(theirs)), Nearby(torch.float32)
     close = run(nearby.weights(theirs))
     assert_as_exact(found["ieee"], torchs, exact, close, torch.float32)
     assert_as_exact(found["tf32"], None, exact, close, torch.float32, eps=TF32_EPS)
     assert not is_equal(found["ieee"], found["tf32"])
+
+
+MATMUL_SETTINGS: dict[str, dict[str, Any]] = {
+    "sums in float16": {"allow_fp16_accumulation": True},
+    "no sums in float16": {"allow_fp16_reduced_precision_reduction": False},
+    "no sums in float16, nor split": {"allow_fp16_reduced_precision_reduction": (False, False)},
+    "no sums in bfloat16, nor split": {"allow_bf16_reduced_precision_reduction": (False, False)},
+    "TF32": {"fp32_precision": "tf32"},
+    "TF32 by cuBLASLt": {"fp32_precision": "tf32", "preferred": "cublaslt"},
+}
+
+
+@pytest.mark.parametrize("setting", MATMUL_SETTINGS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "float64"])
+@pytest.mark.parametrize("regime", ["step", "grid"])
+def test_settings_of_torchs_matmul(regime: str, kind: str, setting: str) -> None:
+    """They are not those of recurrent layers: results stay the same bits, and stay torch's too."""
+    matmul: Any = torch.backends.cuda.matmul
+    settings = dict(MATMUL_SETTINGS[setting])
+    library = settings.pop("preferred", None)
+    for name in settings:
+        if not hasattr(matmul, name):
+            pytest.skip(f"torch {torch.__version__} has no {name}")
+    call = op_of(Case("lstm", kind, 6, 20, 64, 64, bidirectional=True), DEVICE, KINDS[kind])
+    with running(regime, kind):
+        expected = call()
+    before = {name: getattr(matmul, name) for name in settings}
+    preferred = torch.backends.cuda.preferred_blas_library()
+    try:
+        for name, value in settings.items():
+            try:
+                setattr(matmul, name, value)
+            except (RuntimeError, TypeError) as error:
+                pytest.skip(f"torch {torch.__version__}: {name}={value}: {error}")
+        if library:
+            torch.backends.cuda.preferred_blas_library(library)
+        with running(regime, kind):
+            found = call()
+        assert {name: getattr(matmul, name) for name in settings} == settings
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+        torch.backends.cuda.preferred_blas_library(preferred)
+    assert is_equal(found, expected)
 
 
 # ---- derivatives --------------------------------------------------------------------------------
@@ -814,13 +885,28 @@ def test_module_on_another_device() -> None:
         fusedrnn.FusedLSTM(3, 4).to(DEVICE)(torch.randn(5, 2, 3))
 
 
+def test_bad_lengths_on_the_host() -> None:
+    """Before anything is launched, and the device stays of use."""
+    module = fusedrnn.FusedLSTM(3, 4).to(DEVICE)
+    x = torch.randn(5, 2, 3, device=DEVICE)
+    for lengths in ([6, 4], torch.tensor([4, -1])):
+        with pytest.raises(RuntimeError, match="lengths must be from 0 to the sequence length 5"):
+            module(x, lengths=lengths)
+    assert module(x, lengths=[5, 4])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[6, 4], [5, -1]])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_bad_lengths(regime: str) -> None:
-    """The device finds them, later; that ends its use by the process."""
+def test_bad_lengths(regime: str, lengths: list[int]) -> None:
+    """On the device: it finds them, later; that ends its use by the process."""
+    if needs_clusters(regime):
+        pytest.skip("clusters need a GPU of sm_90")
     code = (
         "import torch, fusedrnn\n"
         "module = fusedrnn.FusedLSTM(3, 4).cuda()\n"
-        "module(torch.randn(5, 2, 3).cuda(), lengths=[6, 4])\n"
+        f"lengths = torch.tensor({lengths}).cuda()\n"
+        "module(torch.randn(5, 2, 3).cuda(), lengths=lengths)\n"
+        "print('launched')\n"
         "torch.cuda.synchronize()\n"
     )
     process = subprocess.run(
@@ -831,6 +917,7 @@ def test_bad_lengths(regime: str) -> None:
         check=False,
     )
     assert process.returncode != 0
+    assert "launched" in process.stdout, process.stderr
     assert re.search("lengths must be from 0|device-side assert", process.stderr), process.stderr
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulated
@@ -248,14 +248,11 @@ def launches(c: Case, monkeypatch: pytest.MonkeyPatch) -> int:
         (Case(T=4), 8),
         (Case(proj_size=3), 20),
         (Case(regime="step"), 10),
-        (Case(regime="alone", H=65), 10),
         (Case(regime="cluster", precision="tf32"), 2),
         (Case(regime="cluster", precision="tf32", H=100, multiprocessors=4), 2),
-        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=3), 10),  # no room for one
-        (Case(regime="cluster"), 10),  # of tensor cores alone
-        (Case(regime="cluster", precision="tf32", H=257, T=1, multiprocessors=16), 2),
-        (Case(regime="cluster", dtype=torch.float64), 10),
+        (Case(regime="cluster", precision="tf32", H=256, T=1, multiprocessors=16), 2),
         (Case(B=0), 0),
+        *((Case(B=0, regime=regime), 0) for regime in test_cuda.REGIMES),
     ],
     ids=str,
 )
@@ -264,10 +261,34 @@ def test_regimes(case: Case, expected: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert launches(case, monkeypatch) == expected
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(regime="alone", H=65),
+        Case(regime="alone", dtype=torch.float64),
+        Case(regime="grid", proj_size=3),
+        Case(regime="grid", H=129, multiprocessors=8),  # nine CTAs don't fit
+        Case(regime="cluster"),  # of tensor cores alone
+        Case(regime="cluster", precision="tf32", H=100, multiprocessors=3),  # no room for one
+        Case(regime="cluster", precision="tf32", H=257, T=1, multiprocessors=16),
+        Case(regime="cluster", dtype=torch.float64),
+    ],
+    ids=str,
+)
+def test_what_was_asked_for_by_name_and_cannot_run(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error, and nothing else in its place."""
+    before = torch.ops.fusedrnn_emulated.counts()[0]
+    message = f"FUSEDRNN_CUDA_REGIME={case.regime}: this device can't run .* {case.H} hidden units"
+    with pytest.raises(RuntimeError, match=message):
+        check(case, monkeypatch)
+    assert torch.ops.fusedrnn_emulated.counts()[0] == before
+
+
 def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that has less room than it says: the layer goes step by step, to the same end."""
-    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", "grid")
-    problem = Problem(Case(H=33, layout="packed"))
+    problem = Problem(Case(H=70, layout="packed"))
     exact = problem.run(torch.ops.fusedrnn, torch.float64)
     before = ops.counts()[0]
     ops.set(0, 8, 2)
@@ -275,6 +296,50 @@ def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.counts()[0] - before == 12  # two uploads; a launch a step
     for ours, e in zip(results, exact, strict=True):
         torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", "grid")
+    with pytest.raises(RuntimeError, match="FUSEDRNN_CUDA_REGIME=grid: this device can't run"):
+        problem.run(ops, torch.float32)
+
+
+# Rows, columns and depth of a product; what is done to each operand, which has room for it.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "rows apart": lambda t: torch.cat((t, t), 1)[:, : t.size(1)],
+    "columns apart": lambda t: torch.stack((t, t), -1)[..., 0],
+    "transposed, apart": lambda t: torch.cat((t, t)).t().contiguous().t()[: t.size(0)],
+    "one row for all": lambda t: t[:1].expand_as(t),
+    "one column for all": lambda t: t[:, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize(
+    "sizes", [(5, 4, 3), (1, 4, 3), (5, 1, 3), (5, 4, 1), (1, 1, 1), (5, 4, 0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+def test_products_of_any_strides(sizes: tuple[int, ...], dtype: torch.dtype, ops: Any) -> None:
+    """What cuBLAS is told of matrices: the emulator multiplies what that says."""
+    rows, columns, depth = sizes
+    for (x, left), (y, right) in itertools.product(VIEWS.items(), repeat=2):
+        a = left(torch.randn(rows, depth)).to(dtype)
+        b = right(torch.randn(depth, columns)).to(dtype)
+        for add, result in ((False, torch.float32), (False, dtype), (True, dtype)):
+            if dtype == torch.float64 != result:
+                continue
+            room = torch.ones(rows, columns + 2, dtype=result)
+            out = room[:, 1:-1]
+            expected = a.double() @ b.double() + add
+            ops.multiply(out, a, b, add)
+            tolerance = {torch.bfloat16: 0.03, torch.float16: 0.005}.get(result, 1e-5)
+            torch.testing.assert_close(
+                out.double(),
+                expected,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda m: f"{x}, {y}: {m}",  # noqa: B023
+            )
+            assert room[:, 0].eq(1).all()
+            assert room[:, -1].eq(1).all()
 
 
 def test_unknown_regime(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,20 +3,18 @@
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/_assert_async.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/logical_not.h>
-#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-#include <climits>
 #include <mutex>
 #include <optional>
 #include <vector>
+
+#include "gemm.h"
 
 namespace fusedrnn::cuda {
 
@@ -36,7 +34,8 @@ int attribute(cudaDeviceAttr attribute, int device) {
 struct Attributes {
   int multiprocessors, major, minor;
 };
-const Attributes& attributes_of(int device) {
+/// By value: another thread's first call on a further device may move the known ones.
+Attributes attributes_of(int device) {
   static std::mutex mutex;
   static std::vector<std::optional<Attributes>> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -54,7 +53,7 @@ const Attributes& attributes_of(int device) {
 Device::Device(const Tensor& input) : guard_(new Guard{c10::cuda::CUDAGuard(input.device())}) {
   const int device = input.get_device();
   stream = c10::cuda::getCurrentCUDAStream(device).stream();
-  const Attributes& attributes = attributes_of(device);
+  const Attributes attributes = attributes_of(device);
   multiprocessors = attributes.multiprocessors;
   TORCH_CHECK(attributes.major >= 8, "fusedrnn: the CUDA kernels need a GPU of compute capability ",
               "8.0 or later, and ", input.device(), " has ", attributes.major, ".",
@@ -81,60 +80,75 @@ Precision rnn_precision() {
 
 namespace {
 
-/// A matrix as cuBLAS, which counts columns first, sees its transpose.
-struct Matrix {
-  explicit Matrix(const Tensor& t) {
-    const int64_t rows = t.size(0), columns = t.size(1);
-    tensor = columns == 1 || t.stride(1) == 1 || rows == 1 || t.stride(0) == 1 ? t : t.contiguous();
-    // Strides of one row or column mean nothing.
-    const bool by_rows = columns == 1 || tensor.stride(1) == 1;
-    operation = by_rows ? CUBLAS_OP_N : CUBLAS_OP_T;
-    const int64_t length = by_rows ? columns : rows, count = by_rows ? rows : columns;
-    stride = count > 1 ? tensor.stride(by_rows ? 0 : 1) : length;
-    fits = std::max({rows, columns, stride}) <= INT_MAX && stride >= length;
-  }
-  Tensor tensor;
-  cublasOperation_t operation;
-  int64_t stride;
-  bool fits;
-};
-
-/// torch has no switch of this for a call or a thread, only for the whole process, where others
-/// would see it.
-bool multiply_tf32(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
-  if (rows == 0 || depth == 0 || columns == 0) return false;
-  const Matrix left(a), right(b), result(out);
-  if (!left.fits || !right.fits || !result.fits || result.operation != CUBLAS_OP_N ||
-      !result.tensor.is_same(out)) {
-    return false;
-  }
-  const float alpha = 1, beta = add ? 1 : 0;
-  const cublasStatus_t status = cublasGemmEx(
-      at::cuda::getCurrentCUDABlasHandle(), right.operation, left.operation, int(columns),
-      int(rows), int(depth), &alpha, right.tensor.const_data_ptr(), CUDA_R_32F, int(right.stride),
-      left.tensor.const_data_ptr(), CUDA_R_32F, int(left.stride), &beta, out.mutable_data_ptr(),
-      CUDA_R_32F, int(result.stride), CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT);
-  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "fusedrnn: cublasGemmEx failed with status ",
-              int(status));
-  return true;
+void check_blas(cublasStatus_t status) {
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS,
+              "fusedrnn: a product by cuBLAS failed: ", cublasGetStatusString(status));
 }
+
+struct GemmTypes {
+  cudaDataType_t operands, result;
+  cublasComputeType_t compute;
+};
+cudaDataType_t cuda_type(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return CUDA_R_64F;
+    case at::kHalf:
+      return CUDA_R_16F;
+    case at::kBFloat16:
+      return CUDA_R_16BF;
+    default:
+      return CUDA_R_32F;
+  }
+}
+GemmTypes gemm_types(at::ScalarType operands, at::ScalarType result, Precision precision) {
+  return {cuda_type(operands), cuda_type(result),
+          operands == at::kDouble                                  ? CUBLAS_COMPUTE_64F
+          : operands == at::kFloat && precision == Precision::tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                                   : CUBLAS_COMPUTE_32F};
+}
+
+/// torch's handle for this thread and stream, whose mode torch sets each time that it gives it.
+/// While this lives: no TF32 but where a product asks for it, and no sums in a half type.
+class GemmHandle {
+ public:
+  GemmHandle() : handle_(at::cuda::getCurrentCUDABlasHandle()) {
+    check_blas(cublasSetMathMode(
+        handle_,
+        cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+  }
+  ~GemmHandle() { cublasSetMathMode(handle_, CUBLAS_DEFAULT_MATH); }
+  GemmHandle(const GemmHandle&) = delete;
+  operator cublasHandle_t() const { return handle_; }
+
+ private:
+  cublasHandle_t handle_;
+};
 
 }  // namespace
 
+// Not torch's matmul: what that computes in follows from settings of the whole process, which may
+// refuse a float32 result of a half type, sum in float16, or take TF32 for float32.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision) {
-  Tensor result = out;
-  if (a.scalar_type() == at::kFloat && precision == Precision::tf32 &&
-      multiply_tf32(out, a, b, add)) {
-    return;
-  }
-  const at::NoTF32Guard ieee;
-  if (out.scalar_type() == a.scalar_type()) {
-    add ? at::addmm_out(result, out, a, b) : at::mm_out(result, a, b);
-  } else {
-    TORCH_INTERNAL_ASSERT(!add);
-    at::mm_out(result, a, b, out.scalar_type());
-  }
+  if (is_empty_gemm(out, a, add)) return;
+  const Gemm gemm(out, a, b);
+  const GemmTypes types = gemm_types(a.scalar_type(), out.scalar_type(), precision);
+  // cuBLAS reads them in the type that it sums in.
+  const float numbers[2] = {0, 1};
+  const double double_numbers[2] = {0, 1};
+  const auto number = [&](bool one) -> const void* {
+    return types.compute == CUBLAS_COMPUTE_64F ? static_cast<const void*>(&double_numbers[one])
+                                               : &numbers[one];
+  };
+  const auto operation = [](const GemmMatrix& m) {
+    return m.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
+  };
+  const GemmHandle handle;
+  check_blas(cublasGemmEx_64(handle, operation(gemm.b), operation(gemm.a), gemm.m, gemm.n, gemm.k,
+                             number(true), gemm.b.tensor.const_data_ptr(), types.operands,
+                             gemm.b.stride, gemm.a.tensor.const_data_ptr(), types.operands,
+                             gemm.a.stride, number(add), out.mutable_data_ptr(), types.result,
+                             gemm.out.stride, types.compute, CUBLAS_GEMM_DEFAULT));
 }
 
 void check_later(const Tensor& wrong, const char* message) {

@@ -37,8 +37,9 @@ bool launched(int status);
 /// The precision that torch.backends.cudnn.rnn.fp32_precision asks for.
 Precision rnn_precision();
 
-/// out = a b, or += with add, on the device's stream; products of float32 in the given precision.
-/// `out` has the type of the operands or, without add, float32 for the half types.
+/// out = a b, or += with add, on the device's stream; products of float32 in the given precision,
+/// those of the half types summed in float32. `out` has the type of the operands or, for the half
+/// types, float32; its rows are contiguous.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision);
 
 /// Makes the device's work fail, with this message, if any of `wrong` is true; without waiting.

@@ -91,23 +91,23 @@ class Steps {
 /// Few steps are not worth the launch that loads all weights first. [G]
 constexpr int64_t kFewSteps = 4;
 
-/// The cut of a layer that runs in one launch; no groups: it goes step by step.
-///
-/// FUSEDRNN_CUDA_REGIME=step, alone, cluster or grid asks for one, for tests; where a layer can't
-/// run so, it goes step by step. Clusters run only where they are asked for, until a GPU has shown
-/// what they gain over the grid (`python -m benchmarks checks`).
-template <class Cell, class S>
-Cut regime_of(const Layer& layer, const Device& device, bool backward, Precision precision) {
+/// FUSEDRNN_CUDA_REGIME=step, alone, cluster or grid asks for a regime by name, for tests; empty:
+/// for the best.
+std::string_view asked_regime() {
   const char* asked = std::getenv("FUSEDRNN_CUDA_REGIME");
   const std::string_view regime = asked ? asked : "";
   TORCH_CHECK(regime.empty() || regime == "step" || regime == "alone" || regime == "cluster" ||
                   regime == "grid",
               "FUSEDRNN_CUDA_REGIME=", regime, " is none of step, alone, cluster and grid");
+  return regime;
+}
+
+/// The cut of a layer for a regime of one launch, empty for any; no groups: it can't run so.
+template <class Cell, class S>
+Cut cut_for(std::string_view regime, const Layer& layer, const Device& device, bool backward,
+            Precision precision) {
   const int64_t bytes = layer.input.element_size();
-  if (regime == "step" || layer.has_projection || bytes == 8 || layer.B == 0 ||
-      (regime.empty() && layer.T <= kFewSteps)) {
-    return {};
-  }
+  if (layer.has_projection || bytes == 8) return {};
   if constexpr (sizeof(S) <= 4) {
     if (regime == "cluster") {
       const Cut cut = cluster_cut_of(layer.T, layer.B, layer.H, bytes);
@@ -119,6 +119,31 @@ Cut regime_of(const Layer& layer, const Device& device, bool backward, Precision
   const Cut cut =
       cut_of(layer.T, layer.B, layer.H, layer.D, bytes, device.multiprocessors, regime == "grid");
   return regime == "alone" && cut.reach != Reach::cta ? Cut{} : cut;
+}
+
+/// A regime that was asked for by name runs, or ends the call: nothing else takes its place.
+void check_regime(bool runs, const Layer& layer, Precision precision) {
+  TORCH_CHECK(runs || asked_regime().empty(), "FUSEDRNN_CUDA_REGIME=", asked_regime(),
+              ": this device can't run a layer so that has ", layer.H, " hidden units, ", layer.B,
+              " rows and ", layer.D, layer.D == 1 ? " direction" : " directions", " in ",
+              layer.type,
+              layer.type != at::kFloat       ? ""
+              : precision == Precision::tf32 ? " (TF32)"
+                                             : " (IEEE)",
+              layer.has_projection ? " with a projection" : "");
+}
+
+/// The cut of a layer that runs in one launch; no groups: it goes step by step.
+///
+/// Clusters run only where they are asked for, until a GPU has shown what they gain over the grid
+/// (`python -m benchmarks checks`).
+template <class Cell, class S>
+Cut regime_of(const Layer& layer, const Device& device, bool backward, Precision precision) {
+  const std::string_view regime = asked_regime();
+  if (regime == "step" || layer.B == 0 || (regime.empty() && layer.T <= kFewSteps)) return {};
+  const Cut cut = cut_for<Cell, S>(regime, layer, device, backward, precision);
+  check_regime(cut.groups > 0, layer, precision);
+  return cut;
 }
 
 void set(Recurrence& r, const Layer& layer, const Cut& cut, const Tensor& position,
@@ -212,6 +237,7 @@ Output forward(const Layer& layer, bool save) {
       run.c0_stride = layer.c0.defined() ? layer.c0.stride(1) : 0;
       run.y_stride = D * H;
       done = launched(recurrent_forward<Cell>(run, cut, precision, device.stream));
+      check_regime(done, layer, precision);
     }
   }
   if (!done) {
@@ -273,9 +299,9 @@ struct Gradients {
   std::vector<Tensor> weights;
 };
 
-/// The products of weight_gradients, torch's own.
-struct TorchProducts : Products {
-  explicit TorchProducts(Precision p) : precision(p) {}
+/// The products of weight_gradients.
+struct DeviceProducts : Products {
+  explicit DeviceProducts(Precision p) : precision(p) {}
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
     cuda::multiply(out, a, b, add, precision);
   }
@@ -340,6 +366,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
       run.c0_stride = c0_stride;
       run.dy_stride = D * H;
       done = launched(recurrent_backward<Cell>(run, cut, precision, device.stream));
+      check_regime(done, layer, precision);
     }
   }
   if (!done) {
@@ -418,7 +445,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const size_t states = layer.cell.has_c ? 3 : 2;
   out.weights = weight_gradients(layer, directions,
                                  std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-                                 output_mask[0], out.input, TorchProducts(precision));
+                                 output_mask[0], out.input, DeviceProducts(precision));
   const auto wanted = [&](const Tensor& t, size_t i) {
     return output_mask[i] ? in_type(t, layer.type) : new_tensor<S>(layer, {0});
   };

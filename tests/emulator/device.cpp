@@ -1,13 +1,14 @@
 // The emulated device, for tensors of the CPU.
 #include "../../csrc/cuda/device.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
+#include "../../csrc/cuda/gemm.h"
 #include "../../csrc/cuda/primitives.cuh"
 
 namespace fusedrnn::cuda {
@@ -28,12 +29,30 @@ Precision rnn_precision() {
   return asked && std::string_view(asked) == "tf32" ? Precision::tf32 : Precision::ieee;
 }
 
+namespace {
+
+/// Columns of `length` elements, `stride` apart, as cuBLAS reads memory.
+Tensor columns_of(const GemmMatrix& m, int64_t rows, int64_t columns) {
+  TORCH_CHECK(m.stride >= std::max<int64_t>(rows, 1), "cuBLAS wants a stride of ", rows,
+              " or more, got ", m.stride);
+  return m.tensor.as_strided({rows, columns}, {1, m.stride});
+}
+Tensor operand_of(const GemmMatrix& m, int64_t rows, int64_t columns) {
+  return m.transpose ? columns_of(m, columns, rows).t() : columns_of(m, rows, columns);
+}
+
+}  // namespace
+
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision) {
+  if (is_empty_gemm(out, a, add)) return;
+  const Gemm gemm(out, a, b);
   // As on a GPU: operands of a half type, sums of float32.
   const at::ScalarType type = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor product = at::mm(a.to(type), b.to(type));
-  if (add) product.add_(out.to(type));
-  out.copy_(product);
+  const Tensor result = columns_of(gemm.out, gemm.m, gemm.n);
+  Tensor product = at::mm(operand_of(gemm.b, gemm.m, gemm.k).to(type),
+                          operand_of(gemm.a, gemm.k, gemm.n).to(type));
+  if (add) product.add_(result.to(type));
+  result.copy_(product);
 }
 
 void check_later(const Tensor& wrong, const char* message) {

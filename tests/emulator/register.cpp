@@ -1,6 +1,7 @@
 // The CUDA backend's ops as torch.ops.fusedrnn_emulated.*, for tensors of the CPU.
 #include <torch/library.h>
 
+#include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/layer_cuda.h"
 #include "../../csrc/cuda/primitives.cuh"
 
@@ -24,12 +25,17 @@ std::vector<std::string> kernels() {
   return all;
 }
 
+void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) {
+  fusedrnn::cuda::multiply(out, a, b, add, fusedrnn::cuda::Precision::ieee);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("set(int seed, int multiprocessors, int? room=None) -> ()", &set);
   m.def("counts() -> int[]", &counts);
   m.def("kernels() -> str[]", &kernels);
+  m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()", &multiply);
   for (const char* name : {"lstm", "gru", "lstm_backward", "gru_backward"}) {
     // The same schema as that of the real op.
     auto schema = c10::Dispatcher::singleton()
