@@ -7,8 +7,12 @@ other modules) goes on to.
 
 from __future__ import annotations
 
+import inspect
+import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +32,9 @@ _FUSED: dict[Class, Class] = {
     nn.LSTMCell: FusedLSTMCell,
     nn.GRUCell: FusedGRUCell,
 }
+_LOG = logging.getLogger("fusedrnn")
+_RECURRENT_NAME = re.compile(r"LSTM|GRU|RNN")
+
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 # What a call of torch's modules goes through: who defines one of these may compute something else.
@@ -59,40 +66,79 @@ def _new(plain: Class) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _fused_subclass(plain: Class) -> Class:
-    """The counterpart of a subclass of torch's: its own methods, and a fused forward.
-
-    Kept as an attribute of `plain`, so that it lives as long.
-    """
-    found: Class | None = vars(plain).get("_fused_class")
-    if found is not None:
-        return found
-    base = next(c for c in plain.__mro__ if c in _FUSED)
-    # The order of resolution is that of `plain`, with our class before torch's, but for __init__.
-    inner = type(_FUSED[base].__name__, (_FUSED[base], base), {"__init__": base.__init__})
+def _made(name: str, bases: tuple[Class, ...], plain: Class, space: dict[str, Any]) -> Class:
+    """A fused class that `plain` is a base of, and its counterpart."""
 
     def reduce(module: nn.Module, _: Any) -> tuple[Any, ...]:
         """Pickles with the class that it was made of, for this one has no name to import."""
         return _new, (plain,), object.__reduce_ex__(module, 2)[2]
 
-    space = {"__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": reduce}
+    return type(name, bases, {**space, "__reduce_ex__": reduce, "_unfused_class": plain})
+
+
+# Classes that are torch's as well, for code that asks isinstance(module, nn.LSTM). The order of
+# resolution is ours before torch's, but for the constructor.
+_BOTH = {
+    plain: _made(
+        fused.__name__,
+        (fused, plain),
+        plain,
+        {"__module__": fused.__module__, "__doc__": fused.__doc__, "__init__": plain.__init__},
+    )
+    for plain, fused in _FUSED.items()
+}
+
+
+def _fused_subclass(plain: Class) -> Class:
+    """The counterpart of a subclass of torch's, or of torch's class itself, that is one of it too.
+
+    A subclass keeps its own methods, and its super().forward is fused. The class is kept as an
+    attribute of `plain`, so that it lives as long.
+    """
+    if plain in _BOTH:
+        return _BOTH[plain]
+    found: Class | None = vars(plain).get("_fused_class")
+    # Some copy what they find in one class to another.
+    if found is not None and vars(found)["_unfused_class"] is plain:
+        return found
+    base = next(c for c in plain.__mro__ if c in _FUSED)
+    space = {"__module__": plain.__module__, "__doc__": plain.__doc__}
     try:
-        found = type(f"Fused{plain.__name__}", (plain, inner), {**space, "_unfused_class": plain})
+        found = _made(f"Fused{plain.__name__}", (plain, _BOTH[base]), plain, space)
     except TypeError as error:  # its metaclass or __init_subclass__ wants more
         raise _NoCounterpartError("its class can't be extended") from error
     plain._fused_class = found  # type: ignore[attr-defined]
     return found
 
 
-def _to_fused(cls: Class) -> Class:
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and of those inside."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _calls_super(function: object) -> bool:
+    """Whether a forward leaves the computation to super().forward, as far as its code tells.
+
+    Where it does not after all, it goes on to compute what it did.
+    """
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    return isinstance(code, CodeType) and any(
+        "super" in c.co_names and "forward" in c.co_names for c in _codes(code)
+    )
+
+
+def _to_fused(cls: Class, subclass: bool) -> Class:
     base = next((c for c in cls.__mro__ if c in _FUSED), None)
     if base is None:
         raise _NoCounterpartError("no counterpart")
     for c in cls.__mro__[: cls.__mro__.index(base)]:
         for name in (*_CALLED, "_flat_weights", "__reduce__", "__reduce_ex__"):
-            if name in vars(c):
+            if name in vars(c) and not (name == "forward" and _calls_super(vars(c)[name])):
                 raise _NoCounterpartError(f"{name} of its own")
-    return _FUSED[base] if cls is base else _fused_subclass(cls)
+    return _FUSED[base] if cls is base and not subclass else _fused_subclass(cls)
 
 
 def _to_plain(cls: Class) -> Class:
@@ -134,6 +180,8 @@ def _counterpart(module: nn.Module, find: Callable[[Class], Class]) -> Class:
         return find(cls)
     # Parametrized modules have a class of their own, which has the weights as properties.
     base = find(cls.__bases__[0])
+    if base is cls.__bases__[0]:
+        return cls
     space = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{base.__name__}", (base,), space)
 
@@ -156,6 +204,8 @@ def _swap_all(what: str, model: Model, target: Callable[[nn.Module], Class | Non
             if _is_foreign(module):
                 foreign.append(f"{name}." if name else "")
     for module, cls in swaps:
+        if cls is type(module):
+            continue
         module.__class__ = cls
         if what == "unfuse" and isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # which cuDNN wants
@@ -164,27 +214,56 @@ def _swap_all(what: str, model: Model, target: Callable[[nn.Module], Class | Non
     return model
 
 
-def _target_of_fuse(module: nn.Module) -> Class | None:
+def _target_of_fuse(module: nn.Module, subclass: bool) -> Class | None:
     if _is_foreign(module):
         raise _NoCounterpartError("scripted or quantised")
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, tuple(_PLAIN)):
-        return _counterpart(module, _to_fused)
-    return None
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return None
+    if not isinstance(module, tuple(_PLAIN)):
+        return _counterpart(module, lambda cls: _to_fused(cls, subclass))
+    try:  # fused already, maybe the other way
+        return _counterpart(module, lambda cls: _to_fused(_to_plain(cls), subclass))
+    except _NoCounterpartError:  # a subclass of ours
+        return None
 
 
 def _target_of_unfuse(module: nn.Module) -> Class | None:
     return _counterpart(module, _to_plain) if isinstance(module, tuple(_PLAIN)) else None
 
 
-def fuse(model: Model) -> Model:
+def _log_others(model: nn.Module) -> None:
+    """Tells of modules that are named as recurrent ones and have no layer of torch's inside."""
+    if not _LOG.isEnabledFor(logging.INFO):
+        return
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if (
+            _RECURRENT_NAME.search(kind)
+            and not _is_foreign(module)
+            and not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in module.modules())
+        ):
+            _LOG.info(
+                "fuse: %s (%s) is named as a recurrent layer and has none of torch's inside: "
+                "nothing to swap",
+                name or "the model",
+                kind,
+            )
+
+
+def fuse(model: Model, *, subclass: bool = False) -> Model:
     """Swaps every nn.LSTM, nn.GRU, nn.LSTMCell and nn.GRUCell inside for its fused counterpart.
 
     In place: the modules change their class and stay the same objects, with the same Parameters,
     buffers, hooks, parametrizations, names and training flag. An optimizer made before still trains
-    them. Subclasses that don't touch the computation keep their own methods.
+    them. Subclasses that don't touch the computation keep their own methods, also a forward of
+    their own that calls super().forward.
 
     Args:
         model: any module, also one that is itself a recurrent layer.
+        subclass: whether isinstance(module, nn.LSTM) stays true, for code that asks for it while it
+            runs. torch.compile then breaks its graph at these layers, as at torch's own, unless
+            torch._dynamo.config.allow_rnn is set. Subclasses of torch's layers are swapped so in
+            any case.
 
     Returns:
         The model.
@@ -193,10 +272,13 @@ def fuse(model: Model) -> Model:
         TypeError: model is no module.
 
     Warns:
-        UserWarning: lists what is left as it was: nn.RNN, subclasses with a forward of their own,
-            quantised and scripted modules.
+        UserWarning: lists what is left as it was: nn.RNN, subclasses with a computation of their
+            own, quantised and scripted modules. What only looks like a recurrent layer, by its
+            class's name, is told to the logger "fusedrnn" at the level INFO.
     """
-    return _swap_all("fuse", model, _target_of_fuse)
+    _swap_all("fuse", model, lambda module: _target_of_fuse(module, subclass))
+    _log_others(model)
+    return model
 
 
 def unfuse(model: Model) -> Model:

@@ -551,7 +551,7 @@ def stand_in(prepare: Any = None, package: str = "torch") -> models.Model:
 def test_models_are_picked() -> None:
     assert models.pick([]) == list(models.MODELS)
     assert [model.name for model in models.pick(["PAR"])] == ["PAR"]  # not DeepAR
-    assert len(models.pick(["deepar"])) == 2
+    assert len(models.pick(["deepar"])) == 3
     assert len({model.name for model in models.MODELS}) == len(models.MODELS)
 
 
@@ -595,7 +595,17 @@ def test_models_are_compared(
         swap(torch.nn.LSTM(3, 4))
         return lambda: {"value": 1.0}
 
-    for prepare in (wrong, not_called):
+    def asks(swap: models.Swap) -> models.Job:
+        model = torch.nn.LSTM(3, 4)
+        swap(model)
+        return lambda: {"value": model(torch.ones(1, 3))[0], "is": isinstance(model, torch.nn.LSTM)}
+
+    asking = dataclasses.replace(stand_in(asks), subclass=True)
+    monkeypatch.setattr(models, "MODELS", (asking,))
+    assert main(["models", "--seconds", "0.1", "--output", str(output)]) == 0
+    assert "1 LSTM by `fuse(model, subclass=True)`" in output.with_suffix(".md").read_text()
+
+    for prepare in (wrong, not_called, asks):
         monkeypatch.setattr(models, "MODELS", (stand_in(prepare),))
         assert main(["models", "stand-in", "--seconds", "0.1"]) == 1
         assert "stand-in is wrong: " in capsys.readouterr().err
@@ -604,7 +614,7 @@ def test_models_are_compared(
 def test_what_is_left_is_told() -> None:
     class Own(torch.nn.LSTM):
         def forward(self, *args: Any) -> Any:
-            return super().forward(*args)
+            return torch.nn.LSTM.forward(self, *args)
 
     swap = models.Swap("fused")
     swap(torch.nn.ModuleDict({"a": torch.nn.GRU(2, 3), "b": Own(2, 3)}))

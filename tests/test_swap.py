@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import copy
+import functools
 import gc
+import logging
 import pickle
 import warnings
 import weakref
@@ -17,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
-from fusedrnn import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell, fuse, unfuse
+from fusedrnn import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell, _ops, fuse, unfuse
 
 PAIRS = {
     nn.LSTM: FusedLSTM,
@@ -259,7 +262,19 @@ class InitialisedCell(nn.GRUCell):
 
 class Masked(nn.LSTM):
     def forward(self, x: Tensor, hx: Any = None) -> Any:
+        return nn.LSTM.forward(self, x * 2, hx)
+
+
+class MaskedOnTop(Masked):
+    """Its super().forward is no layer of torch's."""
+
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
         return super().forward(x * 2, hx)
+
+
+class MaskedBefore(nn.LSTM):
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args)
 
 
 class Flat(nn.LSTM):
@@ -320,6 +335,194 @@ def test_subclasses_without_a_forward() -> None:
     assert type(cell) is InitialisedCell
 
 
+class Rows(abc.ABC, nn.RNNBase):
+    """A forward of its own around torch's, as packages have it: by name, and not in every case."""
+
+    @abc.abstractmethod
+    def start(self) -> Any: ...
+
+    def forward(self, x: Tensor, hx: Any = None, lengths: Tensor | None = None) -> Any:
+        if lengths is None:
+            return super().forward(x, hx=hx)
+        if not lengths.any():
+            return x.new_zeros(*x.shape[:2], self.hidden_size), self.start()
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, final = super().forward(packed, hx=hx)
+        return nn.utils.rnn.pad_packed_sequence(y, total_length=x.size(0))[0], final
+
+
+class RowsLSTM(Rows, nn.LSTM):
+    def start(self) -> Any:
+        return None
+
+
+class RowsGRU(Rows, nn.GRU):
+    def start(self) -> Any:
+        return None
+
+
+def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, x: Tensor, *args: Any) -> Any:
+        return function(self, x * 2, *args)
+
+    return wrapper
+
+
+class Around(nn.LSTM):
+    @doubled
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
+        run = lambda: super(Around, self).forward(x + 1, hx)  # noqa: E731
+        return run()
+
+
+class AroundCell(nn.LSTMCell):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        h, c = super().forward(input, hx)
+        return h.relu(), c
+
+
+AROUND = [RowsLSTM, RowsGRU, Around, AroundCell]
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_a_forward_around_torchs(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own forward goes on, and the kernels run under it."""
+    module = made(kind)
+    expected = results(module)
+    calls: list[int] = []
+    for name in ("fast_layers", "fast_cell"):
+        function = getattr(_ops, name)
+        monkeypatch.setattr(_ops, name, lambda *a, f=function: (calls.append(1), f(*a))[1])
+    assert fuse(module) is module
+    assert isinstance(module, kind)
+    assert isinstance(module, (FusedLSTM, FusedGRU, FusedLSTMCell))
+    assert_close(results(module), expected)
+    assert len(calls) == 1
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is type(module)
+        assert_close(results(other), expected)
+    assert type(unfuse(module)) is kind
+    assert_close(results(module), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [RowsLSTM, RowsGRU])
+def test_arguments_of_a_forward_around_torchs(kind: type[nn.Module]) -> None:
+    module = made(kind)
+    fused = fuse(copy.deepcopy(module))
+    x = inputs(module)
+    h = torch.ones(1, 3, 6, dtype=torch.float64)
+    hx = (h, h) if isinstance(module, nn.LSTM) else h
+    for lengths in (None, torch.tensor([2, 4, 1]), torch.tensor([0, 0, 0])):
+        assert_close(fused(x, hx=hx, lengths=lengths), module(x, hx=hx, lengths=lengths))
+
+
+@EVERY
+def test_layers_that_stay_instances_of_torchs(theirs: type, ours: type) -> None:
+    module = made(theirs)
+    expected = results(module)
+    assert fuse(module, subclass=True) is module
+    assert isinstance(module, theirs)
+    assert isinstance(module, ours)
+    assert_close(results(module), expected)
+    assert repr(module).startswith(ours.__name__)
+    for other in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        type(module)(5, 6, dtype=torch.float64),
+    ):
+        assert type(other) is type(module)
+        other.load_state_dict(module.state_dict())
+        assert_close(results(other), expected)
+    # One way and the other, and the same again.
+    both = type(module)
+    assert type(fuse(module)) is ours
+    assert type(fuse(module, subclass=True)) is both
+    assert type(fuse(module, subclass=True)) is both
+    assert type(unfuse(module)) is theirs
+    assert_close(results(module), expected, rtol=0, atol=0)
+
+
+@EVERY
+def test_parametrized_layers_that_stay_instances_of_torchs(theirs: type, ours: type) -> None:
+    module = made(theirs)
+    parametrizations.weight_norm(module, weight_name(module))
+    expected = results(module)
+    for subclass in (True, False, True):
+        fuse(module, subclass=subclass)
+        assert isinstance(module, theirs) == subclass
+        assert isinstance(module, ours)
+        kind = type(module)
+        assert type(fuse(module, subclass=subclass)) is kind
+        assert_close(results(module), expected)
+    assert parametrize.type_before_parametrizations(unfuse(module)) is theirs
+    assert_close(results(module), expected, rtol=0, atol=0)
+
+
+def test_what_is_an_instance_of_torchs_under_torch_compile() -> None:
+    """dynamo asks isinstance too: it breaks the graph there, unless it is told not to."""
+    module = nn.Sequential(nn.LSTM(5, 6))
+    x = torch.randn(4, 3, 5)
+    expected = module(x)
+    fuse(module, subclass=True)
+    torch._dynamo.reset()
+    assert_close(torch.compile(module, backend="eager")(x), expected)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(module, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        assert_close(compiled(x), expected)
+    torch._dynamo.reset()
+
+
+def test_a_class_with_what_another_holds() -> None:
+    """Packages copy attributes of one class to another, what fuse keeps there among them."""
+
+    class First(nn.LSTM):
+        pass
+
+    fuse(made(First))
+
+    class Second(nn.LSTM):
+        pass
+
+    for name in vars(First):
+        if name not in vars(Second):
+            setattr(Second, name, vars(First)[name])
+    module = fuse(made(Second))
+    assert isinstance(module, Second)
+    assert type(unfuse(module)) is Second
+    for plain in PAIRS:
+        assert not any("fused" in name for name in vars(plain))
+
+
+class OwnLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Linear(5, 24)
+
+
+class LSTMTagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(5, 6)
+
+
+def test_what_only_looks_recurrent_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing by default; at INFO what is named as a recurrent layer and is none of torch's."""
+    model = nn.ModuleDict({"own": OwnLSTM(), "tagger": LSTMTagger(), "head": nn.Linear(2, 2)})
+    fuse(copy.deepcopy(model))
+    assert not caplog.records
+    with caplog.at_level(logging.INFO, "fusedrnn"):
+        fuse(model)
+    assert [record.getMessage() for record in caplog.records] == [
+        "fuse: own (OwnLSTM) is named as a recurrent layer and has none of torch's inside: nothing "
+        "to swap"
+    ]
+
+
 class Model(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -353,6 +556,8 @@ def scripted() -> nn.Module:
 
 LEFT = {
     "own forward": (lambda: Masked(5, 6), r"Masked: forward of its own"),
+    "own forward below": (lambda: MaskedOnTop(5, 6), r"MaskedOnTop: forward of its own"),
+    "own call": (lambda: MaskedBefore(5, 6), r"MaskedBefore: __call__ of its own"),
     "own part of it": (lambda: Permuted(5, 6), r"Permuted: permute_hidden of its own"),
     "forward of the object": (own_forward, r"LSTM: forward of its own"),
     "own weights": (lambda: Flat(5, 6), r"Flat: _flat_weights of its own"),
