@@ -1,10 +1,11 @@
 """`python -m benchmarks models [name ...]`: models and trainers of other packages, fused.
 
 None of these packages knows fusedrnn. Each runs its own code twice from the same seed, with
-torch.nn's layers and after `fuse(model)`, where a user would call that. What comes out, weights,
-forecasts, attributions or text, must be the same but for rounding, or the exit status is 1; then
-both are timed in turn. `make models` installs the packages, which are the extra `models`; one that
-is missing is left out.
+torch.nn's layers and after `fuse(model)`, where a user would call that; those that ask whether a
+layer is an nn.LSTM, after `fuse(model, subclass=True)`. What comes out, weights, forecasts,
+attributions or text, must be the same but for rounding, or the exit status is 1; then both are
+timed in turn. `make models` installs the packages, which are the extra `models`; one that is
+missing is left out.
 
 What rounding alone may do is shown beside each difference: torch's own result after the weights of
 its recurrent layers moved by their last bit.
@@ -52,8 +53,9 @@ class Swap:
     Notes which recurrent layers were swapped, and why others were left.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, subclass: bool = False) -> None:
         self.kind = kind
+        self.subclass = subclass
         self.swapped: dict[str, str] = {}
         self.left: list[str] = []
 
@@ -72,7 +74,7 @@ class Swap:
             before = {name: type(module).__name__ for name, module in recurrent.items()}
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                fusedrnn.fuse(model)
+                fusedrnn.fuse(model, subclass=self.subclass)
             self.swapped = {n: before[n] for n, m in recurrent.items() if isinstance(m, FUSED)}
             self.left = [str(w.message).partition("as they are: ")[2] for w in caught]
 
@@ -82,6 +84,7 @@ class Model:
     """A model of a package; `prepare` gives what its user does with it, to be called repeatedly.
 
     The job starts anew from its seed at each call, so that its results are those of any other.
+    `subclass` is fuse's: for code that asks whether a layer is an nn.LSTM or nn.GRU.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Model:
     mode: str
     prepare: Callable[[Swap], Job]
     tolerance: float | None = None
+    subclass: bool = False
 
     def missing(self) -> str | None:
         for module in self.packages:
@@ -260,6 +264,46 @@ def _deepar_forecast(swap: Swap) -> Job:
     return forecast
 
 
+def _forecasting(model: str, least_past: int, options: dict[str, Any], swap: Swap) -> Job:
+    forecasting, pl = _load("pytorch_forecasting"), _load("lightning.pytorch")
+    rows = [
+        {"series": str(i), "step": step, "hour": float(step % 24), "value": value}
+        for i, series in enumerate(_series(_seed(), 12, 80))
+        for step, value in enumerate(series["target"])
+    ]
+    frame = _load("pandas").DataFrame(rows)
+    data = forecasting.TimeSeriesDataSet(
+        frame,
+        time_idx="step",
+        target="value",
+        group_ids=["series"],
+        min_encoder_length=least_past,
+        max_encoder_length=24,
+        max_prediction_length=6,
+        time_varying_known_reals=["hour"],
+        time_varying_unknown_reals=["value"],
+    )
+    quietly: dict[str, Any] = {
+        "accelerator": "cpu",
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "logger": False,
+    }
+
+    def train() -> Results:
+        _seed()
+        network = getattr(forecasting, model).from_dataset(data, **options)
+        swap(network)
+        learnt = _Learnt(network)
+        trainer = pl.Trainer(max_epochs=1, limit_train_batches=4, gradient_clip_val=0.1, **quietly)
+        trainer.fit(network, data.to_dataloader(batch_size=64))
+        forecast = network.predict(frame, "quantiles", trainer_kwargs=dict(quietly))
+        return {"learnt": learnt(), "forecast": forecast}
+
+    return train
+
+
 def _recurrent_ppo(swap: Swap) -> Job:
     def learn() -> Results:
         agent = _load("sb3_contrib").RecurrentPPO(
@@ -270,6 +314,50 @@ def _recurrent_ppo(swap: Swap) -> Job:
         agent.learn(256)
         rewards = [episode["r"] for episode in agent.ep_info_buffer]
         return {"learnt": learnt(), "rewards": torch.tensor(rewards)}
+
+    return learn
+
+
+def _recurrent_dqn(layer: str, swap: Swap) -> Job:
+    collectors, modules = _load("torchrl.collectors"), _load("torchrl.modules")
+    envs, objectives = _load("torchrl.envs"), _load("torchrl.objectives")
+    tensordict = _load("tensordict.nn")
+
+    def learn() -> Results:
+        _seed()
+        env = envs.TransformedEnv(envs.GymEnv("CartPole-v1"), envs.InitTracker())
+        env.set_seed(0)
+        recurrent = getattr(modules, layer)(4, 128, in_key="observation", out_key="embedding")
+        env.append_transform(recurrent.make_tensordict_primer())
+        policy = tensordict.TensorDictSequential(
+            recurrent,
+            tensordict.TensorDictModule(nn.Linear(128, 2), ["embedding"], ["action_value"]),
+            modules.QValueModule(spec=env.action_spec),
+        )
+        swap(policy)
+        learnt = _Learnt(policy)
+        objective = objectives.DQNLoss(policy, action_space=env.action_spec, delay_value=True)
+        target = objectives.SoftUpdate(objective, eps=0.95)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+        explorer = modules.EGreedyModule(env.action_spec, eps_init=0.5, annealing_num_steps=1000)
+        collector = collectors.Collector(
+            env,
+            tensordict.TensorDictSequential(policy, explorer),
+            frames_per_batch=100,  # several episodes in a sequence
+            total_frames=200,
+        )
+        losses = []
+        for data in collector:
+            for _ in range(4):
+                optimizer.zero_grad()
+                with modules.set_recurrent_mode(True):
+                    loss = objective(data)["loss"]
+                loss.backward()
+                optimizer.step()
+                target.step()
+                losses.append(loss.detach())
+        collector.shutdown()
+        return {"learnt": learnt(), "losses": torch.stack(losses)}
 
     return learn
 
@@ -357,6 +445,82 @@ def _stanza(swap: Swap) -> Job:
         return {"learnt": learnt(), "languages": found}
 
     return train
+
+
+def _translation(swap: Swap) -> Job:
+    models, trainers = _load("onmt.model_builder"), _load("onmt.trainer")
+    optimizers = _load("onmt.utils.optimizers")
+    parser = _load("onmt.utils.parse").ArgumentParser()
+    _load("onmt.opts").train_opts(parser)
+    # Options of its command line, but for the files of texts and words.
+    chosen = "--data none --src_vocab none --encoder_type brnn --rnn_type GRU --input_feed 0"
+    chosen += " --layers 2 --hidden_size 128 --word_vec_size 64 --dropout 0.2"
+    chosen += " --optim adam --learning_rate 0.001"
+    options, _ = parser.parse_known_args(chosen.split())
+    options.data = {}
+    parser.update_model_opts(options)
+    parser.validate_model_opts(options)
+    words = _load("pyonmttok").build_vocab_from_tokens(
+        [f"word {i}" for i in range(200)], special_tokens=["<unk>", "<blank>", "<s>", "</s>"]
+    )
+    vocabularies = {"src": words, "tgt": words, "decoder_start_token": "<s>"}
+    _seed()
+    batches = []
+    for _ in range(4):  # the translation is the text read backwards
+        text, lengths = torch.randint(4, 204, (16, 20, 1)), torch.randint(5, 21, (16,))
+        target = F.pad(F.pad(text.flip(1), (0, 0, 1, 0), value=2), (0, 0, 0, 1), value=3)
+        batch = {"src": text, "srclen": lengths, "tgt": target, "tgtlen": torch.full((16,), 22)}
+        batches.append((batch, 0))
+
+    def train() -> Results:
+        _seed()
+        model = models.build_model(options, options, vocabularies, None, -1)
+        swap(model)
+        learnt = _Learnt(model)
+        optimizer = optimizers.Optimizer.from_opt(model, options)
+        trainer = trainers.build_trainer(options, -1, model, vocabularies, optimizer)
+        stats = trainer.train(batches, len(batches), valid_steps=100)
+        return {"learnt": learnt(), "loss": stats.loss}
+
+    return train
+
+
+def _tacotron(swap: Swap) -> Job:
+    core, tacotron = _load("speechbrain.core"), _load("speechbrain.lobes.models.Tacotron2")
+    objective = tacotron.Loss(guided_attention_sigma=0.2)
+
+    class Synthesis(core.Brain):  # type: ignore[name-defined,misc]
+        """What a recipe of SpeechBrain defines."""
+
+        def compute_forward(self, batch: Any, stage: Any) -> Any:
+            text, lengths, mel, _, mel_lengths, *_ = batch
+            return self.modules.model((text, lengths, mel, lengths.max(), mel_lengths))
+
+        def compute_objectives(self, predictions: Any, batch: Any, stage: Any) -> Any:
+            _, lengths, mel, gate, mel_lengths, *_ = batch
+            return objective(predictions, (mel, gate), lengths, mel_lengths, 1).loss
+
+    _seed()
+    # Made of noise: 8 texts of 20 to 27 symbols, of which each lasts two frames.
+    pairs = [(torch.randint(1, 40, (n,)), torch.randn(80, 2 * n), n) for n in range(20, 28)]
+    data = [{"mel_text_pair": pair, "label": "", "wav": ""} for pair in pairs]
+
+    def fit() -> Results:
+        _seed()
+        model = tacotron.Tacotron2(
+            n_symbols=40, symbols_embedding_dim=128, encoder_embedding_dim=128, attention_dim=64,
+            attention_rnn_dim=256, decoder_rnn_dim=256, prenet_dim=128, postnet_embedding_dim=128,
+        )  # fmt: skip
+        swap(model)
+        learnt = _Learnt(model)
+        # Biases before a batch norm have gradients of nothing but rounding, far below this eps.
+        adam = functools.partial(torch.optim.Adam, lr=1e-3, eps=1e-6)
+        brain = Synthesis({"model": model}, adam, run_opts={"device": "cpu"})
+        loader = {"batch_size": 4, "collate_fn": tacotron.TextMelCollate()}
+        brain.fit(range(1), data, progressbar=False, train_loader_kwargs=loader)
+        return {"learnt": learnt(), "loss": brain.avg_train_loss}
+
+    return fit
 
 
 def _attentive_fp(swap: Swap) -> Job:
@@ -540,11 +704,41 @@ MODELS = (
         _deepar_forecast,
     ),
     Model(
+        "TFT",
+        {"pytorch_forecasting": "pytorch-forecasting", "lightning": "lightning"},
+        "Temporal Fusion Transformer, 4 batches by Lightning's Trainer, and a forecast",
+        "training",
+        functools.partial(_forecasting, "TemporalFusionTransformer", 0, {"hidden_size": 64}),
+    ),
+    Model(
+        "DeepAR with GRU",
+        {"pytorch_forecasting": "pytorch-forecasting", "lightning": "lightning"},
+        "forecasting, 4 batches by Lightning's Trainer, and quantiles of 100 samples",
+        "training",
+        functools.partial(_forecasting, "DeepAR", 1, {"cell_type": "GRU", "hidden_size": 64}),
+    ),
+    Model(
         "RecurrentPPO",
         {"sb3_contrib": "sb3-contrib"},
         "reinforcement learning, 256 steps of CartPole with 8 epochs",
         "training",
         _recurrent_ppo,
+    ),
+    Model(
+        "LSTMModule",
+        {"torchrl": "torchrl", "gymnasium": "gymnasium"},
+        "reinforcement learning, 200 steps of CartPole by its Collector, 8 of DQNLoss",
+        "training",
+        functools.partial(_recurrent_dqn, "LSTMModule"),
+        subclass=True,
+    ),
+    Model(
+        "GRUModule",
+        {"torchrl": "torchrl", "gymnasium": "gymnasium"},
+        "reinforcement learning, 200 steps of CartPole by its Collector, 8 of DQNLoss",
+        "training",
+        functools.partial(_recurrent_dqn, "GRUModule"),
+        subclass=True,
     ),
     Model(
         "flair SequenceTagger",
@@ -559,6 +753,21 @@ MODELS = (
         "language of a text, 4 updates by its Trainer",
         "training",
         _stanza,
+    ),
+    Model(
+        "OpenNMT-py",
+        {"onmt": "OpenNMT-py"},
+        "translation, 4 batches by its Trainer; its StdRNNDecoder asks for an nn.GRU",
+        "training",
+        _translation,
+        subclass=True,
+    ),
+    Model(
+        "Tacotron2",
+        {"speechbrain": "speechbrain"},
+        "speech from text, 2 batches by SpeechBrain's Brain",
+        "training",
+        _tacotron,
     ),
     Model(
         "AttentiveFP",
@@ -683,7 +892,7 @@ class _Calls:
 def measure(model: Model, seconds: float) -> dict[str, Any]:
     """The row of a model: what was swapped, the largest difference, and times."""
     with quiet():
-        swaps = {kind: Swap(kind) for kind in ("plain", "nudged", "fused")}
+        swaps = {kind: Swap(kind, model.subclass) for kind in ("plain", "nudged", "fused")}
         jobs = {kind: model.prepare(swap) for kind, swap in swaps.items()}
         expected = jobs["plain"]()
         rounding = difference(jobs["nudged"](), expected)
@@ -705,6 +914,7 @@ def measure(model: Model, seconds: float) -> dict[str, Any]:
         "package": model.versions(),
         "what": model.what,
         "mode": model.mode,
+        "subclass": model.subclass,
         "swapped": swap.swapped,
         "left": swap.left,
         "calls": calls.fused,
@@ -727,7 +937,8 @@ def _layers(row: dict[str, Any]) -> str:
     """The classes that were swapped and how many of each; what was left."""
     names = list(row["swapped"].values())
     counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "none"
-    return "; left: ".join([counts, *row["left"]])
+    how = " by `fuse(model, subclass=True)`" if row["subclass"] else ""
+    return "; left: ".join([counts + how, *row["left"]])
 
 
 def page(run: dict[str, Any]) -> str:
@@ -755,7 +966,8 @@ def page(run: dict[str, Any]) -> str:
         [
             "# Models and trainers of other packages",
             "",
-            "Each runs with torch.nn's layers and after `fuse(model)`. Written by `make models`.",
+            "Each runs with torch.nn's layers and after `fuse(model)`, or the call that the table",
+            "names. Written by `make models`.",
             "",
             report.caption(run["header"]),
             "",

@@ -277,6 +277,7 @@ def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(not has("matplotlib", "tqdm"), reason="needs matplotlib and tqdm")
+@pytest.mark.long
 def test_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rest = "\t_" * 6
     treebank = "".join(f"{i}\tw{i % 3}\t_\tT{i % 3}{rest}\n" for i in range(1, 9))
@@ -596,6 +597,7 @@ def test_models_are_compared(
         return lambda: {"value": 1.0}
 
     def asks(swap: models.Swap) -> models.Job:
+        torch.manual_seed(0)
         model = torch.nn.LSTM(3, 4)
         swap(model)
         return lambda: {"value": model(torch.ones(1, 3))[0], "is": isinstance(model, torch.nn.LSTM)}

@@ -122,6 +122,7 @@ def compiled(tmp_path: Path, compiler: str, *flags: str) -> Path:
     return program
 
 
+@pytest.mark.long
 def test_kernels_without_torch(tmp_path: Path) -> None:
     program = compiled(tmp_path, os.environ.get("CXX", "c++"))
     subprocess.run([program], check=True)

@@ -157,7 +157,7 @@ def check(module: nn.Module, compiled: Any, *args: Any, **settings: Any) -> None
 
 
 @LAYERS
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("with_lengths", [False, True])
 def test_two_graphs_for_all_sizes(
     kind: type[nn.Module], backend: str, with_lengths: bool, device: str
@@ -296,6 +296,7 @@ print("same")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.long
 def test_aot_inductor(tmp_path: Path) -> None:
     """A compiled package runs, for any sizes, in a process that knows nothing of the model."""
     model = BatchFirst(FusedLSTM).eval()

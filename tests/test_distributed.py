@@ -24,6 +24,8 @@ if not torch.distributed.is_available():
 
 from two_processes import DDP, DTENSORS, FORMS, FSDP, META, H
 
+pytestmark = pytest.mark.long  # two processes
+
 HERE = Path(__file__).parent
 GRADIENT, TRAINED = 1e-12, 1e-10  # of float64; every update feeds on the rounding before it
 Measured = list[dict[str, Any]]  # of each process

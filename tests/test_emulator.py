@@ -16,6 +16,8 @@ from torch import Tensor
 
 import fusedrnn  # noqa: F401  loads the ops
 
+pytestmark = pytest.mark.long  # a minute of compilation
+
 HALVES = (torch.bfloat16, torch.float16)
 GATES = {"lstm": 4, "gru": 3}
 # What operands of a product are rounded to.

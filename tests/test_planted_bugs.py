@@ -16,6 +16,8 @@ from pathlib import Path
 import emulated
 import pytest
 
+pytestmark = pytest.mark.long  # many compilations, and ThreadSanitizer
+
 KINDS = [("Lstm", "BFloat16"), ("Gru", "float"), ("Gru", "Float16"), ("Lstm", "float")]
 
 

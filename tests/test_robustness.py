@@ -136,6 +136,7 @@ def available() -> list[str]:
 
 
 @pytest.mark.parametrize("isa", available())
+@pytest.mark.long
 def test_every_instruction_set(isa: str) -> None:
     """The parity tests of a few hundred configurations on each set that this machine has."""
     run = subprocess.run(

