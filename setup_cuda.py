@@ -18,7 +18,11 @@ DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 OLDEST_ARCH = "8.0"  # the first that multiplies bfloat16 and TF32
 OLDEST_TOOLKIT = "12.1"  # the first whose ptxas knows st.async, of PTX ISA 8.1
 # What torch's headers include of CUDA's libraries.
-LIBRARY_HEADERS = ("cublas_v2.h", "cusparse.h", "cusolverDn.h")
+LIBRARY_HEADERS = {
+    "cublas_v2.h": "cublas",
+    "cusparse.h": "cusparse",
+    "cusolverDn.h": "cusolver",
+}
 
 
 @dataclass(frozen=True)
@@ -159,18 +163,22 @@ def find_libraries(home: Path, version: str) -> tuple[Path, ...]:
     """Folders of the headers of CUDA's libraries, which torch's own include; none of `home`'s."""
     import torch
 
+    # Where torch came with the libraries: in one folder for CUDA 13, in one each for 12.
+    major = _parts(version)[0]
+    wheels = Path(torch.__file__).parent.parent / "nvidia"
     folders: list[Path] = []
-    for header in LIBRARY_HEADERS:
+    for header, library in LIBRARY_HEADERS.items():
         if any(home.glob(f"include/{header}")) or any(home.glob(f"targets/*/include/{header}")):
             continue
-        # Where torch came with the libraries: in one folder for CUDA 13, in one each for 12.
-        found = sorted(Path(torch.__file__).parent.parent.glob(f"nvidia/*/include/{header}"))
-        if not found:
+        folder = wheels / (f"cu{major}" if major >= 13 else library) / "include"
+        if not (folder / header).is_file():
+            end = "" if major >= 13 else f"-cu{major}"
+            packages = " ".join(f"nvidia-{name}{end}" for name in LIBRARY_HEADERS.values())
             raise MissingError(
                 f"{home} has no {header}: install the whole toolkit of CUDA {version}, or "
-                f"pip install nvidia-cublas nvidia-cusparse nvidia-cusolver"
+                f"pip install {packages}"
             )
-        folders.append(found[-1].parent)
+        folders.append(folder)
     return tuple(dict.fromkeys(folders))
 
 

@@ -15,6 +15,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <exception>
 
 #include "cells.h"
 #include "ops.h"
@@ -102,6 +103,11 @@ class Arguments {
     return w;
   }
 
+  /// Whether an attribute is this int.
+  bool is_number(PyObject* name, int64_t number) const {
+    PyObject* const value = (*this)[name];
+    return value && PyLong_CheckExact(value) && PyLong_AsLong(value) == number;
+  }
   /// Whether the module's checks would pass, which word errors as torch does: the types, devices
   /// and sizes of input and states, of which there are `layers` for `rows` rows. The op checks the
   /// rest.
@@ -111,16 +117,19 @@ class Arguments {
     const auto is_like_weight = [&](const Tensor& t) {
       return t.scalar_type() == ih.scalar_type() && t.device() == ih.device();
     };
-    const auto is_state = [&](const OptionalTensor& s, int64_t width) {
-      if (!s) return true;
-      const auto sizes = s->sizes();
-      return is_like_weight(*s) && sizes.back() == width && sizes[sizes.size() - 2] == rows &&
+    if (!is_like_weight(*input)) return false;
+    if (!states.h) return true;
+    const auto is_state = [&](const Tensor& s, int64_t width) {
+      const auto sizes = s.sizes();
+      return is_like_weight(s) && sizes.back() == width && sizes[sizes.size() - 2] == rows &&
              (sizes.size() == 2 || sizes[0] == layers);
     };
-    return is_like_weight(*input) && is_state(states.h, hh.size(1)) &&
-           is_state(states.c, hh.size(0) / host::Lstm::kGates);
+    return is_state(*states.h, hh.size(1)) && (!has_c || is_state(*states.c, units()));
   }
-
+  /// H, by the first layer's weights.
+  int64_t units() const {
+    return weights[1].size(0) / (has_c ? host::Lstm::kGates : host::Gru::kGates);
+  }
   /// Whether there is None in its place.
   bool is_absent(PyObject* name) const {
     return PyDict_GetItemWithError(parameters_, name) == Py_None;
@@ -134,6 +143,19 @@ class Arguments {
  private:
   PyObject *attributes_ = nullptr, *parameters_ = nullptr;
 };
+
+/// A tuple that takes over the references to its items, where none of them is null.
+template <class... Items>
+PyObject* tuple_of(Items... items) {
+  PyObject* const tuple = (items && ...) ? PyTuple_New(sizeof...(items)) : nullptr;
+  if (!tuple) {
+    (Py_XDECREF(items), ...);
+    return nullptr;
+  }
+  Py_ssize_t i = 0;
+  (PyTuple_SET_ITEM(tuple, i++, items), ...);
+  return tuple;
+}
 
 struct Result {
   Tensor y, h_n, c_n;
@@ -184,6 +206,9 @@ class BelowAutograd {
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   FUSEDRNN_NAME(_flat_weights_names);
   FUSEDRNN_NAME(num_layers);
+  FUSEDRNN_NAME(input_size);
+  FUSEDRNN_NAME(hidden_size);
+  FUSEDRNN_NAME(proj_size);
   FUSEDRNN_NAME(bias);
   FUSEDRNN_NAME(bidirectional);
   FUSEDRNN_NAME(batch_first);
@@ -200,12 +225,8 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   const int64_t L = PyLong_AsLong(layer_count), total = PyList_GET_SIZE(names), D = both ? 2 : 1;
-  // Of a direction; one more with a projection.
-  const int64_t fewest = has_bias ? 4 : 2;
-  if (L < 1 || (total != L * D * fewest && total != L * D * (fewest + 1))) {
-    PyErr_Clear();  // of a number of layers that no int64_t holds
-    Py_RETURN_NONE;
-  }
+  const int64_t per_direction = 2 + 2 * has_bias + !module.is_number(proj_size, 0);
+  if (L < 1 || L > total || total != L * D * per_direction) Py_RETURN_NONE;
   if (L > 1 && trains) {
     PyObject* const p = module[dropout];
     if (!p || !PyFloat_CheckExact(p) || PyFloat_AS_DOUBLE(p) != 0) Py_RETURN_NONE;
@@ -213,7 +234,11 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (int64_t i = 0; i < total; ++i) {
     if (!module.read_weight(PyList_GET_ITEM(names, i))) Py_RETURN_NONE;
   }
-  if (!module.fits(L * D, module.input->size(first ? 0 : 1))) Py_RETURN_NONE;
+  if (!module.fits(L * D, module.input->size(first ? 0 : 1)) ||
+      !module.is_number(input_size, module.input->size(2)) ||
+      (module.states.h && !module.is_number(hidden_size, module.units()))) {
+    Py_RETURN_NONE;
+  }
 
   Result result;
   {
@@ -238,10 +263,10 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     if (first) result.y.transpose_(0, 1);  // not a view: FSDP loses sight of those
   }
-  const auto wrap = [](Tensor& t) { return THPVariable_Wrap(std::move(t)); };
-  PyObject* final = wrap(result.h_n);
-  if (module.has_c) final = Py_BuildValue("(NN)", final, wrap(result.c_n));
-  return Py_BuildValue("(NN)", wrap(result.y), final);
+  PyObject* const y = THPVariable_Wrap(std::move(result.y));
+  PyObject* const h_n = THPVariable_Wrap(std::move(result.h_n));
+  if (!module.has_c) return tuple_of(y, h_n);
+  return tuple_of(y, tuple_of(h_n, THPVariable_Wrap(std::move(result.c_n))));
 }
 
 /// cell(attributes, has_c, input, hx): (h,) or (h, c) after a cell's step, or None.
@@ -272,17 +297,22 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (module.has_c) result.c_n.squeeze_(0);
   }
   PyObject* const h = THPVariable_Wrap(std::move(result.h_n));
-  return module.has_c ? Py_BuildValue("(NN)", h, THPVariable_Wrap(std::move(result.c_n)))
-                      : Py_BuildValue("(N)", h);
+  return module.has_c ? tuple_of(h, THPVariable_Wrap(std::move(result.c_n))) : tuple_of(h);
 }
 
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
 
 template <Function function>
 PyObject* translated(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  return function(self, args, count);
-  END_HANDLE_TH_ERRORS
+  try {
+    PyObject* const result = function(self, args, count);
+    // Of an attribute that could not be read: the long way finds out, and says so.
+    if (result == Py_None) PyErr_Clear();
+    return result;
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
 }
 
 template <Function function>

@@ -49,163 +49,166 @@ def _check_devices(input: Tensor, states: Sequence[Tensor], weight: Tensor) -> N
             )
 
 
-class _FusedRNN(nn.RNNBase):
-    """What FusedLSTM and FusedGRU share; a subclass names the cell and unpacks its states."""
+_STATES = {"LSTM": 2, "GRU": 1}  # h and c, or h
 
-    _states: int  # h, or h and c
+
+def _checked_lengths(lengths: Lengths, input: Tensor, is_batched: bool) -> Tensor:
+    if not is_batched:
+        raise ValueError("lengths needs batched 3-D input")
+    if not isinstance(lengths, Tensor) and len(lengths) == 0:
+        lengths = torch.empty(0, dtype=torch.int64)
+    found = torch.as_tensor(lengths)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"lengths should be integers, got: {found.dtype}")
+    rows = input.size(1)
+    if found.shape != (rows,):
+        raise ValueError(
+            f"Expected lengths to have size [{rows}], one for each row of the batch, got "
+            f"{list(found.shape)}"
+        )
+    if found.device.type == "cpu" != input.device.type and not is_dynamo_compiling():
+        # What a GPU finds out later would end the process's use of it.
+        _ops.check_lengths(found, input.size(0))
+    return found.to(input.device, torch.int64)
+
+
+def _weight_names(module: nn.RNNBase) -> list[str]:
+    """Those of the weights that take part: not all where an attribute was changed since."""
+    names: list[str] = module._flat_weights_names
+    layers = module.num_layers
+    if layers < 1:
+        raise ValueError("num_layers must be greater than zero")
+    per_layer = (2 if module.bidirectional else 1) * (2 + 2 * module.bias + (module.proj_size > 0))
+    if len(names) == layers * per_layer:
+        return names
+    ends = [f"_l{i}" for i in range(min(layers, len(names)))]
+    if module.bidirectional:
+        ends += [f"{end}_reverse" for end in ends]
+    found = [n for n in names if n.endswith(tuple(ends)) and (module.bias or "bias" not in n)]
+    if len(found) != layers * per_layer:
+        raise RuntimeError(
+            f"Expected {layers * per_layer} weights for num_layers={layers}, bias={module.bias}, "
+            f"bidirectional={module.bidirectional} and proj_size={module.proj_size}, got "
+            f"{len(found)}"
+        )
+    return found
+
+
+def _check_states(module: nn.RNNBase, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)
+    for i, (state, width) in enumerate(zip(states, widths, strict=False)):
+        name = "hidden" if module.mode == "GRU" else f"hidden[{i}]"
+        expected = (layers, rows, width)
+        if state.shape != expected:
+            raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+        if state.dtype != input.dtype:
+            raise ValueError(
+                f"RNN {name} dtype ({state.dtype}) does not match input dtype ({input.dtype})"
+            )
+
+
+def _layers(
+    module: nn.RNNBase,
+    input: Tensor | PackedSequence,
+    states: Sequence[Tensor] | None,
+    lengths: Lengths | None,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    for name in ("bias", "batch_first", "bidirectional", "training"):
+        flag = getattr(module, name)
+        if not isinstance(flag, bool):  # torch's call refuses it, its constructor in these words
+            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+    packed = input if isinstance(input, PackedSequence) else None
+    is_batched = True
+    batch_sizes = sorted_indices = unsorted_indices = None
+    if packed is not None:
+        input, batch_sizes, sorted_indices, unsorted_indices = packed
+        if lengths is not None:
+            raise ValueError("lengths can't be given with a PackedSequence, which has its own")
+        if input.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+    else:
+        dim = input.dim()  # type: ignore[union-attr]
+        if dim not in (2, 3):
+            raise ValueError(f"{module.mode}: Expected input to be 2D or 3D, got {dim}D instead")
+        is_batched = dim == 3
+        if not is_batched:
+            input = input.unsqueeze(1)  # type: ignore[union-attr]
+        elif module.batch_first:
+            input = input.transpose(0, 1)  # type: ignore[union-attr]
+    assert isinstance(input, Tensor)
+
+    input, states, weights = _ops.autocast(
+        module.mode, input, states, _weights(module, _weight_names(module))
+    )
+    weight = weights[0]
+    if input.dtype != weight.dtype:
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: "
+            f"model.to({input.dtype})"
+        )
+    if input.size(-1) != module.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got "
+            f"{input.size(-1)}"
+        )
+    if states is not None:
+        dims = [s.dim() for s in states]
+        if packed is None and any(d != (3 if is_batched else 2) for d in dims):
+            kind = "batched 3-D" if is_batched else "unbatched 2-D"
+            got = f"({dims[0]}-D, {dims[1]}-D) tensors" if len(dims) == 2 else f"{dims[0]}-D tensor"
+            raise RuntimeError(
+                f"For {kind} input, {'hx and cx' if len(dims) == 2 else 'hx'} should also be "
+                f"{3 if is_batched else 2}-D but got {got}"
+            )
+        if not is_batched:
+            states = [s.unsqueeze(1) for s in states]
+        if batch_sizes is None:
+            rows = input.size(1)
+        elif is_dynamo_compiling():  # their number is data: left to the op
+            rows = states[0].size(1)
+        else:
+            rows = int(batch_sizes[0])
+        _check_states(module, states, input, rows)
+        if sorted_indices is not None:
+            states = [s.index_select(1, sorted_indices) for s in states]
+    if input.device != weight.device or states is not None:
+        _check_devices(input, states or (), weight)
+
+    output, final = run(
+        module.mode.lower(),
+        input,
+        (None,) * _STATES[module.mode] if states is None else states,
+        weights,
+        module.num_layers,
+        module.dropout,
+        module.training,
+        module.bidirectional,
+        batch_sizes,
+        None if lengths is None else _checked_lengths(lengths, input, is_batched),
+    )
+    if packed is not None:
+        if unsorted_indices is not None:
+            final = tuple(s.index_select(1, unsorted_indices) for s in final)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
+    if not is_batched:
+        return output.squeeze(1), tuple(s.squeeze(1) for s in final)
+    if not module.batch_first:
+        return output, final
+    if _ops.can_reshape_in_place():
+        return output.transpose_(0, 1), final
+    return output.transpose(0, 1), final
+
+
+class _FusedRNN(nn.RNNBase):
+    """What FusedLSTM and FusedGRU share.
+
+    The rest is functions: a subclass of a user's may have attributes and methods of any name.
+    """
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the weights where they are."""
-
-    def _lengths(self, lengths: Lengths, input: Tensor, is_batched: bool) -> Tensor:
-        if not is_batched:
-            raise ValueError("lengths needs batched 3-D input")
-        if not isinstance(lengths, Tensor) and len(lengths) == 0:
-            lengths = torch.empty(0, dtype=torch.int64)
-        found = torch.as_tensor(lengths)
-        if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-            raise TypeError(f"lengths should be integers, got: {found.dtype}")
-        rows = input.size(1)
-        if found.shape != (rows,):
-            raise ValueError(
-                f"Expected lengths to have size [{rows}], one for each row of the batch, got "
-                f"{list(found.shape)}"
-            )
-        if found.device.type == "cpu" != input.device.type and not is_dynamo_compiling():
-            # What a GPU finds out later would end the process's use of it.
-            _ops.check_lengths(found, input.size(0))
-        return found.to(input.device, torch.int64)
-
-    def _weight_names(self) -> list[str]:
-        """Those of the weights that take part: not all where an attribute was changed since."""
-        names: list[str] = self._flat_weights_names
-        per_layer = (2 if self.bidirectional else 1) * (2 + 2 * self.bias + (self.proj_size > 0))
-        if len(names) == self.num_layers * per_layer:
-            return names
-        if self.num_layers < 1:
-            raise ValueError("num_layers must be greater than zero")
-        ends = [f"_l{i}" for i in range(self.num_layers)]
-        if self.bidirectional:
-            ends += [f"{end}_reverse" for end in ends]
-        found = [n for n in names if n.endswith(tuple(ends)) and (self.bias or "bias" not in n)]
-        if len(found) != self.num_layers * per_layer:
-            raise RuntimeError(
-                f"Expected {self.num_layers * per_layer} weights for num_layers={self.num_layers}, "
-                f"bias={self.bias}, bidirectional={self.bidirectional} and "
-                f"proj_size={self.proj_size}, got {len(found)}"
-            )
-        return found
-
-    def _check_states(self, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        widths = (self.proj_size or self.hidden_size, self.hidden_size)
-        for i, (state, width) in enumerate(zip(states, widths, strict=False)):
-            name = "hidden" if self._states == 1 else f"hidden[{i}]"
-            expected = (layers, rows, width)
-            if state.shape != expected:
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-            if state.dtype != input.dtype:
-                raise ValueError(
-                    f"RNN {name} dtype ({state.dtype}) does not match input dtype ({input.dtype})"
-                )
-
-    def _forward(
-        self,
-        input: Tensor | PackedSequence,
-        states: Sequence[Tensor] | None,
-        lengths: Lengths | None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-        for name in ("bias", "batch_first", "bidirectional", "training"):
-            flag = getattr(self, name)
-            if not isinstance(
-                flag, bool
-            ):  # torch's call refuses it, its constructor in these words
-                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-        packed = input if isinstance(input, PackedSequence) else None
-        is_batched = True
-        batch_sizes = sorted_indices = unsorted_indices = None
-        if packed is not None:
-            input, batch_sizes, sorted_indices, unsorted_indices = packed
-            if lengths is not None:
-                raise ValueError("lengths can't be given with a PackedSequence, which has its own")
-            if input.dim() != 2:
-                raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
-        else:
-            dim = input.dim()  # type: ignore[union-attr]
-            if dim not in (2, 3):
-                raise ValueError(f"{self.mode}: Expected input to be 2D or 3D, got {dim}D instead")
-            is_batched = dim == 3
-            if not is_batched:
-                input = input.unsqueeze(1)  # type: ignore[union-attr]
-            elif self.batch_first:
-                input = input.transpose(0, 1)  # type: ignore[union-attr]
-        assert isinstance(input, Tensor)
-
-        input, states, weights = _ops.autocast(
-            self.mode, input, states, _weights(self, self._weight_names())
-        )
-        weight = weights[0]
-        if input.dtype != weight.dtype:
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: "
-                f"model.to({input.dtype})"
-            )
-        if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got "
-                f"{input.size(-1)}"
-            )
-        if states is not None:
-            dims = [s.dim() for s in states]
-            if packed is None and any(d != (3 if is_batched else 2) for d in dims):
-                kind = "batched 3-D" if is_batched else "unbatched 2-D"
-                got = (
-                    f"({dims[0]}-D, {dims[1]}-D) tensors"
-                    if len(dims) == 2
-                    else f"{dims[0]}-D tensor"
-                )
-                raise RuntimeError(
-                    f"For {kind} input, {'hx and cx' if len(dims) == 2 else 'hx'} should also be "
-                    f"{3 if is_batched else 2}-D but got {got}"
-                )
-            if not is_batched:
-                states = [s.unsqueeze(1) for s in states]
-            if batch_sizes is None:
-                rows = input.size(1)
-            elif is_dynamo_compiling():  # their number is data: left to the op
-                rows = states[0].size(1)
-            else:
-                rows = int(batch_sizes[0])
-            self._check_states(states, input, rows)
-            if sorted_indices is not None:
-                states = [s.index_select(1, sorted_indices) for s in states]
-        if input.device != weight.device or states is not None:
-            _check_devices(input, states or (), weight)
-
-        output, final = run(
-            self.mode.lower(),
-            input,
-            (None,) * self._states if states is None else states,
-            weights,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            batch_sizes,
-            None if lengths is None else self._lengths(lengths, input, is_batched),
-        )
-        if packed is not None:
-            if unsorted_indices is not None:
-                final = tuple(s.index_select(1, unsorted_indices) for s in final)
-            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
-        if not is_batched:
-            return output.squeeze(1), tuple(s.squeeze(1) for s in final)
-        if not self.batch_first:
-            return output, final
-        if _ops.can_reshape_in_place():
-            return output.transpose_(0, 1), final
-        return output.transpose(0, 1), final
 
 
 class FusedLSTM(_FusedRNN):
@@ -231,8 +234,6 @@ class FusedLSTM(_FusedRNN):
     Raises:
         TypeError, ValueError: as torch.nn.LSTM.
     """
-
-    _states = 2
 
     def __init__(
         self,
@@ -305,7 +306,7 @@ class FusedLSTM(_FusedRNN):
                 f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
             )
             raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
-        output, (h_n, c_n) = self._forward(input, hx, lengths)
+        output, (h_n, c_n) = _layers(self, input, hx, lengths)
         return output, (h_n, c_n)
 
     if TYPE_CHECKING:
@@ -325,8 +326,6 @@ class FusedGRU(_FusedRNN):
     Raises:
         TypeError, ValueError: as torch.nn.GRU.
     """
-
-    _states = 1
 
     def __init__(
         self,
@@ -390,7 +389,7 @@ class FusedGRU(_FusedRNN):
                 return cast("tuple[Tensor, Tensor]", result)
         if hx is not None and not isinstance(hx, Tensor):
             raise TypeError(f"GRU: Expected hx to be a tensor, got {type(hx).__name__}")
-        output, (h_n,) = self._forward(input, None if hx is None else (hx,), lengths)
+        output, (h_n,) = _layers(self, input, None if hx is None else (hx,), lengths)
         return output, h_n
 
     if TYPE_CHECKING:
@@ -404,10 +403,15 @@ def _cell(
     module: nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None, count: int
 ) -> tuple[Tensor, ...]:
     """One step; a dimension of one step, and of one row if unbatched, is added and taken away."""
+    # As torch's, what the weights say and whatever the attributes: the biases that there are.
+    ih, hh, *biases = _weights(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    there = [b for b in biases if b is not None]
+    if len(there) == 1:
+        biases = [torch.zeros_like(there[0]) if b is None else b for b in biases]
     is_batched = input.dim() == 2
-    if input.size(-1) != module.input_size:
+    if input.size(-1) != ih.size(1):
         raise RuntimeError(
-            f"input has inconsistent input_size: got {input.size(-1)} expected {module.input_size}"
+            f"input has inconsistent input_size: got {input.size(-1)} expected {ih.size(1)}"
         )
     rows = input.size(0) if is_batched else 1
     if states is not None:
@@ -417,16 +421,11 @@ def _cell(
                 raise RuntimeError(
                     f"Input batch size {rows} doesn't match hidden{i} batch size {s.size(0)}"
                 )
-            if s.dim() != 2 or s.size(1) != module.hidden_size:
+            if s.dim() != 2 or s.size(1) != hh.size(1):
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected "
-                    f"{module.hidden_size}"
+                    f"{hh.size(1)}"
                 )
-    # As torch's, whatever `bias` says: those that there are.
-    ih, hh, *biases = _weights(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    there = [b for b in biases if b is not None]
-    if len(there) == 1:
-        biases = [torch.zeros_like(there[0]) if b is None else b for b in biases]
     input, states, weights = _ops.autocast(
         f"{cell} cell", input, states, [ih, hh, *(biases if there else [])]
     )

@@ -7,6 +7,7 @@ other modules) goes on to.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import logging
 import re
@@ -69,8 +70,10 @@ def _new(plain: Class) -> nn.Module:
 def _made(name: str, bases: tuple[Class, ...], plain: Class, space: dict[str, Any]) -> Class:
     """A fused class that `plain` is a base of, and its counterpart."""
 
-    def reduce(module: nn.Module, _: Any) -> tuple[Any, ...]:
+    def reduce(module: nn.Module, protocol: Any) -> str | tuple[Any, ...]:
         """Pickles with the class that it was made of, for this one has no name to import."""
+        if vars(type(module)).get("_unfused_class") is not plain:  # a class derived from it
+            return object.__reduce_ex__(module, protocol)
         return _new, (plain,), object.__reduce_ex__(module, 2)[2]
 
     return type(name, bases, {**space, "__reduce_ex__": reduce, "_unfused_class": plain})
@@ -105,9 +108,9 @@ def _fused_subclass(plain: Class) -> Class:
     space = {"__module__": plain.__module__, "__doc__": plain.__doc__}
     try:
         found = _made(f"Fused{plain.__name__}", (plain, _BOTH[base]), plain, space)
-    except TypeError as error:  # its metaclass or __init_subclass__ wants more
+        plain._fused_class = found  # type: ignore[attr-defined]
+    except Exception as error:  # whatever its metaclass or __init_subclass__ raises
         raise _NoCounterpartError("its class can't be extended") from error
-    plain._fused_class = found  # type: ignore[attr-defined]
     return found
 
 
@@ -120,14 +123,20 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _calls_super(function: object) -> bool:
-    """Whether a forward leaves the computation to super().forward, as far as its code tells.
-
-    Where it does not after all, it goes on to compute what it did.
-    """
+    """Whether a forward has a super().forward, and so leaves the computation to torch's."""
     code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-    return isinstance(code, CodeType) and any(
-        "super" in c.co_names and "forward" in c.co_names for c in _codes(code)
-    )
+    if not isinstance(code, CodeType):
+        return False
+    for inner in _codes(code):
+        is_super = False  # whether the next attribute is one of super()'s
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
+                if is_super and instruction.argval == "forward":
+                    return True
+                is_super = False
+            elif instruction.opname.startswith("LOAD_") and instruction.argval == "super":
+                is_super = True
+    return False
 
 
 def _to_fused(cls: Class, subclass: bool) -> Class:
@@ -221,7 +230,9 @@ def _target_of_fuse(module: nn.Module, subclass: bool) -> Class | None:
         return None
     if not isinstance(module, tuple(_PLAIN)):
         return _counterpart(module, lambda cls: _to_fused(cls, subclass))
-    try:  # fused already, maybe the other way
+    if not subclass:
+        return None
+    try:
         return _counterpart(module, lambda cls: _to_fused(_to_plain(cls), subclass))
     except _NoCounterpartError:  # a subclass of ours
         return None
@@ -263,7 +274,7 @@ def fuse(model: Model, *, subclass: bool = False) -> Model:
         subclass: whether isinstance(module, nn.LSTM) stays true, for code that asks for it while it
             runs. torch.compile then breaks its graph at these layers, as at torch's own, unless
             torch._dynamo.config.allow_rnn is set. Subclasses of torch's layers are swapped so in
-            any case.
+            any case. Layers that are fused already become so too; without it they stay as they are.
 
     Returns:
         The model.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import sys
 
 import torch
-from test_cuda import KINDS, REGIMES, every_kernel, needs_clusters, run_op, running
+from test_cuda import KINDS, REGIMES, every_kernel, lacks_clusters, run_op, running
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("needs a GPU")
         return 1
-    regimes = [r for r in sys.argv[1:] or REGIMES if not needs_clusters(r)]
+    regimes = [r for r in sys.argv[1:] or REGIMES if not lacks_clusters(r)]
     cases = [(regime, case) for regime, case in every_kernel() if regime in regimes]
     for regime, case in cases:
         with running(regime, case.kind):

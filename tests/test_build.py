@@ -415,13 +415,19 @@ def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.Mo
         (home / "include" / header).unlink()
     no_cuda.setattr(torch, "__file__", str(tmp_path / "site/torch/__init__.py"))
     no_cuda.setenv("FUSEDRNN_CUDA", "1")
+    # Another CUDA's, left from before.
+    other = tmp_path / "site/nvidia" / ("cublas" if version == "13.0" else "cu13") / "include"
+    other.mkdir(parents=True)
+    (other / "cublas_v2.h").touch()
     wheels = {
         tmp_path / "site/nvidia" / name / "include": headers
         for name, headers in WHEELS[version].items()
     }
     for header in setup_cuda.LIBRARY_HEADERS:  # one wheel after the other
-        with pytest.raises(SystemExit, match=rf"default has no {header}: install the whole tool"):
+        with pytest.raises(SystemExit, match=rf"default has no {header}: install the whole") as e:
             setup_cuda.find("2.13.0", version)
+        names = "nvidia-cublas-cu12 nvidia" if version == "12.8" else "nvidia-cublas nvidia"
+        assert f"or pip install {names}" in str(e.value)
         for folder, headers in wheels.items():
             if header in headers:
                 folder.mkdir(parents=True, exist_ok=True)

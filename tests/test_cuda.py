@@ -61,10 +61,13 @@ def runs_in(regime: str, kind: str, hidden: int = 1, proj_size: int = 0) -> bool
     return (regime, kind) != ("cluster", "ieee")  # clusters are for tensor cores
 
 
-def needs_clusters(regime: str | None) -> bool:
-    """Whether a regime is for GPUs of sm_90 and up, and the one that is there is older."""
-    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
-    return regime == "cluster" and is_old
+def lacks_clusters(regime: str | None) -> bool:
+    """Whether a regime is for GPUs with clusters of 16 CTAs with all their shared memory."""
+    return (
+        regime == "cluster"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() not in {(9, 0), (10, 0)}
+    )
 
 
 def float32_of(regime: str | None) -> str:
@@ -78,8 +81,8 @@ def running(regime: str | None, kind: str | None = None) -> Iterator[None]:
 
     By itself or not at all: a regime that a layer can't run in is an error.
     """
-    if needs_clusters(regime):
-        pytest.skip("clusters need a GPU of sm_90")
+    if lacks_clusters(regime):
+        pytest.skip("clusters need a GPU of sm_90 or sm_100")
     rnn: Any = torch.backends.cudnn.rnn
     before, precision = os.environ.get("FUSEDRNN_CUDA_REGIME"), rnn.fp32_precision
     os.environ["FUSEDRNN_CUDA_REGIME"] = regime or ""
@@ -462,9 +465,10 @@ def test_settings_of_torchs_matmul(regime: str, kind: str, setting: str) -> None
                 pytest.skip(f"torch {torch.__version__}: {name}={value}: {error}")
         if library:
             torch.backends.cuda.preferred_blas_library(library)
+        during = {name: getattr(matmul, name) for name in settings}
         with running(regime, kind):
             found = call()
-        assert {name: getattr(matmul, name) for name in settings} == settings
+        assert {name: getattr(matmul, name) for name in settings} == during
     finally:
         for name, value in before.items():
             setattr(matmul, name, value)
@@ -899,14 +903,13 @@ def test_bad_lengths_on_the_host() -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 def test_bad_lengths(regime: str, lengths: list[int]) -> None:
     """On the device: it finds them, later; that ends its use by the process."""
-    if needs_clusters(regime):
-        pytest.skip("clusters need a GPU of sm_90")
+    if lacks_clusters(regime):
+        pytest.skip("clusters need a GPU of sm_90 or sm_100")
     code = (
         "import torch, fusedrnn\n"
         "module = fusedrnn.FusedLSTM(3, 4).cuda()\n"
         f"lengths = torch.tensor({lengths}).cuda()\n"
         "module(torch.randn(5, 2, 3).cuda(), lengths=lengths)\n"
-        "print('launched')\n"
         "torch.cuda.synchronize()\n"
     )
     process = subprocess.run(
@@ -917,8 +920,8 @@ def test_bad_lengths(regime: str, lengths: list[int]) -> None:
         check=False,
     )
     assert process.returncode != 0
-    assert "launched" in process.stdout, process.stderr
     assert re.search("lengths must be from 0|device-side assert", process.stderr), process.stderr
+    assert not re.search(r"length 5, got|can't run", process.stderr), "the host found it"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

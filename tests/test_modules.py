@@ -511,7 +511,9 @@ ODD = {
     "None": None,
     "text": "yes",
 }
-READ = ("bias", "batch_first", "bidirectional", "training", "dropout", "num_layers")
+FLAGS = ("bias", "batch_first", "bidirectional", "training")
+SIZES = ("input_size", "hidden_size", "proj_size")
+READ = (*FLAGS, "dropout", "num_layers")
 
 
 @pytest.mark.parametrize("value", ODD)
@@ -538,11 +540,72 @@ def test_attributes_changed_after_construction(
     expected, found = results
     if not isinstance(expected, Exception):
         torch.testing.assert_close(found, expected)
-    elif attribute not in ("dropout", "num_layers"):
+    elif attribute in FLAGS:
         assert type(found) is type(expected) is TypeError
         assert str(found) == f"{attribute} should be of type bool, got: {type(given).__name__}"
     elif attribute == "dropout" or value in ("0", "2", "numpy's 0.0", "None", "text"):
         assert isinstance(found, (TypeError, ValueError))
+
+
+@pytest.mark.parametrize("attribute", SIZES)
+@pytest.mark.parametrize(("theirs", "ours"), LAYERS)
+def test_sizes_changed_after_construction(attribute: str, theirs: type, ours: type) -> None:
+    """They are no longer those of the weights: an error in every layout, as in torch."""
+    x, hx = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
+    module = ours(3, 4)
+    setattr(module, attribute, 2)
+    state = (hx, hx) if theirs is nn.LSTM else hx
+    for given in (x, x[:, 0], pack_sequence([x[:, 0]])):
+        if attribute != "hidden_size":  # which torch compares with a state alone
+            with pytest.raises(RuntimeError):
+                module(given)
+    with pytest.raises(RuntimeError):
+        module(x, state)
+    if attribute == "proj_size" and theirs is nn.LSTM:
+        projected = ours(3, 4, proj_size=2)
+        projected.proj_size = 0
+        with pytest.raises(RuntimeError, match=r"^Expected 4 weights for num_layers=1.* got 5$"):
+            projected(x)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS[2:])
+@pytest.mark.parametrize("attribute", ["input_size", "hidden_size"])
+def test_sizes_of_a_cell_changed_after_construction(
+    attribute: str, theirs: type, ours: type
+) -> None:
+    """As torch, a cell goes by its weights alone."""
+    torch.manual_seed(0)
+    a = theirs(3, 4)
+    b = fused_like(a)
+    for module in (a, b):
+        setattr(module, attribute, 2)
+    x, state = torch.randn(2, 3), torch.randn(2, 4)
+    torch.testing.assert_close(b(x, pair(ours, state)), a(x, pair(theirs, state)))
+    torch.testing.assert_close(b(x[0], pair(ours, state[0])), a(x[0], pair(theirs, state[0])))
+
+    def call(kind: type) -> None:
+        module = a if kind is theirs else b
+        module(torch.randn(2, 2))
+
+    assert_same_error(call, theirs, ours)
+
+
+def test_attributes_that_make_no_sense() -> None:
+    """An exception, and none that was set and forgotten."""
+    x = torch.randn(5, 2, 3)
+    for name in ([], 5, None):  # no name, one that can't be looked up among them
+        module = fusedrnn.FusedLSTM(3, 4)
+        module._flat_weights_names[0] = name
+        with pytest.raises((TypeError, AttributeError)):
+            module(x)
+    for count in (2**62, 2**80, -1, 0):
+        module = fusedrnn.FusedLSTM(3, 4)
+        module.num_layers = count
+        with pytest.raises((ValueError, RuntimeError, OverflowError, MemoryError)):
+            module(x)
+        module._flat_weights_names.clear()
+        with pytest.raises((ValueError, RuntimeError, OverflowError, MemoryError)):
+            module(x)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
 from fusedrnn import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell, _ops, fuse, unfuse
@@ -272,6 +272,14 @@ class MaskedOnTop(Masked):
         return super().forward(x * 2, hx)
 
 
+class MaskedElsewhere(nn.LSTM):
+    """It asks super() for something else."""
+
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
+        assert super().extra_repr()
+        return nn.LSTM.forward(self, x, hx)
+
+
 class MaskedBefore(nn.LSTM):
     def __call__(self, *args: Any) -> Any:
         return super().__call__(*args)
@@ -290,6 +298,20 @@ class Flat(nn.LSTM):
 class Strict(nn.LSTM):
     def __init_subclass__(cls, *, wanted: bool, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+
+
+class Final(nn.LSTM):
+    def __init_subclass__(cls) -> None:
+        raise RuntimeError("Final can't be derived from")
+
+
+class Closed(type):
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise AttributeError(name)
+
+
+class ClosedLSTM(nn.LSTM, metaclass=Closed):
+    pass
 
 
 class Reduced(nn.LSTM):
@@ -382,6 +404,38 @@ class AroundCell(nn.LSTMCell):
         return h.relu(), c
 
 
+class Stateful(nn.LSTM):
+    """With every name that the modules here might want for themselves."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._states = None
+        for name in ("_forward", "_layers", "_lengths", "_weight_names", "_weights", "_cell"):
+            setattr(self, name, "mine")
+
+    def _check_states(self) -> None:
+        raise AssertionError
+
+    def forward(self, x: Tensor | PackedSequence) -> Any:
+        y, self._states = super().forward(x, self._states)
+        return y, self._states
+
+
+def test_names_of_a_subclass_are_its_own() -> None:
+    """Whichever way a call takes."""
+    plain = made(Stateful)
+    fused = fuse(copy.deepcopy(plain))
+    assert isinstance(fused, FusedLSTM)
+    x = inputs(plain)
+    packed = pack_padded_sequence(x, torch.tensor([4, 2, 1]))
+    for given in (x, packed, x[:, 0]):
+        plain._states = fused._states = None
+        for _ in range(2):
+            assert_close(fused(given), plain(given))
+    mine = [name for name in vars(FusedLSTM) if name.startswith("_") and not name.startswith("__")]
+    assert not mine
+
+
 AROUND = [RowsLSTM, RowsGRU, Around, AroundCell]
 
 
@@ -434,13 +488,23 @@ def test_layers_that_stay_instances_of_torchs(theirs: type, ours: type) -> None:
         assert type(other) is type(module)
         other.load_state_dict(module.state_dict())
         assert_close(results(other), expected)
-    # One way and the other, and the same again.
     both = type(module)
-    assert type(fuse(module)) is ours
     assert type(fuse(module, subclass=True)) is both
-    assert type(fuse(module, subclass=True)) is both
+    assert type(fuse(module)) is both  # by whoever fuses the model that it is a part of
     assert type(unfuse(module)) is theirs
     assert_close(results(module), expected, rtol=0, atol=0)
+    assert type(fuse(module)) is ours
+    assert type(fuse(module, subclass=True)) is both
+
+
+def test_a_class_derived_from_one_that_fuse_made() -> None:
+    """Copies keep it, as they do any class."""
+    module = fuse(made(nn.LSTM), subclass=True)
+    module.__class__ = type("Loud", (type(module),), {"__module__": __name__, "loud": True})
+    globals()["Loud"] = type(module)  # where pickle finds it
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is type(module)
+        assert other.loud
 
 
 @EVERY
@@ -448,7 +512,7 @@ def test_parametrized_layers_that_stay_instances_of_torchs(theirs: type, ours: t
     module = made(theirs)
     parametrizations.weight_norm(module, weight_name(module))
     expected = results(module)
-    for subclass in (True, False, True):
+    for subclass in (False, True):
         fuse(module, subclass=subclass)
         assert isinstance(module, theirs) == subclass
         assert isinstance(module, ours)
@@ -557,6 +621,10 @@ def scripted() -> nn.Module:
 LEFT = {
     "own forward": (lambda: Masked(5, 6), r"Masked: forward of its own"),
     "own forward below": (lambda: MaskedOnTop(5, 6), r"MaskedOnTop: forward of its own"),
+    "own forward beside super": (
+        lambda: MaskedElsewhere(5, 6),
+        r"MaskedElsewhere: forward of its own",
+    ),
     "own call": (lambda: MaskedBefore(5, 6), r"MaskedBefore: __call__ of its own"),
     "own part of it": (lambda: Permuted(5, 6), r"Permuted: permute_hidden of its own"),
     "forward of the object": (own_forward, r"LSTM: forward of its own"),
@@ -565,6 +633,11 @@ LEFT = {
     "a class that can't be extended": (
         lambda: Strict(5, 6),
         r"Strict: its class can't be extended",
+    ),
+    "a class that refuses to be": (lambda: Final(5, 6), r"Final: its class can't be extended"),
+    "a class that keeps nothing": (
+        lambda: ClosedLSTM(5, 6),
+        r"ClosedLSTM: its class can't be extended",
     ),
     "own pickling": (lambda: Reduced(5, 6), r"Reduced: __reduce__ of its own"),
     "Elman": (lambda: nn.RNN(5, 6), r"RNN: no counterpart"),
