@@ -36,6 +36,12 @@ bool read_flag(PyObject* value, bool& flag) {
   return flag || value == Py_False;
 }
 
+/// The value of an int; -1 of what is no int or too large for this type.
+int64_t read_number(PyObject* value) {
+  int overflow = 0;
+  return value && PyLong_CheckExact(value) ? PyLong_AsLongAndOverflow(value, &overflow) : -1;
+}
+
 /// Whether input's device has kernels, and nothing is active that the ops have no rule for, or that
 /// wants to see calls of torch.
 bool is_plain(const Tensor& input, bool has_c) {
@@ -103,11 +109,6 @@ class Arguments {
     return w;
   }
 
-  /// Whether an attribute is this int.
-  bool is_number(PyObject* name, int64_t number) const {
-    PyObject* const value = (*this)[name];
-    return value && PyLong_CheckExact(value) && PyLong_AsLong(value) == number;
-  }
   /// Whether the module's checks would pass, which word errors as torch does: the types, devices
   /// and sizes of input and states, of which there are `layers` for `rows` rows. The op checks the
   /// rest.
@@ -217,15 +218,15 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Arguments module;
   if (!module.read(args, count, 3)) Py_RETURN_NONE;
   PyObject* const names = module[_flat_weights_names];
-  PyObject* const layer_count = module[num_layers];
   bool has_bias, both, first, trains;
-  if (!names || !PyList_CheckExact(names) || !layer_count || !PyLong_CheckExact(layer_count) ||
-      !read_flag(module[bias], has_bias) || !read_flag(module[bidirectional], both) ||
-      !read_flag(module[batch_first], first) || !read_flag(module[training], trains)) {
+  if (!names || !PyList_CheckExact(names) || !read_flag(module[bias], has_bias) ||
+      !read_flag(module[bidirectional], both) || !read_flag(module[batch_first], first) ||
+      !read_flag(module[training], trains)) {
     Py_RETURN_NONE;
   }
-  const int64_t L = PyLong_AsLong(layer_count), total = PyList_GET_SIZE(names), D = both ? 2 : 1;
-  const int64_t per_direction = 2 + 2 * has_bias + !module.is_number(proj_size, 0);
+  const int64_t total = PyList_GET_SIZE(names), D = both ? 2 : 1;
+  const int64_t L = read_number(module[num_layers]);
+  const int64_t per_direction = 2 + 2 * has_bias + (read_number(module[proj_size]) != 0);
   if (L < 1 || L > total || total != L * D * per_direction) Py_RETURN_NONE;
   if (L > 1 && trains) {
     PyObject* const p = module[dropout];
@@ -235,8 +236,8 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!module.read_weight(PyList_GET_ITEM(names, i))) Py_RETURN_NONE;
   }
   if (!module.fits(L * D, module.input->size(first ? 0 : 1)) ||
-      !module.is_number(input_size, module.input->size(2)) ||
-      (module.states.h && !module.is_number(hidden_size, module.units()))) {
+      read_number(module[input_size]) != module.input->size(2) ||
+      (module.states.h && read_number(module[hidden_size]) != module.units())) {
     Py_RETURN_NONE;
   }
 

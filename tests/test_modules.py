@@ -603,6 +603,9 @@ def test_attributes_that_make_no_sense() -> None:
         module.num_layers = count
         with pytest.raises((ValueError, RuntimeError, OverflowError, MemoryError)):
             module(x)
+        module.proj_size = count
+        with pytest.raises((ValueError, RuntimeError, OverflowError, MemoryError)):
+            module(x)
         module._flat_weights_names.clear()
         with pytest.raises((ValueError, RuntimeError, OverflowError, MemoryError)):
             module(x)
