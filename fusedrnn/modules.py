@@ -114,6 +114,7 @@ def _layers(
     states: Sequence[Tensor] | None,
     lengths: Lengths | None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    """All layers of a module over all steps, in any layout; errors as torch's where it has them."""
     for name in ("bias", "batch_first", "bidirectional", "training"):
         flag = getattr(module, name)
         if not isinstance(flag, bool):  # torch's call refuses it, its constructor in these words
