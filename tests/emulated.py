@@ -20,6 +20,8 @@ COMMON = shlex.split(
     "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas "
     "-fno-strict-aliasing"
 )
+# For other programs: without what a sanitizer's run of these tests preloads.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 # A GPU faults where an access is not aligned, and so does this, by an illegal instruction.
 ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 

@@ -464,11 +464,9 @@ class Builder:
 
 
 def run(program: Path, seeds: int, left_out: str = "") -> subprocess.CompletedProcess[str]:
-    # Not what another sanitizer's run of these tests preloads.
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     return subprocess.run(
         [str(program), str(seeds), left_out],
-        env={**environment, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"},
+        env={**emulated.ENVIRONMENT, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"},
         capture_output=True,
         text=True,
         check=False,

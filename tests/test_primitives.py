@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_check import setup_cuda
-from emulated import COMPILER, EMULATOR, kernel_flags
+from emulated import COMPILER, EMULATOR, ENVIRONMENT, kernel_flags
 
 SOURCE = Path(__file__).with_name("primitives.cu")
 try:
@@ -41,6 +41,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     subprocess.run(
         [nvcc, *flags, f"-I{SOURCE.parent.parent / 'csrc'}", str(SOURCE), "-o", str(program)],
         check=True,
+        env=ENVIRONMENT,
     )
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
