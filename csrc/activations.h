@@ -1,24 +1,7 @@
 // sigmoid and tanh, once, for float, double and SIMD vectors of either.
-//
-// Convention: everything that a vector kernel calls is a template on the value type V and lives in
-// the namespace FUSEDRNN_TARGET, one namespace per instruction set, so that the linker can never
-// merge a function compiled for AVX-512 into code that runs on an older machine.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#ifndef FUSEDRNN_TARGET
-#define FUSEDRNN_TARGET host
-#endif
-
-#ifdef __CUDACC__
-#define FUSEDRNN_INLINE __host__ __device__ inline __attribute__((always_inline))
-#else
-#define FUSEDRNN_INLINE inline __attribute__((always_inline))
-#endif
+#include "target.h"
 
 #ifdef __CUDACC__
 namespace fusedrnn::cuda {
@@ -28,7 +11,7 @@ __device__ __forceinline__ float reciprocal(float x);  // primitives.cuh
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-/// Scalar type of V, and the unsigned integers that hold its bits.
+/// The scalar type V is made from, and unsigned integers with its bits.
 template <class V>
 struct Value {
   using scalar = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V&>()[0])>>;
@@ -45,25 +28,6 @@ struct Value<double> {
   using scalar = double;
   using bits = uint64_t;
 };
-
-template <class F, int... i>
-FUSEDRNN_INLINE void unroll_sequence(F& f, std::integer_sequence<int, i...>) {
-  (f(std::integral_constant<int, i>{}), ...);
-}
-
-/// Calls f(integral_constant<int, 0>), ..., f(integral_constant<int, N - 1>).
-template <int N, class F>
-FUSEDRNN_INLINE void unroll(F&& f) {
-  unroll_sequence(f, std::make_integer_sequence<int, N>{});
-}
-
-template <class To, class From>
-FUSEDRNN_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 template <class V>
 FUSEDRNN_INLINE V broadcast(typename Value<V>::scalar x) {
@@ -82,8 +46,8 @@ FUSEDRNN_INLINE V clamp(V x, typename Value<V>::scalar bound) {
   return x < low ? low : x;
 }
 
-// ln 2 is split in two so that n * ln2_high is exact for every n that occurs.
-template <class T>
+// ln 2 is split in two, which makes n * ln2_high exact for every n in range.
+template <class Scalar>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
@@ -109,17 +73,17 @@ struct Exp {
 
 template <class V>
 FUSEDRNN_INLINE Exp<V> split_exp(V x) {
-  using T = typename Value<V>::scalar;
+  using Scalar = typename Value<V>::scalar;
   using Bits = typename Value<V>::bits;
-  using BitScalar = typename Value<T>::bits;
-  using K = ExpConstants<T>;
-  const T round = K::round;
-  const V rounded = x * T(1.44269504088896340736) + round;
+  using BitScalar = typename Value<Scalar>::bits;
+  using K = ExpConstants<Scalar>;
+  const Scalar round = K::round;
+  const V rounded = x * Scalar(1.44269504088896340736) + round;
   const V n = rounded - round;
   const V r = (x - n * K::ln2_high) - n * K::ln2_low;
-  // Taylor: the remainder is small enough for it to be within half a unit in the last place.
-  T inverse_factorial[K::degree + 1] = {1};
-  for (int k = 1; k <= K::degree; ++k) inverse_factorial[k] = inverse_factorial[k - 1] / T(k);
+  // Taylor series: on this small remainder its error is below half a unit in the last place.
+  Scalar inverse_factorial[K::degree + 1] = {1};
+  for (int k = 1; k <= K::degree; ++k) inverse_factorial[k] = inverse_factorial[k - 1] / Scalar(k);
   V p = broadcast<V>(inverse_factorial[K::degree]);
   for (int k = K::degree - 1; k >= 2; --k) p = p * r + inverse_factorial[k];
   const BitScalar offset = BitScalar(K::bias) - bit_cast<BitScalar>(round);
@@ -127,13 +91,13 @@ FUSEDRNN_INLINE Exp<V> split_exp(V x) {
   return {bit_cast<V>(exponent), p * (r * r) + r};
 }
 
-/// a / b for b from 1 to 2^126. On a GPU without the branches of a division that takes any b.
+/// a / b for b from 1 to 2^126. On a GPU this avoids the branches of a general division.
 template <class V>
 FUSEDRNN_INLINE V quotient(V a, V b) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<V, float>) {
     const float r = cuda::reciprocal(b), q = a * r;
-    return fmaf(fmaf(-b, q, a), r, q);  // to the nearest, but for a last bit
+    return fmaf(fmaf(-b, q, a), r, q);  // correctly rounded but for a last bit
   }
 #endif
   return a / b;
@@ -142,18 +106,18 @@ FUSEDRNN_INLINE V quotient(V a, V b) {
 /// 1 / (1 + exp(-x)); relative error within 2 units in the last place.
 template <class V>
 FUSEDRNN_INLINE V sigmoid(V x) {
-  using T = typename Value<V>::scalar;
-  const Exp<V> e = split_exp<V>(clamp<V>(-x, ExpConstants<T>::limit));
-  return quotient<V>(broadcast<V>(T(1)), T(1) + (e.scale * e.fraction + e.scale));
+  using Scalar = typename Value<V>::scalar;
+  const Exp<V> e = split_exp<V>(clamp<V>(-x, ExpConstants<Scalar>::limit));
+  return quotient<V>(broadcast<V>(Scalar(1)), Scalar(1) + (e.scale * e.fraction + e.scale));
 }
 
 /// expm1(2x) / (expm1(2x) + 2): accurate near zero, where 1 - 2 / (exp(2x) + 1) is not.
 template <class V>
 FUSEDRNN_INLINE V tanh(V x) {
-  using T = typename Value<V>::scalar;
-  const Exp<V> e = split_exp<V>(clamp<V>(x * T(2), ExpConstants<T>::tanh_limit));
-  const V expm1 = e.scale * e.fraction + (e.scale - T(1));
-  return quotient<V>(expm1, expm1 + T(2));
+  using Scalar = typename Value<V>::scalar;
+  const Exp<V> e = split_exp<V>(clamp<V>(x * Scalar(2), ExpConstants<Scalar>::tanh_limit));
+  const V expm1 = e.scale * e.fraction + (e.scale - Scalar(1));
+  return quotient<V>(expm1, expm1 + Scalar(2));
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

@@ -1,13 +1,12 @@
 // The maths of every cell, forward and backward, once, for scalars and SIMD vectors alike.
 //
-// A cell is constants and functions of one unit. The linear part of a step is summed into
-// kSums values a unit; `input_sum[g]` and `hidden_sum[g]` say to which of them the g-th row block
-// of weight_ih and weight_hh contributes (GRU keeps the hidden part of its candidate apart).
-// kSaved values a unit are kept for the backward pass, from which output() gives the step's h
-// again: the backward pass does not need the output, which its owner may have changed in place.
-// `state` is what a unit carries from step to step besides h: c for LSTM, h itself for GRU.
+// A cell is constants and functions of one hidden unit. A step's GEMMs sum into kPreacts
+// pre-activations a unit. Row block g of weight_ih contributes to pre-activation input_preact[g],
+// row block g of weight_hh to hidden_preact[g]; a GRU keeps the hidden part of its candidate apart.
+// The backward pass gets kSaved values a unit. output() recomputes h from them, because the owner
+// of the output may have changed it in place. `state` is c for a cell with a cell state, else h.
 //
-// To add a cell: a struct here, a schema in ops.cpp, a line in each backend, a test parameter.
+// To add a cell: a struct here, its name in Cells, its step in _cells.py. docs/new_cell.md.
 #pragma once
 
 #include "activations.h"
@@ -17,18 +16,19 @@ namespace fusedrnn::FUSEDRNN_TARGET {
 /// Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000, as in torch.nn.LSTM.
 /// Gates i f g o; saved: i f g o c.
 struct Lstm {
-  static constexpr int kGates = 4, kSums = 4, kSaved = 5;
-  static constexpr int input_sum[kGates] = {0, 1, 2, 3};
-  static constexpr int hidden_sum[kGates] = {0, 1, 2, 3};
-  static constexpr bool kStateIsOutput = false;
-  static constexpr int kSavedState = 4;  ///< where `saved` holds the state
+  static constexpr char kName[] = "lstm";
+  static constexpr int kGates = 4, kPreacts = 4, kSaved = 5;
+  static constexpr int input_preact[kGates] = {0, 1, 2, 3};
+  static constexpr int hidden_preact[kGates] = {0, 1, 2, 3};
+  static constexpr bool kHasCellState = true, kHasProjection = true;
+  static constexpr int kSavedState = 4;  ///< index of the state in `saved`
 
   template <class V>
-  static FUSEDRNN_INLINE V forward(const V* sum, V& c, V* saved) {
-    saved[0] = sigmoid(sum[0]);
-    saved[1] = sigmoid(sum[1]);
-    saved[2] = tanh(sum[2]);
-    saved[3] = sigmoid(sum[3]);
+  static FUSEDRNN_INLINE V forward(const V* preact, V& c, V* saved) {
+    saved[0] = sigmoid(preact[0]);
+    saved[1] = sigmoid(preact[1]);
+    saved[2] = tanh(preact[2]);
+    saved[3] = sigmoid(preact[3]);
     saved[4] = c = saved[1] * c + saved[0] * saved[2];
     return output(saved);
   }
@@ -38,39 +38,41 @@ struct Lstm {
     return saved[3] * tanh(saved[4]);
   }
 
-  /// dh: gradient of this step's output. dc: of c, this step's on entry, the last step's on return.
+  /// dh: gradient of this step's output. dc: gradient of this step's c on entry, of the previous
+  /// step's c on return.
   template <class V>
-  static FUSEDRNN_INLINE void backward(const V* saved, V c_previous, V dh, V& dc, V* dsum) {
-    using T = typename Value<V>::scalar;
+  static FUSEDRNN_INLINE void backward(const V* saved, V c_previous, V dh, V& dc, V* dgates) {
+    using Scalar = typename Value<V>::scalar;
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = tanh(saved[4]);
-    dc += dh * o * (T(1) - tanh_c * tanh_c);
-    dsum[0] = dc * g * i * (T(1) - i);
-    dsum[1] = dc * c_previous * f * (T(1) - f);
-    dsum[2] = dc * i * (T(1) - g * g);
-    dsum[3] = dh * tanh_c * o * (T(1) - o);
+    dc += dh * o * (Scalar(1) - tanh_c * tanh_c);
+    dgates[0] = dc * g * i * (Scalar(1) - i);
+    dgates[1] = dc * c_previous * f * (Scalar(1) - f);
+    dgates[2] = dc * i * (Scalar(1) - g * g);
+    dgates[3] = dh * tanh_c * o * (Scalar(1) - o);
     dc *= f;
   }
 };
 
 /// Cho et al. 2014 in torch.nn.GRU's form, the reset after the product:
-/// n = tanh(x_n + r * h_n). Gates r z n; sums r, z, x_n, h_n; saved: r z n h_n h.
+/// n = tanh(x_n + r * h_n). Gates r z n; pre-activations r, z, x_n, h_n; saved: r z n h_n h.
 struct Gru {
-  static constexpr int kGates = 3, kSums = 4, kSaved = 5;
-  static constexpr int input_sum[kGates] = {0, 1, 2};
-  static constexpr int hidden_sum[kGates] = {0, 1, 3};
-  static constexpr bool kStateIsOutput = true;
+  static constexpr char kName[] = "gru";
+  static constexpr int kGates = 3, kPreacts = 4, kSaved = 5;
+  static constexpr int input_preact[kGates] = {0, 1, 2};
+  static constexpr int hidden_preact[kGates] = {0, 1, 3};
+  static constexpr bool kHasCellState = false, kHasProjection = false;
   static constexpr int kSavedState = 4;
 
   template <class V>
-  static FUSEDRNN_INLINE V forward(const V* sum, V& h, V* saved) {
-    using T = typename Value<V>::scalar;
-    saved[0] = sigmoid(sum[0]);
-    saved[1] = sigmoid(sum[1]);
-    saved[2] = tanh(sum[2] + saved[0] * sum[3]);
-    saved[3] = sum[3];
-    // Not n + z * (h - n): that loses h where |n| is much larger.
-    return saved[4] = h = (T(1) - saved[1]) * saved[2] + saved[1] * h;
+  static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved) {
+    using Scalar = typename Value<V>::scalar;
+    saved[0] = sigmoid(preact[0]);
+    saved[1] = sigmoid(preact[1]);
+    saved[2] = tanh(preact[2] + saved[0] * preact[3]);
+    saved[3] = preact[3];
+    // Not n + z * (h - n), which loses h where |n| is much larger.
+    return saved[4] = h = (Scalar(1) - saved[1]) * saved[2] + saved[1] * h;
   }
 
   template <class V>
@@ -78,20 +80,52 @@ struct Gru {
     return saved[4];
   }
 
-  /// dh: gradient of this step's output but for the part that goes straight from h to h, which
-  /// dh_direct carries: this step's on entry, the last step's on return.
+  /// dh: gradient of this step's output. dh_direct: the part that bypasses the gates, from h to h;
+  /// this step's on entry, the previous step's on return.
   template <class V>
-  static FUSEDRNN_INLINE void backward(const V* saved, V h_previous, V dh, V& dh_direct, V* dsum) {
-    using T = typename Value<V>::scalar;
+  static FUSEDRNN_INLINE void backward(const V* saved, V h_previous, V dh, V& dh_direct,
+                                       V* dgates) {
+    using Scalar = typename Value<V>::scalar;
     const V r = saved[0], z = saved[1], n = saved[2], h_n = saved[3];
     dh += dh_direct;
-    const V dn = dh * (T(1) - z) * (T(1) - n * n);
-    dsum[0] = dn * h_n * r * (T(1) - r);
-    dsum[1] = dh * (h_previous - n) * z * (T(1) - z);
-    dsum[2] = dn;
-    dsum[3] = dn * r;
+    const V dn = dh * (Scalar(1) - z) * (Scalar(1) - n * n);
+    dgates[0] = dn * h_n * r * (Scalar(1) - r);
+    dgates[1] = dh * (h_previous - n) * z * (Scalar(1) - z);
+    dgates[2] = dn;
+    dgates[3] = dn * r;
     dh_direct = dh * z;
   }
 };
 
+/// A list of cells. A cell's index in it is its number wherever cells are told apart at run time.
+template <class... Cell>
+struct CellList {
+  static constexpr int count = sizeof...(Cell);
+
+  /// Calls f(Cell{}) for each cell.
+  template <class F>
+  static void for_each(F&& f) {
+    (f(Cell{}), ...);
+  }
+  /// Calls f(Cell{}) for the cell of this index.
+  template <class F>
+  static void visit(int index, F&& f) {
+    int i = 0;
+    (void)((i++ == index && (f(Cell{}), true)) || ...);
+  }
+  template <class Of>
+  static constexpr int index_of() {
+    int index = 0;
+    (void)((std::is_same_v<Of, Cell> || (++index, false)) || ...);
+    return index;
+  }
+};
+
+/// Every cell of the library.
+using Cells = CellList<Lstm, Gru>;
+
 }  // namespace fusedrnn::FUSEDRNN_TARGET
+
+namespace fusedrnn {
+constexpr int kCells = FUSEDRNN_TARGET::Cells::count;
+}

@@ -2,28 +2,33 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <numeric>
+#include <tuple>
+#include <utility>
 
 namespace fusedrnn {
 namespace {
 
-/// FSDP and others take the memory of a tensor away and leave the rest.
+#define FUSEDRNN_CHECK(cell, condition, ...) \
+  TORCH_CHECK(condition, "fusedrnn::", (cell).name, ": ", __VA_ARGS__)
+#define FUSEDRNN_CHECK_BACKWARD(cell, condition, ...) \
+  TORCH_CHECK(condition, "fusedrnn::", (cell).name, "_backward: ", __VA_ARGS__)
+
+/// FSDP and others free a tensor's memory and keep the tensor.
 void check_allocated(const CellInfo& cell, const char* name, const Tensor& t) {
-  TORCH_CHECK(t.numel() == 0 || t.storage().nbytes() > 0, "fusedrnn::", cell.name, ": ", name,
-              " has elements, but its data is not allocated");
+  FUSEDRNN_CHECK(cell, t.numel() == 0 || t.storage().nbytes() > 0, name,
+                 " has elements, but its data is not allocated");
 }
 
 void check_like(const CellInfo& cell, const char* name, const Tensor& t, const Tensor& input,
                 c10::IntArrayRef shape) {
-  TORCH_CHECK(t.device() == input.device(), "fusedrnn::", cell.name, ": input is on ",
-              input.device(), " but ", name, " is on ", t.device());
-  TORCH_CHECK(t.scalar_type() == input.scalar_type(), "fusedrnn::", cell.name, ": input has type ",
-              input.scalar_type(), " but ", name, " has type ", t.scalar_type());
-  TORCH_CHECK(t.sizes() == shape, "fusedrnn::", cell.name, ": Expected ", name, " size ", shape,
-              ", got ", t.sizes());
+  FUSEDRNN_CHECK(cell, t.device() == input.device(), "input is on ", input.device(), " but ", name,
+                 " is on ", t.device());
+  FUSEDRNN_CHECK(cell, t.scalar_type() == input.scalar_type(), "input has type ",
+                 input.scalar_type(), " but ", name, " has type ", t.scalar_type());
+  FUSEDRNN_CHECK(cell, t.sizes() == shape, "Expected ", name, " size ", shape, ", got ", t.sizes());
   check_allocated(cell, name, t);
 }
 
@@ -33,80 +38,92 @@ Tensor with_contiguous_features(const Tensor& t, at::ScalarType type) {
   return converted.size(-1) <= 1 || converted.stride(-1) == 1 ? converted : converted.contiguous();
 }
 
+template <class... Cell>
+constexpr std::array<CellInfo, sizeof...(Cell)> cell_infos(scalar::CellList<Cell...>) {
+  return {CellInfo::of<Cell>()...};
+}
+constexpr auto kCellInfos = cell_infos(scalar::Cells());
+
 }  // namespace
 
-Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h,
-             const OptionalTensor& c, at::TensorList list, bool bidirectional,
-             const OptionalTensor& sizes, const OptionalTensor& row_lengths, bool keep_type)
-    : cell(cell_info), type(x.scalar_type()), D(bidirectional ? 2 : 1) {
-  packed = sizes.has_value();
+const CellInfo& cell_info(int index) { return kCellInfos[size_t(index)]; }
+
+Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, bool keep_type)
+    : cell(cell_info), type(args.input.scalar_type()), D(args.bidirectional ? 2 : 1) {
+  const Tensor& x = args.input;
+  packed = args.batch_sizes.has_value();
   compute_type = type == at::kDouble ? at::kDouble : at::kFloat;
   const at::ScalarType operand_type = keep_type ? type : compute_type;
-  TORCH_CHECK(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "fusedrnn::", cell.name, ": input must be float32, float64, bfloat16 or float16, got ", type);
-  TORCH_CHECK(x.dim() == (packed ? 2 : 3), "fusedrnn::", cell.name, ": Expected input to be ",
-              packed ? "2D" : "3D", packed ? " with batch_sizes" : "", ", got ", x.dim(), "D");
+  FUSEDRNN_CHECK(
+      cell, type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "input must be float32, float64, bfloat16 or float16, got ", type);
+  FUSEDRNN_CHECK(cell, x.dim() == (packed ? 2 : 3), "Expected input to be ", packed ? "2D" : "3D",
+                 packed ? " with batch_sizes" : "", ", got ", x.dim(), "D");
   I = x.size(-1);
   check_allocated(cell, "input", x);
-
   if (packed) {
-    const Tensor& s = *sizes;
-    TORCH_CHECK(!row_lengths, "fusedrnn::", cell.name,
-                ": batch_sizes and lengths exclude each other");
-    TORCH_CHECK(s.device().is_cpu() && s.scalar_type() == at::kLong && s.dim() == 1,
-                "fusedrnn::", cell.name, ": batch_sizes must be a 1-D int64 tensor on the CPU");
-    const Tensor flat = s.contiguous();
-    batch_sizes.assign(flat.const_data_ptr<int64_t>(),
-                       flat.const_data_ptr<int64_t>() + flat.numel());
-    for (size_t t = 0; t < batch_sizes.size(); ++t) {
-      TORCH_CHECK(batch_sizes[t] > 0 && (t == 0 || batch_sizes[t] <= batch_sizes[t - 1]),
-                  "fusedrnn::", cell.name,
-                  ": batch_sizes must be positive and never increase, got ",
-                  c10::IntArrayRef(batch_sizes));
-      // One by one, so that no sum can overflow.
-      TORCH_CHECK(batch_sizes[t] <= x.size(0), "fusedrnn::", cell.name,
-                  ": batch_sizes don't add up to the ", x.size(0), " rows of input");
-    }
-    T = int64_t(batch_sizes.size());
-    B = T ? batch_sizes[0] : 0;
-    N = std::accumulate(batch_sizes.begin(), batch_sizes.end(), int64_t(0));
-    TORCH_CHECK(N == x.size(0), "fusedrnn::", cell.name, ": batch_sizes add up to ", N,
-                " but input has ", x.size(0), " rows");
+    FUSEDRNN_CHECK(cell, !args.lengths, "batch_sizes and lengths exclude each other");
+    read_batch_sizes(*args.batch_sizes, x.size(0));
   } else {
     T = x.size(0);
     B = x.size(1);
     N = T * B;
   }
   TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
-  if (row_lengths) {
-    const Tensor& l = *row_lengths;
-    TORCH_CHECK(
-        l.device() == x.device() && l.scalar_type() == at::kLong && l.dim() == 1 && l.size(0) == B,
-        "fusedrnn::", cell.name, ": lengths must be an int64 tensor of size [", B,
-        "] on the device of input");
-    lengths = l.contiguous();
-  }
+  if (args.lengths) read_lengths(*args.lengths, x);
+  read_weights(x, args.weights, operand_type);
+  if (args.h0) check_like(cell, "h0", *args.h0, x, {D, B, P});
+  if (args.c0) check_like(cell, "c0", *args.c0, x, {D, B, H});
+  input = with_contiguous_features(x, operand_type);
+  if (args.h0) h0 = with_contiguous_features(*args.h0, compute_type);
+  if (args.c0) c0 = with_contiguous_features(*args.c0, compute_type);
+}
 
-  const int64_t per = int64_t(list.size()) / D;
-  TORCH_CHECK(int64_t(list.size()) == per * D && per >= 2 && per <= (cell.has_c ? 5 : 4) &&
-                  (cell.has_c || per != 3),
-              "fusedrnn::", cell.name, ": got ", list.size(), " weights for ", D, " direction",
-              D == 2 ? "s" : "");
+void Layer::read_batch_sizes(const Tensor& sizes, int64_t rows) {
+  FUSEDRNN_CHECK(cell,
+                 sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1,
+                 "batch_sizes must be a 1-D int64 tensor on the CPU");
+  const Tensor flat = sizes.contiguous();
+  batch_sizes.assign(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
+  for (size_t t = 0; t < batch_sizes.size(); ++t) {
+    FUSEDRNN_CHECK(cell, batch_sizes[t] > 0 && (t == 0 || batch_sizes[t] <= batch_sizes[t - 1]),
+                   "batch_sizes must be positive and never increase, got ",
+                   c10::IntArrayRef(batch_sizes));
+    // One by one, so that no sum can overflow.
+    FUSEDRNN_CHECK(cell, batch_sizes[t] <= rows, "batch_sizes don't add up to the ", rows,
+                   " rows of input");
+  }
+  T = int64_t(batch_sizes.size());
+  B = T ? batch_sizes[0] : 0;
+  N = std::accumulate(batch_sizes.begin(), batch_sizes.end(), int64_t(0));
+  FUSEDRNN_CHECK(cell, N == rows, "batch_sizes add up to ", N, " but input has ", rows, " rows");
+}
+
+void Layer::read_lengths(const Tensor& l, const Tensor& x) {
+  FUSEDRNN_CHECK(
+      cell,
+      l.device() == x.device() && l.scalar_type() == at::kLong && l.dim() == 1 && l.size(0) == B,
+      "lengths must be an int64 tensor of size [", B, "] on the device of input");
+  lengths = l.contiguous();
+}
+
+void Layer::read_weights(const Tensor& x, at::TensorList list, at::ScalarType operand_type) {
+  const int64_t count = int64_t(list.size()), per = count / D;
+  const bool is_count = per == 2 || per == 4 || (cell.has_projection && (per == 3 || per == 5));
+  FUSEDRNN_CHECK(cell, count == per * D && is_count, "got ", list.size(), " weights for ", D,
+                 " direction", D == 2 ? "s" : "");
   has_bias = per >= 4;
   has_projection = per % 2 == 1;
-  for (const Tensor& w : list) {
-    TORCH_CHECK(w.defined(), "fusedrnn::", cell.name, ": a weight is undefined");
-  }
+  for (const Tensor& w : list) FUSEDRNN_CHECK(cell, w.defined(), "a weight is undefined");
   const Tensor& first_hh = list[1];
-  TORCH_CHECK(first_hh.dim() == 2 && first_hh.size(0) % cell.gates == 0, "fusedrnn::", cell.name,
-              ": Expected weight_hh size [", cell.gates, " * hidden_size, output size], got ",
-              first_hh.sizes());
+  FUSEDRNN_CHECK(cell, first_hh.dim() == 2 && first_hh.size(0) % cell.gates == 0,
+                 "Expected weight_hh size [", cell.gates, " * hidden_size, output size], got ",
+                 first_hh.sizes());
   H = first_hh.size(0) / cell.gates;
   P = first_hh.size(1);
-  TORCH_CHECK(H > 0 && P > 0 && (has_projection || P == H), "fusedrnn::", cell.name,
-              ": Expected weight_hh size [", first_hh.size(0), ", ", H, "], got ",
-              first_hh.sizes());
+  FUSEDRNN_CHECK(cell, H > 0 && P > 0 && (has_projection || P == H), "Expected weight_hh size [",
+                 first_hh.size(0), ", ", H, "], got ", first_hh.sizes());
+  const auto ready = [&](const Tensor& t) { return in_type(t, operand_type).contiguous(); };
   for (int64_t d = 0; d < D; ++d) {
     const Tensor* w = &list[d * per];
     check_like(cell, "weight_ih", w[0], x, {cell.gates * H, I});
@@ -116,16 +133,10 @@ Layer::Layer(const CellInfo& cell_info, const Tensor& x, const OptionalTensor& h
       check_like(cell, "bias_hh", w[3], x, {cell.gates * H});
     }
     if (has_projection) check_like(cell, "weight_hr", w[per - 1], x, {P, H});
-    const auto ready = [&](const Tensor& t) { return in_type(t, operand_type).contiguous(); };
     weights.push_back({ready(w[0]), ready(w[1]), has_bias ? ready(w[2]) : Tensor(),
                        has_bias ? ready(w[3]) : Tensor(),
                        has_projection ? ready(w[per - 1]) : Tensor()});
   }
-  if (h) check_like(cell, "h0", *h, x, {D, B, P});
-  if (c) check_like(cell, "c0", *c, x, {D, B, H});
-  input = with_contiguous_features(x, operand_type);
-  if (h) h0 = with_contiguous_features(*h, compute_type);
-  if (c) c0 = with_contiguous_features(*c, compute_type);
 }
 
 Tensor Layer::flat_input() const { return input.reshape({N, input.size(-1)}).contiguous(); }
@@ -134,104 +145,119 @@ std::vector<int64_t> Layer::shape(int64_t features) const {
   return packed ? std::vector<int64_t>{N, features} : std::vector<int64_t>{T, B, features};
 }
 
-std::vector<Tensor> weight_gradients(const Layer& layer,
-                                     const std::vector<DirectionGradients>& directions,
-                                     const std::vector<bool>& output_mask, bool want_input,
-                                     Tensor& grad_input, const Products& products,
-                                     const Tensor& positions) {
-  const CellInfo& cell = layer.cell;
-  const int64_t H = layer.H, inputs = cell.gates * H, per = layer.weights_per_direction();
-  Tensor x = layer.flat_input();
-  if (positions.defined()) {
-    x = x.index_select(0, positions);
-  } else if (layer.lengths.defined()) {  // zero gradients don't undo NaN or infinity in the padding
-    const Tensor steps = at::arange(layer.T, layer.lengths.options()).unsqueeze(1);
-    x = x.masked_fill(steps.ge(layer.lengths).view({layer.N, 1}), 0);
-  }
-  std::vector<Tensor> gradients(output_mask.size());
-  if (want_input) grad_input = at::empty(x.sizes(), layer.options());
+namespace {
 
-  for (int64_t d = 0; d < layer.D; ++d) {
-    const DirectionGradients& g = directions[d];
-    const DirectionWeights& w = layer.weights[d];
-    const auto wanted = [&](int64_t i) { return output_mask[d * per + i]; };
-    Tensor* out = &gradients[d * per];
-    const auto product = [&](const Tensor& a, const Tensor& b) {
-      Tensor result = at::empty({a.size(1), b.size(1)}, layer.options());
-      products.multiply_transposed(a, b, result);
-      return result;
-    };
-    const Tensor dinput = g.dsums.narrow(1, 0, inputs);
-    if (want_input) products.multiply(dinput, w.ih, grad_input, d > 0);
-    if (wanted(0)) out[0] = product(dinput, x);
-    if (wanted(1)) {
-      out[1] = at::empty_like(w.hh);
-      // Row blocks of weight_hh whose sums lie next to each other go in one product.
-      for (int64_t gate = 0, end; gate < cell.gates; gate = end) {
-        for (end = gate + 1;
-             end < cell.gates && cell.hidden_sum[end] == cell.hidden_sum[end - 1] + 1;) {
-          ++end;
-        }
-        const int64_t rows = (end - gate) * H;
-        products.multiply_transposed(g.dsums.narrow(1, cell.hidden_sum[gate] * H, rows),
-                                     g.h_previous, out[1].narrow(0, gate * H, rows));
-      }
-    }
-    if (layer.has_bias && (wanted(2) || wanted(3))) {
-      const Tensor sums = g.dsums.sum(0);
-      out[2] = sums.narrow(0, 0, inputs);
-      out[3] = at::empty_like(w.bias_hh);
-      for (int64_t gate = 0; gate < cell.gates; ++gate) {
-        out[3].narrow(0, gate * H, H).copy_(sums.narrow(0, cell.hidden_sum[gate] * H, H));
-      }
-      if (cell.sums > cell.gates) out[2] = out[2].clone();  // not a view of more than it shows
-    }
-    if (layer.has_projection && wanted(per - 1)) out[per - 1] = product(g.dr, g.h_raw);
-  }
-  if (want_input && positions.defined()) {
-    grad_input =
-        at::zeros({layer.N, layer.I}, layer.options()).index_copy_(0, positions, grad_input);
-  }
-  if (want_input) grad_input = grad_input.view(layer.shape(layer.I));
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    gradients[i] = output_mask[i] ? in_type(gradients[i], layer.type)
-                                  : at::empty({0}, layer.options().dtype(layer.type));
-  }
-  return gradients;
+/// The input as [M, I]: the tokens that have gradients, or all with the padding zeroed.
+Tensor input_of(const Layer& layer, const Tensor& tokens) {
+  const Tensor x = layer.flat_input();
+  if (tokens.defined()) return x.index_select(0, tokens);
+  if (!layer.lengths.defined()) return x;
+  // A zero gradient times NaN or infinity in the padding is not zero.
+  const Tensor steps = at::arange(layer.T, layer.lengths.options()).unsqueeze(1);
+  return x.masked_fill(steps.ge(layer.lengths).view({layer.N, 1}), 0);
 }
 
-OutputGradients::OutputGradients(const Layer& layer, const OptionalTensor& grad_output,
-                                 const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
-                                 const OptionalTensor& layer_output, const Tensor& layer_saved,
-                                 const std::vector<bool>& output_mask) {
+/// Of weight_hh. Row blocks whose pre-activations are neighbours share a GEMM.
+Tensor hidden_weight_gradient(const Layer& layer, const Tensor& dgates, const Tensor& h_previous,
+                              const Gemms& gemms) {
+  const CellInfo& cell = layer.cell;
+  const auto& at = cell.hidden_preact;
+  const Tensor out = at::empty({cell.gates * layer.H, layer.P}, layer.options());
+  for (int64_t gate = 0, end; gate < cell.gates; gate = end) {
+    for (end = gate + 1; end < cell.gates && at[end] == at[end - 1] + 1;) ++end;
+    const int64_t rows = (end - gate) * layer.H;
+    gemms.multiply_transposed(dgates.narrow(1, at[gate] * layer.H, rows), h_previous,
+                              out.narrow(0, gate * layer.H, rows));
+  }
+  return out;
+}
+
+/// Of bias_ih and bias_hh.
+std::pair<Tensor, Tensor> bias_gradients(const Layer& layer, const Tensor& dgates) {
+  const CellInfo& cell = layer.cell;
+  const int64_t H = layer.H;
+  const Tensor all = dgates.sum(0);
+  const Tensor hidden = at::empty({cell.gates * H}, layer.options());
+  for (int64_t gate = 0; gate < cell.gates; ++gate) {
+    hidden.narrow(0, gate * H, H).copy_(all.narrow(0, cell.hidden_preact[gate] * H, H));
+  }
+  const Tensor input = all.narrow(0, 0, cell.gates * H);
+  // Not a view that keeps more memory than it shows.
+  return {cell.preacts > cell.gates ? input.clone() : input, hidden};
+}
+
+}  // namespace
+
+LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
+                               const GateGradients& gates, const Tensor& dh0, const Tensor& dc0,
+                               const Gemms& gemms, const Tensor& tokens) {
+  const int64_t inputs = layer.cell.gates * layer.H, per = layer.weights_per_direction();
+  const int64_t first_weight = 1 + layer.cell.states();
+  const bool wants_input = g.output_mask[0];
+  const auto wanted = [&](const Tensor& t, int64_t i) {
+    return g.output_mask[i] ? in_type(t, layer.type)
+                            : at::empty({0}, layer.options().dtype(layer.type));
+  };
+  const auto product = [&](const Tensor& a, const Tensor& b) {
+    const Tensor result = at::empty({a.size(1), b.size(1)}, layer.options());
+    gemms.multiply_transposed(a, b, result);
+    return result;
+  };
+  const Tensor x = input_of(layer, tokens);
+  LayerGradients out;
+  if (wants_input) out.input = at::empty(x.sizes(), layer.options());
+  for (int64_t d = 0; d < layer.D; ++d) {
+    const int64_t first = first_weight + d * per;
+    const auto wants = [&](int64_t i) { return g.output_mask[first + i]; };
+    const Tensor dgates = gates.dgates[d], dinput = dgates.narrow(1, 0, inputs);
+    if (wants_input) gemms.multiply(dinput, layer.weights[d].ih, out.input, d > 0);
+    std::vector<Tensor> of(static_cast<size_t>(per));
+    if (wants(0)) of[0] = product(dinput, x);
+    if (wants(1)) of[1] = hidden_weight_gradient(layer, dgates, gates.h_previous[d], gemms);
+    if (layer.has_bias && (wants(2) || wants(3))) {
+      std::tie(of[2], of[3]) = bias_gradients(layer, dgates);
+    }
+    if (layer.has_projection && wants(per - 1)) of[per - 1] = product(gates.dr[d], gates.h_raw[d]);
+    for (int64_t i = 0; i < per; ++i) out.weights.push_back(wanted(of[i], first + i));
+  }
+  if (wants_input && tokens.defined()) {
+    out.input = at::zeros({layer.N, layer.I}, layer.options()).index_copy_(0, tokens, out.input);
+  }
+  out.input = wanted(wants_input ? out.input.view(layer.shape(layer.I)) : out.input, 0);
+  out.h0 = wanted(dh0, 1);
+  if (layer.cell.has_cell_state) out.c0 = wanted(dc0, 2);
+  return out;
+}
+
+OutputGradients::OutputGradients(const Layer& layer, const BackwardArgs& args) {
   const CellInfo& cell = layer.cell;
   const auto ready = [&](const char* name, const Tensor& t, c10::IntArrayRef shape) {
-    TORCH_CHECK(t.scalar_type() == layer.type, "fusedrnn::", cell.name,
-                "_backward: input has type ", layer.type, " but ", name, " has type ",
-                t.scalar_type());
-    TORCH_CHECK(t.device() == layer.input.device(), "fusedrnn::", cell.name,
-                "_backward: input is on ", layer.input.device(), " but ", name, " is on ",
-                t.device());
-    TORCH_CHECK(t.sizes() == shape, "fusedrnn::", cell.name, "_backward: Expected ", name, " size ",
-                shape, ", got ", t.sizes());
+    FUSEDRNN_CHECK_BACKWARD(cell, t.scalar_type() == layer.type, "input has type ", layer.type,
+                            " but ", name, " has type ", t.scalar_type());
+    FUSEDRNN_CHECK_BACKWARD(cell, t.device() == layer.input.device(), "input is on ",
+                            layer.input.device(), " but ", name, " is on ", t.device());
+    FUSEDRNN_CHECK_BACKWARD(cell, t.sizes() == shape, "Expected ", name, " size ", shape, ", got ",
+                            t.sizes());
     return in_type(t, layer.compute_type).contiguous();
   };
   const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
-  TORCH_CHECK(layer_output || !layer.has_projection, "fusedrnn::", cell.name,
-              "_backward: output is needed with a projection");
-  if (layer.has_projection) output = ready("output", *layer_output, output_shape);
-  if (grad_output) dy = ready("grad_output", *grad_output, output_shape);
-  if (grad_h_n) dh_n = ready("grad_h_n", *grad_h_n, {layer.D, layer.B, layer.P});
-  if (grad_c_n) dc_n = ready("grad_c_n", *grad_c_n, {layer.D, layer.B, layer.H});
-  TORCH_CHECK(layer_saved.scalar_type() == layer.compute_type &&
-                  layer_saved.device() == layer.input.device() &&
-                  layer_saved.sizes() == c10::IntArrayRef({layer.D, layer.N, cell.saved, layer.H}),
-              "fusedrnn::", cell.name,
-              "_backward: saved must be what the forward op returned with save=True");
-  saved = layer_saved.contiguous();
-  const size_t wanted = (cell.has_c ? 3 : 2) + layer.D * layer.weights_per_direction();
-  TORCH_CHECK(output_mask.size() == wanted, "fusedrnn::", cell.name, "_backward: Expected ", wanted,
-              " entries in output_mask, got ", output_mask.size());
+  FUSEDRNN_CHECK_BACKWARD(cell, args.output || !layer.has_projection,
+                          "output is needed with a projection");
+  if (layer.has_projection) output = ready("output", *args.output, output_shape);
+  if (args.grad_output) dy = ready("grad_output", *args.grad_output, output_shape);
+  if (args.grad_h_n) dh_n = ready("grad_h_n", *args.grad_h_n, {layer.D, layer.B, layer.P});
+  if (args.grad_c_n) dc_n = ready("grad_c_n", *args.grad_c_n, {layer.D, layer.B, layer.H});
+  FUSEDRNN_CHECK_BACKWARD(
+      cell,
+      args.saved.scalar_type() == layer.compute_type &&
+          args.saved.device() == layer.input.device() &&
+          args.saved.sizes() == c10::IntArrayRef({layer.D, layer.N, cell.saved, layer.H}),
+      "saved must be what the forward op returned with save=True");
+  saved = args.saved.contiguous();
+  output_mask.assign(args.output_mask.begin(), args.output_mask.end());
+  const size_t wanted = 1 + cell.states() + layer.D * layer.weights_per_direction();
+  FUSEDRNN_CHECK_BACKWARD(cell, output_mask.size() == wanted, "Expected ", wanted,
+                          " entries in output_mask, got ", output_mask.size());
 }
 
 }  // namespace fusedrnn

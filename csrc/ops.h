@@ -1,4 +1,8 @@
-// The ops of ops.cpp as typed functions, for the C++ that calls them through the dispatcher.
+// The ops of every cell in C++: their arguments and results as structs, and as the flat lists that
+// the dispatcher wants. ops.cpp has the contract.
+//
+// The arguments are listed once, in FUSEDRNN_LAYER_ARGS. Structs, schemas, types of the ops and
+// registration follow from it and from the list of cells (cells.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,55 +10,226 @@
 #include <ATen/core/grad_mode.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "cells.h"
 
 namespace fusedrnn {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-using LstmOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    bool bidirectional, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-    bool save);
-using GruOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor& input, const OptionalTensor& h0,
-                                                 at::TensorList weights, bool bidirectional,
-                                                 const OptionalTensor& batch_sizes,
-                                                 const OptionalTensor& lengths, bool save);
-using LstmBackwardOp = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>(
-    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-    const OptionalTensor& grad_c_n, const Tensor& input, const OptionalTensor& h0,
-    const OptionalTensor& c0, at::TensorList weights, bool bidirectional,
-    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& output,
-    const Tensor& saved, const c10::List<bool>& output_mask);
-using GruBackwardOp = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
-    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const Tensor& input,
-    const OptionalTensor& h0, at::TensorList weights, bool bidirectional,
-    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& output,
-    const Tensor& saved, const c10::List<bool>& output_mask);
+/// A layer's arguments in the order of the schema. CELL_STATE: for cells with a cell state alone.
+#define FUSEDRNN_LAYER_ARGS(ARG, CELL_STATE) \
+  ARG(const Tensor&, input)                  \
+  ARG(const OptionalTensor&, h0)             \
+  CELL_STATE(const OptionalTensor&, c0)      \
+  ARG(at::TensorList, weights)               \
+  ARG(bool, bidirectional)                   \
+  ARG(const OptionalTensor&, batch_sizes)    \
+  ARG(const OptionalTensor&, lengths)
+
+#define FUSEDRNN_OUTPUT_GRADIENT_ARGS(ARG, CELL_STATE) \
+  ARG(const OptionalTensor&, grad_output)              \
+  ARG(const OptionalTensor&, grad_h_n)                 \
+  CELL_STATE(const OptionalTensor&, grad_c_n)
+
+/// Of the forward op, behind a layer's.
+#define FUSEDRNN_FORWARD_ARGS(ARG) ARG(bool, save)
+
+/// Of the backward op, behind the gradients and a layer's.
+#define FUSEDRNN_BACKWARD_ARGS(ARG)  \
+  ARG(const OptionalTensor&, output) \
+  ARG(const Tensor&, saved)          \
+  ARG(const c10::List<bool>&, output_mask)
+
+#define FUSEDRNN_FIELD(type, name) type name;
+struct LayerArgs {
+  FUSEDRNN_LAYER_ARGS(FUSEDRNN_FIELD, FUSEDRNN_FIELD)
+};
+struct ForwardArgs : LayerArgs {
+  FUSEDRNN_FORWARD_ARGS(FUSEDRNN_FIELD)
+};
+struct OutputGradientArgs {
+  FUSEDRNN_OUTPUT_GRADIENT_ARGS(FUSEDRNN_FIELD, FUSEDRNN_FIELD)
+};
+struct BackwardArgs : OutputGradientArgs, LayerArgs {
+  FUSEDRNN_BACKWARD_ARGS(FUSEDRNN_FIELD)
+};
+#undef FUSEDRNN_FIELD
+
+/// Results of a forward op; c_n is undefined for a cell without a cell state.
+struct LayerOutput {
+  Tensor output, h_n, c_n, saved;
+  Tensor& cell_state() { return c_n; }
+};
+/// Results of a backward op; likewise c0.
+struct LayerGradients {
+  Tensor input, h0, c0;
+  std::vector<Tensor> weights;
+  Tensor& cell_state() { return c0; }
+};
+
+// ---- flat lists ---------------------------------------------------------------------------------
+//
+// A list for a cell without a cell state lacks c0, grad_c_n and c_n.
+
+template <class Cell, class Item>
+auto cell_state_item(Item item) {
+  if constexpr (Cell::kHasCellState) {
+    return std::tuple<Item>(std::forward<Item>(item));
+  } else {
+    return std::tuple<>();
+  }
+}
+
+#define FUSEDRNN_ITEM(type, name) std::tuple<type>(args.name),
+#define FUSEDRNN_CELL_STATE_ITEM(type, name) cell_state_item<Cell, type>(args.name),
+template <class Cell>
+auto flat(const LayerArgs& args) {
+  return std::tuple_cat(FUSEDRNN_LAYER_ARGS(FUSEDRNN_ITEM, FUSEDRNN_CELL_STATE_ITEM)
+                            std::tuple<>());
+}
+template <class Cell>
+auto flat(const ForwardArgs& args) {
+  return std::tuple_cat(flat<Cell>(static_cast<const LayerArgs&>(args)),
+                        FUSEDRNN_FORWARD_ARGS(FUSEDRNN_ITEM) std::tuple<>());
+}
+template <class Cell>
+auto flat(const BackwardArgs& args) {
+  return std::tuple_cat(FUSEDRNN_OUTPUT_GRADIENT_ARGS(FUSEDRNN_ITEM, FUSEDRNN_CELL_STATE_ITEM)
+                            flat<Cell>(static_cast<const LayerArgs&>(args)),
+                        FUSEDRNN_BACKWARD_ARGS(FUSEDRNN_ITEM) std::tuple<>());
+}
+#undef FUSEDRNN_ITEM
+#undef FUSEDRNN_CELL_STATE_ITEM
+template <class Cell>
+auto flat(LayerOutput&& out) {
+  return std::tuple_cat(std::tuple<Tensor, Tensor>(std::move(out.output), std::move(out.h_n)),
+                        cell_state_item<Cell, Tensor>(std::move(out.c_n)),
+                        std::tuple<Tensor>(std::move(out.saved)));
+}
+template <class Cell>
+auto flat(LayerGradients&& out) {
+  return std::tuple_cat(std::tuple<Tensor, Tensor>(std::move(out.input), std::move(out.h0)),
+                        cell_state_item<Cell, Tensor>(std::move(out.c0)),
+                        std::tuple<std::vector<Tensor>>(std::move(out.weights)));
+}
+
+/// The struct of a flat list.
+template <class Cell, class Args, class... Items>
+Args structured(const Items&... items) {
+  static const OptionalTensor absent;
+  const auto args = [](const auto&... all) { return Args{all...}; };
+  if constexpr (Cell::kHasCellState) {
+    return args(items...);
+  } else if constexpr (std::is_same_v<Args, BackwardArgs>) {
+    return [&](const auto& grad_output, const auto& grad_h_n, const auto& input, const auto& h0,
+               const auto&... rest) {
+      return args(grad_output, grad_h_n, absent, input, h0, absent, rest...);
+    }(items...);
+  } else {
+    return [&](const auto& input, const auto& h0, const auto&... rest) {
+      return args(input, h0, absent, rest...);
+    }(items...);
+  }
+}
+template <class Cell, class Results, class... Items>
+Results structured(std::tuple<Items...>&& out) {
+  constexpr size_t last = sizeof...(Items) - 1;
+  Results results{std::get<0>(std::move(out)), std::get<1>(std::move(out)), Tensor(),
+                  std::get<last>(std::move(out))};
+  if constexpr (Cell::kHasCellState) results.cell_state() = std::get<2>(std::move(out));
+  return results;
+}
+
+// ---- ops ----------------------------------------------------------------------------------------
+
+template <class Items, class Results>
+struct Signature;
+template <class... Items, class Results>
+struct Signature<std::tuple<Items...>, Results> {
+  using type = Results(Items...);
+};
+/// A cell's ops as functions of flat lists, as the dispatcher sees them.
+template <class Cell>
+struct OpTypes {
+  using Forward = typename Signature<decltype(flat<Cell>(std::declval<const ForwardArgs&>())),
+                                     decltype(flat<Cell>(std::declval<LayerOutput>()))>::type;
+  using Backward = typename Signature<decltype(flat<Cell>(std::declval<const BackwardArgs&>())),
+                                      decltype(flat<Cell>(std::declval<LayerGradients>()))>::type;
+};
+template <class Cell>
+using ForwardOp = typename OpTypes<Cell>::Forward;
+template <class Cell>
+using BackwardOp = typename OpTypes<Cell>::Backward;
 
 template <class Op>
-c10::TypedOperatorHandle<Op> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+c10::TypedOperatorHandle<Op> find_op(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Op>();
+}
+template <class Cell>
+const auto& forward_op() {
+  static const auto op = find_op<ForwardOp<Cell>>(std::string("fusedrnn::") + Cell::kName);
+  return op;
+}
+template <class Cell>
+const auto& backward_op() {
+  static const auto op =
+      find_op<BackwardOp<Cell>>(std::string("fusedrnn::") + Cell::kName + "_backward");
+  return op;
+}
+/// The backward op made from torch's own ops (_ops.py), for create_graph=True.
+template <class Cell>
+const auto& differentiable_backward_op() {
+  static const auto op = find_op<BackwardOp<Cell>>(std::string("fusedrnn::_") + Cell::kName +
+                                                   "_backward_differentiable");
+  return op;
 }
 
-inline const auto& lstm_op() {
-  static const auto op = find_op<LstmOp>("fusedrnn::lstm");
-  return op;
+template <class Cell>
+LayerOutput call(const c10::TypedOperatorHandle<ForwardOp<Cell>>& op, const ForwardArgs& args) {
+  return structured<Cell, LayerOutput>(
+      std::apply([&](const auto&... items) { return op.call(items...); }, flat<Cell>(args)));
 }
-inline const auto& gru_op() {
-  static const auto op = find_op<GruOp>("fusedrnn::gru");
-  return op;
+template <class Cell>
+LayerGradients call(const c10::TypedOperatorHandle<BackwardOp<Cell>>& op,
+                    const BackwardArgs& args) {
+  return structured<Cell, LayerGradients>(
+      std::apply([&](const auto&... items) { return op.call(items...); }, flat<Cell>(args)));
 }
-inline const auto& lstm_backward_op() {
-  static const auto op = find_op<LstmBackwardOp>("fusedrnn::lstm_backward");
-  return op;
+
+/// A cell's kernels for the dispatcher, from a backend's functions over structs:
+/// Backend::forward<Cell>(const ForwardArgs&) and Backend::backward<Cell>(const BackwardArgs&).
+template <class Backend, class Cell, class Forward = ForwardOp<Cell>,
+          class Backward = BackwardOp<Cell>>
+struct CellOps;
+template <class Backend, class Cell, class Output, class... ForwardItems, class Gradients,
+          class... BackwardItems>
+struct CellOps<Backend, Cell, Output(ForwardItems...), Gradients(BackwardItems...)> {
+  static Output forward(ForwardItems... items) {
+    return flat<Cell>(Backend::template forward<Cell>(structured<Cell, ForwardArgs>(items...)));
+  }
+  static Gradients backward(BackwardItems... items) {
+    return flat<Cell>(Backend::template backward<Cell>(structured<Cell, BackwardArgs>(items...)));
+  }
+};
+
+/// Registers a backend's kernels for every cell in a torch::Library.
+template <class Backend, class Library>
+void register_ops(Library& m) {
+  scalar::Cells::for_each([&](auto cell) {
+    using Ops = CellOps<Backend, decltype(cell)>;
+    m.impl(cell.kName, &Ops::forward);
+    m.impl((std::string(cell.kName) + "_backward").c_str(), &Ops::backward);
+  });
 }
-inline const auto& gru_backward_op() {
-  static const auto op = find_op<GruBackwardOp>("fusedrnn::gru_backward");
-  return op;
-}
+
+// ---- gradients ----------------------------------------------------------------------------------
 
 inline bool needs_gradient(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool needs_gradient(const OptionalTensor& t) { return t && needs_gradient(*t); }
@@ -64,11 +239,19 @@ inline bool needs_gradient(at::TensorList list) {
   }
   return false;
 }
+inline bool needs_gradient(const LayerArgs& args) {
+  return needs_gradient(args.input) || needs_gradient(args.h0) || needs_gradient(args.c0) ||
+         needs_gradient(args.weights);
+}
+inline bool needs_gradient(const OutputGradientArgs& args) {
+  return needs_gradient(args.grad_output) || needs_gradient(args.grad_h_n) ||
+         needs_gradient(args.grad_c_n);
+}
 
-/// Whether a call with these arguments, tensors or lists of them, is to be differentiated.
-template <class... Tensors>
-bool any_needs_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (needs_gradient(tensors) || ...);
+/// Whether autograd has to record a call with these arguments.
+template <class... Args>
+bool any_needs_gradient(const Args&... args) {
+  return at::GradMode::is_enabled() && (needs_gradient(args) || ...);
 }
 
 }  // namespace fusedrnn

@@ -1,11 +1,11 @@
-// The extension as a Python module: a short way from the modules to the ops.
+// The extension as a Python module: a fast path from the modules to the ops, and a list of cells.
 //
-// A call of torch.ops turns its arguments into a schema's and back; for one step of a small layer
-// that costs more than the layer. `layers` and `cell` take what a module holds and call the ops
-// through the dispatcher. They know the plain case only. Before they call an op they return None
-// for any other case, and where an argument is wrong: fusedrnn/modules.py then takes the long way,
-// which says what is. Once an op has been called, its exception is the caller's: hooks may have run
-// under it, and a second call would run them again.
+// torch.ops converts every argument to its schema and back. For one step of a small layer this
+// costs more than the layer. `layers` and `cell` take a module's attributes and call the ops
+// through the dispatcher. They know the plain case only. In any other case, and for a wrong
+// argument, they return None before they call an op; fusedrnn/modules.py then takes the slow path,
+// which words the error. After an op was called its exception goes to the caller: hooks may have
+// run, and must not run twice.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
@@ -17,7 +17,7 @@
 #include <algorithm>
 #include <exception>
 
-#include "cells.h"
+#include "layer.h"
 #include "ops.h"
 
 namespace fusedrnn {
@@ -29,28 +29,29 @@ const Tensor* plain_tensor(PyObject* object) {
   return object && THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
-/// Reads an attribute that must be True or False itself: what else is true or false, as 1 or a
-/// numpy bool, torch has rules for that the long way knows.
+/// Reads an attribute that must be True or False itself. The slow path has torch's rules for other
+/// values, as 1 or a numpy bool.
 bool read_flag(PyObject* value, bool& flag) {
   flag = value == Py_True;
   return flag || value == Py_False;
 }
 
-/// The value of an int; -1 of what is no int or too large for this type.
+/// The value of an int; -1 for other types and for numbers too large.
 int64_t read_number(PyObject* value) {
   int overflow = 0;
   return value && PyLong_CheckExact(value) ? PyLong_AsLongAndOverflow(value, &overflow) : -1;
 }
 
-/// Whether input's device has kernels, and nothing is active that the ops have no rule for, or that
-/// wants to see calls of torch.
-bool is_plain(const Tensor& input, bool has_c) {
+/// Whether input's device has kernels, and no mode is active that the ops have no rule for or that
+/// intercepts calls of torch.
+bool is_plain(const Tensor& input, int cell) {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   const auto key = c10::legacyExtractDispatchKey(input.key_set());
-  const c10::OperatorHandle& op =
-      has_c ? static_cast<const c10::OperatorHandle&>(lstm_op()) : gru_op();
-  // A meta tensor has fake kernels, and no autocast that could be asked for.
-  return op.hasKernelForDispatchKey(key) && !input.is_meta() &&
+  bool has_kernel = false;
+  scalar::Cells::visit(
+      cell, [&](auto of) { has_kernel = forward_op<decltype(of)>().hasKernelForDispatchKey(key); });
+  // A meta tensor has fake kernels, and a device that autocast does not know.
+  return has_kernel && !input.is_meta() &&
          !tls.included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !tls.included_.has(c10::DispatchKey::Tracer) &&
          !tls.included_.has(c10::DispatchKey::Python) &&
@@ -61,16 +62,16 @@ bool is_plain(const Tensor& input, bool has_c) {
 
 using Tensors = c10::SmallVector<Tensor, 16>;
 
-/// The final states of a call, or the initial ones: h and, for an LSTM, c.
+/// Initial or final states: h, and c for a cell with a cell state.
 struct States {
   OptionalTensor h, c;
 };
 
-/// Reads hx: None, a tensor, or for an LSTM a pair of them, all of `dim` dimensions.
-bool read_states(PyObject* hx, bool has_c, int64_t dim, States& states) {
+/// Reads hx: None, a tensor, or with a cell state a pair of tensors, each of `dim` dimensions.
+bool read_states(PyObject* hx, bool has_cell_state, int64_t dim, States& states) {
   if (hx == Py_None) return true;
   PyObject* item[2] = {hx, nullptr};
-  if (has_c) {
+  if (has_cell_state) {
     if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx)) || PySequence_Fast_GET_SIZE(hx) != 2) {
       return false;
     }
@@ -78,7 +79,7 @@ bool read_states(PyObject* hx, bool has_c, int64_t dim, States& states) {
     item[1] = PySequence_Fast_GET_ITEM(hx, 1);
   }
   OptionalTensor* to[2] = {&states.h, &states.c};
-  for (int i = 0; i < 1 + has_c; ++i) {
+  for (int i = 0; i < 1 + has_cell_state; ++i) {
     const Tensor* t = plain_tensor(item[i]);
     if (!t || t->dim() != dim) return false;
     *to[i] = *t;
@@ -86,7 +87,7 @@ bool read_states(PyObject* hx, bool has_c, int64_t dim, States& states) {
   return true;
 }
 
-/// What `layers` and `cell` are called with: a module's attributes, has_c, input, hx.
+/// The arguments of `layers` and `cell`: a module's attributes, the index of its cell, input, hx.
 class Arguments {
  public:
   /// Whether it is the plain case, with an input of `dim` dimensions.
@@ -94,11 +95,14 @@ class Arguments {
     FUSEDRNN_NAME(_parameters);
     if (count != 4 || !PyDict_CheckExact(args[0])) return false;
     attributes_ = args[0];
-    has_c = args[1] == Py_True;
+    const int64_t index = read_number(args[1]);
+    if (index < 0 || index >= scalar::Cells::count) return false;
+    cell = &cell_info(int(index));
+    has_cell_state = cell->has_cell_state;
     input = plain_tensor(args[2]);
     parameters_ = (*this)[_parameters];
-    return input && input->dim() == dim && is_plain(*input, has_c) &&
-           read_states(args[3], has_c, dim, states) && parameters_ &&
+    return input && input->dim() == dim && is_plain(*input, cell->index) &&
+           read_states(args[3], has_cell_state, dim, states) && parameters_ &&
            PyDict_CheckExact(parameters_);
   }
   PyObject* operator[](PyObject* name) const { return PyDict_GetItemWithError(attributes_, name); }
@@ -109,9 +113,8 @@ class Arguments {
     return w;
   }
 
-  /// Whether the module's checks would pass, which word errors as torch does: the types, devices
-  /// and sizes of input and states, of which there are `layers` for `rows` rows. The op checks the
-  /// rest.
+  /// Whether the module's own checks would pass: types, devices and sizes of input and states, for
+  /// `layers` layers and `rows` rows. They word errors as torch does. The op checks the rest.
   bool fits(int64_t layers, int64_t rows) const {
     const Tensor &ih = weights[0], &hh = weights[1];
     if (ih.dim() != 2 || hh.dim() != 2 || input->size(-1) != ih.size(1)) return false;
@@ -125,18 +128,17 @@ class Arguments {
       return is_like_weight(s) && sizes.back() == width && sizes[sizes.size() - 2] == rows &&
              (sizes.size() == 2 || sizes[0] == layers);
     };
-    return is_state(*states.h, hh.size(1)) && (!has_c || is_state(*states.c, units()));
+    return is_state(*states.h, hh.size(1)) && (!has_cell_state || is_state(*states.c, units()));
   }
   /// H, by the first layer's weights.
-  int64_t units() const {
-    return weights[1].size(0) / (has_c ? host::Lstm::kGates : host::Gru::kGates);
-  }
+  int64_t units() const { return weights[1].size(0) / cell->gates; }
   /// Whether there is None in its place.
   bool is_absent(PyObject* name) const {
     return PyDict_GetItemWithError(parameters_, name) == Py_None;
   }
 
-  bool has_c = false;
+  const CellInfo* cell = nullptr;
+  bool has_cell_state = false;
   const Tensor* input = nullptr;
   States states;
   Tensors weights;
@@ -158,29 +160,25 @@ PyObject* tuple_of(Items... items) {
   return tuple;
 }
 
-struct Result {
-  Tensor y, h_n, c_n;
-};
-
-Result call(bool has_c, const Tensor& input, const States& states, at::TensorList weights,
-            bool bidirectional) {
-  Result result;
-  if (has_c) {
-    std::tie(result.y, result.h_n, result.c_n, std::ignore) = lstm_op().call(
-        input, states.h, states.c, weights, bidirectional, std::nullopt, std::nullopt, false);
-  } else {
-    std::tie(result.y, result.h_n, std::ignore) =
-        gru_op().call(input, states.h, weights, bidirectional, std::nullopt, std::nullopt, false);
-  }
+LayerOutput run_layer(const CellInfo& info, const Tensor& input, const States& states,
+                      at::TensorList weights, bool bidirectional) {
+  static const OptionalTensor absent;
+  LayerOutput result;
+  scalar::Cells::visit(info.index, [&](auto cell) {
+    using Cell = decltype(cell);
+    result = call<Cell>(
+        forward_op<Cell>(),
+        ForwardArgs{{input, states.h, states.c, weights, bidirectional, absent, absent}, false});
+  });
   return result;
 }
 
-/// Lets other Python threads run meanwhile, if the call is long enough for that to be worth it.
+/// Releases the GIL for calls long enough to pay for it.
 class WithoutGil {
  public:
   WithoutGil(const Tensor& input, at::TensorList weights) {
     const int64_t rows = input.numel() / std::max<int64_t>(input.size(-1), 1);
-    // A GPU's call may wait for memory or for room in a queue, whatever its size.
+    // On a GPU a call of any size may wait for memory or for room in a queue.
     if (!input.is_cpu() || rows * weights[0].numel() > 1 << 16) state_ = PyEval_SaveThread();
   }
   ~WithoutGil() {
@@ -192,7 +190,7 @@ class WithoutGil {
   PyThreadState* state_ = nullptr;
 };
 
-/// For calls that need no gradient: the ops without their Autograd kernels.
+/// Skips the ops' Autograd kernels where no argument needs a gradient.
 class BelowAutograd {
  public:
   BelowAutograd(const Tensor& input, const States& states, at::TensorList weights) {
@@ -203,7 +201,7 @@ class BelowAutograd {
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
 };
 
-/// layers(attributes, has_c, input, hx): what FusedLSTM's or FusedGRU's forward returns, or None.
+/// layers(attributes, cell, input, hx): the result of a layer module's forward, or None.
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   FUSEDRNN_NAME(_flat_weights_names);
   FUSEDRNN_NAME(num_layers);
@@ -241,36 +239,37 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
 
-  Result result;
+  LayerOutput result;
   {
     const WithoutGil no_gil(*module.input, module.weights);
     const BelowAutograd below(*module.input, module.states, module.weights);
     Tensor x = first ? module.input->transpose(0, 1) : *module.input;
     if (L == 1) {
-      result = call(module.has_c, x, module.states, module.weights, both);
+      result = run_layer(*module.cell, x, module.states, module.weights, both);
     } else {
       std::vector<Tensor> h, c;
       for (int64_t i = 0; i < L; ++i) {
         const auto of_layer = [&](const OptionalTensor& s) {
           return s ? OptionalTensor(s->narrow(0, i * D, D)) : std::nullopt;
         };
-        Result r = call(module.has_c, x, {of_layer(module.states.h), of_layer(module.states.c)},
-                        at::TensorList(module.weights).slice(i * total / L, total / L), both);
-        x = std::move(r.y);
+        LayerOutput r =
+            run_layer(*module.cell, x, {of_layer(module.states.h), of_layer(module.states.c)},
+                      at::TensorList(module.weights).slice(i * total / L, total / L), both);
+        x = std::move(r.output);
         h.push_back(std::move(r.h_n));
         c.push_back(std::move(r.c_n));
       }
-      result = {std::move(x), at::cat(h), module.has_c ? at::cat(c) : Tensor()};
+      result = {std::move(x), at::cat(h), module.has_cell_state ? at::cat(c) : Tensor(), {}};
     }
-    if (first) result.y.transpose_(0, 1);  // not a view: FSDP loses sight of those
+    if (first) result.output.transpose_(0, 1);  // not a view: FSDP would lose its hooks
   }
-  PyObject* const y = THPVariable_Wrap(std::move(result.y));
+  PyObject* const y = THPVariable_Wrap(std::move(result.output));
   PyObject* const h_n = THPVariable_Wrap(std::move(result.h_n));
-  if (!module.has_c) return tuple_of(y, h_n);
+  if (!module.has_cell_state) return tuple_of(y, h_n);
   return tuple_of(y, tuple_of(h_n, THPVariable_Wrap(std::move(result.c_n))));
 }
 
-/// cell(attributes, has_c, input, hx): (h,) or (h, c) after a cell's step, or None.
+/// cell(attributes, cell, input, hx): (h,) or (h, c) after one step of a cell module, or None.
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   FUSEDRNN_NAME(weight_ih);
   FUSEDRNN_NAME(weight_hh);
@@ -279,26 +278,47 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Arguments module;
   if (!module.read(args, count, 2)) Py_RETURN_NONE;
   if (!module.read_weight(weight_ih) || !module.read_weight(weight_hh)) Py_RETURN_NONE;
-  // As torch, what there is: its cells don't ask `bias` either.
+  // Like torch's cells, which do not read the attribute `bias` either.
   const bool without_bias = module.is_absent(bias_ih) && module.is_absent(bias_hh);
   if (!without_bias && !(module.read_weight(bias_ih) && module.read_weight(bias_hh))) {
     Py_RETURN_NONE;
   }
   if (!module.fits(1, module.input->size(0))) Py_RETURN_NONE;
-  Result result;
+  LayerOutput result;
   {
     const WithoutGil no_gil(*module.input, module.weights);
     const BelowAutograd below(*module.input, module.states, module.weights);
     const auto one_step = [](const OptionalTensor& t) {
       return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt;
     };
-    result = call(module.has_c, module.input->unsqueeze(0),
+    result =
+        run_layer(*module.cell, module.input->unsqueeze(0),
                   {one_step(module.states.h), one_step(module.states.c)}, module.weights, false);
     result.h_n.squeeze_(0);
-    if (module.has_c) result.c_n.squeeze_(0);
+    if (module.has_cell_state) result.c_n.squeeze_(0);
   }
   PyObject* const h = THPVariable_Wrap(std::move(result.h_n));
-  return module.has_c ? tuple_of(h, THPVariable_Wrap(std::move(result.c_n))) : tuple_of(h);
+  return module.has_cell_state ? tuple_of(h, THPVariable_Wrap(std::move(result.c_n))) : tuple_of(h);
+}
+
+/// cells(): for each cell, in the order of their indices, a dict of its constants.
+PyObject* cells(PyObject*, PyObject* const*, Py_ssize_t) {
+  PyObject* const list = PyList_New(0);
+  for (int i = 0; list && i < scalar::Cells::count; ++i) {
+    const CellInfo& info = cell_info(i);
+    PyObject* const item =
+        Py_BuildValue("{s:i,s:s,s:L,s:L,s:N,s:N}", "index", info.index, "name", info.name, "gates",
+                      (long long)info.gates, "saved", (long long)info.saved, "has_cell_state",
+                      PyBool_FromLong(info.has_cell_state), "has_projection",
+                      PyBool_FromLong(info.has_projection));
+    if (!item || PyList_Append(list, item)) {
+      Py_XDECREF(item);
+      Py_DECREF(list);
+      return nullptr;
+    }
+    Py_DECREF(item);
+  }
+  return list;
 }
 
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
@@ -307,7 +327,7 @@ template <Function function>
 PyObject* translated(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   try {
     PyObject* const result = function(self, args, count);
-    // Of an attribute that could not be read: the long way finds out, and says so.
+    // An attribute could not be read: the slow path meets the same error and raises it.
     if (result == Py_None) PyErr_Clear();
     return result;
   } catch (...) {
@@ -322,7 +342,8 @@ PyMethodDef method(const char* name) {
           METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<layers>("layers"), method<cell>("cell"), {}};
+PyMethodDef methods[] = {
+    method<layers>("layers"), method<cell>("cell"), method<cells>("cells"), {}};
 PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "fusedrnn._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import _reference
+from fusedrnn._cells import Cell
 
 Optional = Tensor | None
 Dims = Sequence[int | None]
@@ -29,19 +30,14 @@ SHARED = 1  # a weight
 
 @dataclass(frozen=True)
 class Call:
-    """What is called: the ops of csrc/ops.cpp for a cell, and their arguments but the tensors."""
+    """An op's call but for its tensors: the cell, its ops of csrc/ops.cpp, and the flags."""
 
-    cell: str
+    cell: Cell
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Any, ...]]
     bidirectional: bool
     save: bool
     needed: tuple[bool, ...] = ()  # of input, states and weights: the output_mask
-
-    @property
-    def states(self) -> int:
-        """How many states the cell has."""
-        return 2 if self.cell == "lstm" else 1
 
 
 def _fold(what: int, t: Optional, dim: int | None, count: int) -> Optional:
@@ -97,7 +93,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *args: Optional) -> tuple[Tensor, ...]:
-        n = call.states + 1
+        n = call.cell.states + 1
         grads, (batch_sizes, lengths, output, saved), tensors = (
             args[:n],
             args[n : n + 4],
@@ -127,7 +123,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
         """By the reference, which has derivatives of every order."""
         call: Call = ctx.call
-        n = call.states + 1
+        n = call.cell.states + 1
         args = list(ctx.saved_tensors)
         batch_sizes, lengths = args[n : n + 2]
         variables = [*range(n), *range(n + 4, len(args))]
@@ -174,7 +170,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, call: Call, *args: Optional) -> Any:
-        n = call.states + 1
+        n = call.cell.states + 1
         weights = len(args) - 2 * n - 4
         return _map(
             info.batch_size,
@@ -195,7 +191,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *args: Optional) -> tuple[Tensor, ...]:
-        n = call.states + 1
+        n = call.cell.states + 1
         (batch_sizes, lengths), tensors = args[:2], args[2:]
         output, *rest = call.forward(
             *tensors[:n], list(tensors[n:]), call.bidirectional, batch_sizes, lengths, call.save
@@ -223,7 +219,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, call: Call, *args: Optional) -> Any:
-        n = call.states + 1
+        n = call.cell.states + 1
         return _map(
             info.batch_size,
             lambda *a: _Layer.apply(call, *a),  # type: ignore[no-untyped-call]

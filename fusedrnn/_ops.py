@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.compiler import is_dynamo_compiling
 
 from fusedrnn import _functorch, _reference
+from fusedrnn._cells import Cell, States, cells
 
 _ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
@@ -62,9 +63,12 @@ def _load() -> None:
 _load()
 
 _C: Any = sys.modules["fusedrnn._C"]
-# The short ways of csrc/python.cpp: None for what they leave to the long one.
+# The fast paths of csrc/python.cpp; they return None for calls that need the slow path.
 fast_layers = _C.layers
 fast_cell = _C.cell
+
+# By name; a cell's index is its place.
+CELLS: dict[str, Cell] = cells(_C.cells())
 
 # The devices with a kernel: a backend that was not compiled is absent from the dispatcher.
 _DEVICES = frozenset(
@@ -72,20 +76,8 @@ _DEVICES = frozenset(
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
     if torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::lstm", key)
 )
-_FORWARD = {
-    "lstm": torch.ops.fusedrnn.lstm.default,
-    "gru": torch.ops.fusedrnn.gru.default,
-}
-
-_BACKWARD = {
-    "lstm": torch.ops.fusedrnn.lstm_backward.default,
-    "gru": torch.ops.fusedrnn.gru_backward.default,
-}
-
-# kSaved of csrc/cells.h, for the shapes that the fake kernels tell.
-_SAVED = {"lstm": 5, "gru": 5}
-
-States = tuple[Tensor, ...]
+_FORWARD = [getattr(torch.ops.fusedrnn, name).default for name in CELLS]
+_BACKWARD = [getattr(torch.ops.fusedrnn, f"{name}_backward").default for name in CELLS]
 
 
 def devices() -> frozenset[str]:
@@ -93,12 +85,12 @@ def devices() -> frozenset[str]:
     return _DEVICES
 
 
-def _differentiable_backward(cell: str, *args: Any) -> tuple[Any, ...]:
+def _differentiable_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
     """A backward op whose gradients are functions of inputs and grads, for create_graph=True.
 
     Arguments and results: those of the op in csrc/ops.cpp.
     """
-    n = 3 if cell == "lstm" else 2  # outputs; input and states
+    n = 1 + cell.states  # output and final states; input and states
     grads, (input, *states), weights = args[:n], args[n : 2 * n], args[2 * n]
     bidirectional, batch_sizes, lengths, _, _, needed = args[2 * n + 1 :]
     # Each argument as a tensor of its own: a path from one to another, say from a weight to the
@@ -129,12 +121,12 @@ def _differentiable_backward(cell: str, *args: Any) -> tuple[Any, ...]:
 
 
 _library = torch.library.Library("fusedrnn", "IMPL")  # type: ignore[no-untyped-call]
-for _cell in ("lstm", "gru"):
+for _cell in CELLS.values():
     for _op, _key in (
-        (f"_{_cell}_backward_differentiable", "CompositeImplicitAutograd"),
+        (f"_{_cell.name}_backward_differentiable", "CompositeImplicitAutograd"),
         # Batches of gradients of one call: torch.autograd.grad's is_grads_batched, or under vmap.
-        (f"{_cell}_backward", "Batched"),
-        (f"{_cell}_backward", "FuncTorchBatched"),
+        (f"{_cell.name}_backward", "Batched"),
+        (f"{_cell.name}_backward", "FuncTorchBatched"),
     ):
         _library.impl(  # type: ignore[no-untyped-call]
             _op, functools.partial(_differentiable_backward, _cell), _key
@@ -163,12 +155,16 @@ def can_reshape_in_place() -> bool:
 
 
 def autocast(
-    layer: str, input: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor]
+    cell: Cell,
+    is_layer: bool,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor] | None, Sequence[Tensor]]:
-    """Casts as torch's own module does under torch.autocast; `layer` is that module's name.
+    """Casts as torch's own module does under torch.autocast: a layer, or a single step's cell.
 
-    On the CPU nn.LSTM goes to the autocast type, and the others to that of the input; on CUDA the
-    cells go to the autocast type, and nn.LSTM and nn.GRU, as cuDNN's, to float16 whatever it is.
+    On the CPU some cast to the autocast type and the others to the input's. On CUDA the cells cast
+    to the autocast type, and the layers, as cuDNN's, to float16 whatever it is.
     """
     device = input.device.type
     if (
@@ -178,12 +174,12 @@ def autocast(
         or torch.float64 in (input.dtype, weights[0].dtype)
     ):
         return input, states, weights
-    if device == "cuda" and layer in ("LSTM", "GRU"):
+    if device == "cuda" and is_layer:
         dtype = torch.float16
-    elif layer == "LSTM" or device != "cpu":
-        dtype = torch.get_autocast_dtype(device)
-    else:
+    elif device == "cpu" and not (cell.layer_casts_on_cpu if is_layer else cell.cell_casts_on_cpu):
         dtype = input.dtype
+    else:
+        dtype = torch.get_autocast_dtype(device)
     return (
         input.to(dtype),
         None if states is None else [s.to(dtype) for s in states],
@@ -203,7 +199,7 @@ def check_lengths(lengths: Tensor, steps: int) -> None:
 
 
 def layer(
-    cell: str,
+    cell: Cell,
     input: Tensor,
     states: Sequence[Tensor | None],
     weights: Sequence[Tensor],
@@ -220,9 +216,13 @@ def layer(
     if transforms:
         # What a transform below wants a gradient of is not to be seen from here.
         save = TransformType.Grad in transforms or torch.is_grad_enabled()
-        call = _functorch.Call(cell, _FORWARD[cell], _BACKWARD[cell], bidirectional, save)
+        call = _functorch.Call(
+            cell, _FORWARD[cell.index], _BACKWARD[cell.index], bidirectional, save
+        )
         return _functorch.layer(call, input, states, weights, batch_sizes, lengths)
-    result = _FORWARD[cell](input, *states, weights, bidirectional, batch_sizes, lengths, False)
+    result = _FORWARD[cell.index](
+        input, *states, weights, bidirectional, batch_sizes, lengths, False
+    )
     return result[0], result[1:-1]
 
 
@@ -235,23 +235,24 @@ def _check_devices(op: str, args: Sequence[Any]) -> None:
         raise RuntimeError(f"fusedrnn::{op}: Expected all tensors on one device, found {names}")
 
 
-def _fake_forward(cell: str, n: int, *args: Any) -> tuple[Tensor, ...]:
+def _fake_forward(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
+    n = cell.states
     input, weights = args[0], args[1 + n]
-    _check_devices(cell, args[: 2 + n])
+    _check_devices(cell.name, args[: 2 + n])
     bidirectional, batch_sizes, _, save = args[2 + n :]
     directions = 2 if bidirectional else 1
-    hidden, out = weights[1].size(0) // _reference.GATES[cell], weights[1].size(1)
+    hidden, out = weights[1].size(0) // cell.gates, weights[1].size(1)
     if batch_sizes is None:
-        positions = input.size(0) * input.size(1)
+        tokens = input.size(0) * input.size(1)
         rows = input.size(1)
     else:
-        positions = input.size(0)
+        tokens = input.size(0)
         states = [s for s in args[1 : 1 + n] if s is not None]
-        # The number of rows is data of batch_sizes; hx, where there is one, knows it.
+        # The number of rows is data in batch_sizes; hx, if given, has it as a size.
         rows = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     shapes = [(directions, rows, out), (directions, rows, hidden)][:n]
-    saved = (directions, positions, _SAVED[cell], hidden) if save else (0,)
+    saved = (directions, tokens, cell.saved, hidden) if save else (0,)
     return (
         input.new_empty((*input.shape[:-1], directions * out)),
         *(input.new_empty(shape) for shape in shapes),
@@ -259,26 +260,28 @@ def _fake_forward(cell: str, n: int, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_backward(cell: str, n: int, *args: Any) -> tuple[Any, ...]:
-    _check_devices(f"{cell}_backward", args[: 2 * n + 1])
+def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
+    n = 1 + cell.states
+    _check_devices(f"{cell.name}_backward", args[: 2 * n + 1])
     tensors, weights, mask = args[n : 2 * n], args[2 * n], args[-1]
     input, directions = tensors[0], 2 if args[2 * n + 1] else 1
-    # The gradient of a state is wanted only where there is one.
+    # A state's gradient is wanted only where there is a state.
     rows = next((s.size(1) for s in tensors[1:] if s is not None), 0)
-    widths = (weights[1].size(1), weights[1].size(0) // _reference.GATES[cell])
+    widths = (weights[1].size(1), weights[1].size(0) // cell.gates)
     shapes = [input.shape, *((directions, rows, w) for w in widths[: n - 1])]
     gradients = [
         input.new_empty(shape if wanted else (0,))
         for shape, wanted in zip(shapes, mask[:n], strict=True)
     ]
-    of_weights = [
+    weight_gradients = [
         w.new_empty(w.shape if wanted else (0,))
         for w, wanted in zip(weights, mask[n:], strict=True)
     ]
-    return *gradients, of_weights
+    return *gradients, weight_gradients
 
 
-torch.library.register_fake("fusedrnn::lstm")(lambda *a: _fake_forward("lstm", 2, *a))
-torch.library.register_fake("fusedrnn::gru")(lambda *a: _fake_forward("gru", 1, *a))
-torch.library.register_fake("fusedrnn::lstm_backward")(lambda *a: _fake_backward("lstm", 3, *a))
-torch.library.register_fake("fusedrnn::gru_backward")(lambda *a: _fake_backward("gru", 2, *a))
+for _cell in CELLS.values():
+    torch.library.register_fake(f"fusedrnn::{_cell.name}")(functools.partial(_fake_forward, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell.name}_backward")(
+        functools.partial(_fake_backward, _cell)
+    )

@@ -31,9 +31,10 @@ def run(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """All layers of a cell: the output and the final states, each [L*D, B, ...]."""
+    """All layers of a cell, by its name: the output and the final states, each [L*D, B, ...]."""
+    of = _ops.CELLS[cell]
     if num_layers == 1:
-        return _ops.layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
+        return _ops.layer(of, input, states, weights, bidirectional, batch_sizes, lengths)
     directions = 2 if bidirectional else 1
     per = len(weights) // num_layers
     finals: list[States] = []
@@ -42,7 +43,7 @@ def run(
             input = F.dropout(input, dropout, True)
         of_layer = [None if s is None else s[i * directions : (i + 1) * directions] for s in states]
         input, final = _ops.layer(
-            cell,
+            of,
             input,
             of_layer,
             weights[i * per : (i + 1) * per],
@@ -58,7 +59,7 @@ def _check(
     cell: str, weights: Sequence[Tensor], num_layers: int, bidirectional: bool, lengths: object
 ) -> None:
     directions = 2 if bidirectional else 1
-    per = {"lstm": (2, 3, 4, 5), "gru": (2, 4)}[cell]
+    per = _ops.CELLS[cell].weights
     if num_layers < 1:
         raise ValueError("num_layers must be greater than zero")
     if lengths is not None and not isinstance(lengths, Tensor):

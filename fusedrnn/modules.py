@@ -16,11 +16,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from fusedrnn import _ops
+from fusedrnn._cells import Cell
 from fusedrnn.functional import run
 
 __all__ = ["FusedGRU", "FusedGRUCell", "FusedLSTM", "FusedLSTMCell"]
 
 Lengths = Sequence[int] | Tensor
+
+_LSTM, _GRU = _ops.CELLS["lstm"], _ops.CELLS["gru"]
 
 if TYPE_CHECKING:
     F = TypeVar("F")
@@ -47,9 +50,6 @@ def _check_devices(input: Tensor, states: Sequence[Tensor], weight: Tensor) -> N
                 else f"Input and hidden tensors are not at the same device, found input tensor at "
                 f"{input.device} and hidden tensor at {tensor.device}"
             )
-
-
-_STATES = {"LSTM": 2, "GRU": 1}  # h and c, or h
 
 
 def _checked_lengths(lengths: Lengths, input: Tensor, is_batched: bool) -> Tensor:
@@ -98,7 +98,7 @@ def _check_states(module: nn.RNNBase, states: Sequence[Tensor], input: Tensor, r
     layers = module.num_layers * (2 if module.bidirectional else 1)
     widths = (module.proj_size or module.hidden_size, module.hidden_size)
     for i, (state, width) in enumerate(zip(states, widths, strict=False)):
-        name = "hidden" if module.mode == "GRU" else f"hidden[{i}]"
+        name = "hidden" if len(states) == 1 else f"hidden[{i}]"
         expected = (layers, rows, width)
         if state.shape != expected:
             raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
@@ -139,8 +139,9 @@ def _layers(
             input = input.transpose(0, 1)  # type: ignore[union-attr]
     assert isinstance(input, Tensor)
 
+    cell = _ops.CELLS[module.mode.lower()]
     input, states, weights = _ops.autocast(
-        module.mode, input, states, _weights(module, _weight_names(module))
+        cell, True, input, states, _weights(module, _weight_names(module))
     )
     weight = weights[0]
     if input.dtype != weight.dtype:
@@ -178,9 +179,9 @@ def _layers(
         _check_devices(input, states or (), weight)
 
     output, final = run(
-        module.mode.lower(),
+        cell.name,
         input,
-        (None,) * _STATES[module.mode] if states is None else states,
+        (None,) * cell.states if states is None else states,
         weights,
         module.num_layers,
         module.dropout,
@@ -299,7 +300,7 @@ class FusedLSTM(_FusedRNN):
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, in its words where it has them.
         """
         if lengths is None and not is_dynamo_compiling():
-            result = _ops.fast_layers(self.__dict__, True, input, hx)
+            result = _ops.fast_layers(self.__dict__, _LSTM.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, tuple[Tensor, Tensor]]", result)
         if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
@@ -385,7 +386,7 @@ class FusedGRU(_FusedRNN):
             RuntimeError, ValueError, TypeError: as torch.nn.GRU, in its words where it has them.
         """
         if lengths is None and not is_dynamo_compiling():
-            result = _ops.fast_layers(self.__dict__, False, input, hx)
+            result = _ops.fast_layers(self.__dict__, _GRU.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, Tensor]", result)
         if hx is not None and not isinstance(hx, Tensor):
@@ -401,7 +402,7 @@ class FusedGRU(_FusedRNN):
 
 
 def _cell(
-    module: nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None, count: int
+    module: nn.RNNCellBase, cell: Cell, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:
     """One step; a dimension of one step, and of one row if unbatched, is added and taken away."""
     # As torch's, what the weights say and whatever the attributes: the biases that there are.
@@ -428,13 +429,13 @@ def _cell(
                     f"{hh.size(1)}"
                 )
     input, states, weights = _ops.autocast(
-        f"{cell} cell", input, states, [ih, hh, *(biases if there else [])]
+        cell, False, input, states, [ih, hh, *(biases if there else [])]
     )
     _check_devices(input, states or (), weights[0])
     _, final = _ops.layer(
         cell,
         input.unsqueeze(0) if is_batched else input.view(1, 1, -1),
-        (None,) * count if states is None else [s.unsqueeze(0) for s in states],
+        (None,) * cell.states if states is None else [s.unsqueeze(0) for s in states],
         weights,
         False,
         None,
@@ -483,7 +484,7 @@ class FusedLSTMCell(nn.RNNCellBase):
             TypeError: hx is not a pair of tensors.
         """
         if not is_dynamo_compiling():
-            result = _ops.fast_cell(self.__dict__, True, input, hx)
+            result = _ops.fast_cell(self.__dict__, _LSTM.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, Tensor]", result)
         if input.dim() not in (1, 2):
@@ -499,7 +500,7 @@ class FusedLSTMCell(nn.RNNCellBase):
                     raise ValueError(
                         f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {value.dim()}D instead"
                     )
-        h, c = _cell(self, "lstm", input, hx, 2)
+        h, c = _cell(self, _LSTM, input, hx)
         return h, c
 
     if TYPE_CHECKING:
@@ -537,7 +538,7 @@ class FusedGRUCell(nn.RNNCellBase):
             TypeError: hx is not a tensor.
         """
         if not is_dynamo_compiling():
-            result = _ops.fast_cell(self.__dict__, False, input, hx)
+            result = _ops.fast_cell(self.__dict__, _GRU.index, input, hx)
             if result is not None:
                 return cast(Tensor, result[0])
         if input.dim() not in (1, 2):
@@ -549,7 +550,7 @@ class FusedGRUCell(nn.RNNCellBase):
                 raise ValueError(
                     f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead"
                 )
-        (h,) = _cell(self, "gru", input, None if hx is None else (hx,), 1)
+        (h,) = _cell(self, _GRU, input, None if hx is None else (hx,))
         return h
 
     if TYPE_CHECKING:
@@ -557,3 +558,12 @@ class FusedGRUCell(nn.RNNCellBase):
         @_of(forward)
         def __call__(self) -> None:
             """As forward."""
+
+
+# Every module of torch's that has a fused counterpart.
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: FusedLSTM,
+    nn.GRU: FusedGRU,
+    nn.LSTMCell: FusedLSTMCell,
+    nn.GRUCell: FusedGRUCell,
+}

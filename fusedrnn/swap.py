@@ -20,23 +20,17 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fusedrnn.modules import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell
+from fusedrnn.modules import FUSED
 
 __all__ = ["fuse", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Class = type[nn.Module]
 
-_FUSED: dict[Class, Class] = {
-    nn.LSTM: FusedLSTM,
-    nn.GRU: FusedGRU,
-    nn.LSTMCell: FusedLSTMCell,
-    nn.GRUCell: FusedGRUCell,
-}
 _LOG = logging.getLogger("fusedrnn")
 _RECURRENT_NAME = re.compile(r"LSTM|GRU|RNN")
 
-_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+_PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
 # What a call of torch's modules goes through: who defines one of these may compute something else.
 _CALLED = (
@@ -88,7 +82,7 @@ _BOTH = {
         plain,
         {"__module__": fused.__module__, "__doc__": fused.__doc__, "__init__": plain.__init__},
     )
-    for plain, fused in _FUSED.items()
+    for plain, fused in FUSED.items()
 }
 
 
@@ -104,7 +98,7 @@ def _fused_subclass(plain: Class) -> Class:
     # Some copy what they find in one class to another.
     if found is not None and vars(found)["_unfused_class"] is plain:
         return found
-    base = next(c for c in plain.__mro__ if c in _FUSED)
+    base = next(c for c in plain.__mro__ if c in FUSED)
     space = {"__module__": plain.__module__, "__doc__": plain.__doc__}
     try:
         found = _made(f"Fused{plain.__name__}", (plain, _BOTH[base]), plain, space)
@@ -140,14 +134,14 @@ def _calls_super(function: object) -> bool:
 
 
 def _to_fused(cls: Class, subclass: bool) -> Class:
-    base = next((c for c in cls.__mro__ if c in _FUSED), None)
+    base = next((c for c in cls.__mro__ if c in FUSED), None)
     if base is None:
         raise _NoCounterpartError("no counterpart")
     for c in cls.__mro__[: cls.__mro__.index(base)]:
         for name in (*_CALLED, "_flat_weights", "__reduce__", "__reduce_ex__"):
             if name in vars(c) and not (name == "forward" and _calls_super(vars(c)[name])):
                 raise _NoCounterpartError(f"{name} of its own")
-    return _FUSED[base] if cls is base and not subclass else _fused_subclass(cls)
+    return FUSED[base] if cls is base and not subclass else _fused_subclass(cls)
 
 
 def _to_plain(cls: Class) -> Class:
@@ -159,7 +153,7 @@ def _to_plain(cls: Class) -> Class:
 
 def _is_foreign(module: nn.Module) -> bool:
     """Whether it is a recurrent layer in the guise of torch's quantisation or scripting."""
-    names = {c.__name__ for c in _FUSED}
+    names = {c.__name__ for c in FUSED}
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in names
     return any(

@@ -45,7 +45,8 @@ static double worst_error(bool lstm, int T, int B, int I, int H, int b, const We
 
 static double run(bool lstm, bool packed) {
   const cpu::KernelsOf<float>& table = cpu::baseline_kernels.f32;
-  const cpu::Kernel<float>& kernel = lstm ? table.lstm : table.gru;
+  const cpu::Kernel<float>& kernel = table.cells[lstm ? scalar::Cells::index_of<scalar::Lstm>()
+                                                      : scalar::Cells::index_of<scalar::Gru>()];
   const int T = 7, B = 5, I = 13, H = 21, G = lstm ? 4 : 3;
   const auto random = [](int n) {
     std::vector<float> v(n);
@@ -68,7 +69,7 @@ static double run(bool lstm, bool packed) {
   s.hidden_size = s.output_size = s.y_stride = H;
   s.row = row.data();
   s.active = active.data();
-  s.position = position.data();
+  s.step_offset = position.data();
   s.weights = {ih.data(), hh.data(), bias_ih.data(), bias_hh.data(), nullptr};
   const int64_t blocks = (H + table.common.lanes - 1) / table.common.lanes;
   const int64_t panel = kernel.forward_panel_size(I, H);

@@ -454,7 +454,7 @@ struct MultiplyAdd {
                                word_of(A + (r + 8) * kDepth + depth[1], 1, S{})};
     float sums[4];
     for (int i = 0; i < 4; ++i) sums[i] = C[(r + i / 2 * 8) * 8 + 2 * q + i % 2];
-    multiply_add_16x8<S>(sums, words, word_of(B + depth[0] * 8 + r, 8, S{}),
+    mma_m16n8<S>(sums, words, word_of(B + depth[0] * 8 + r, 8, S{}),
                          word_of(B + depth[1] * 8 + r, 8, S{}));
     for (int i = 0; i < 4; ++i) C[(r + i / 2 * 8) * 8 + 2 * q + i % 2] = sums[i];
   }
@@ -673,9 +673,9 @@ int main() {
   test_handshake();
   test_shuffle();
   test_shuffle_from();
-  test_multiply_add<BFloat16>("multiply_add_16x8<BFloat16>", 0);
-  test_multiply_add<Float16>("multiply_add_16x8<Float16>", 1500);
-  test_multiply_add<float>("multiply_add_16x8<float>", 1500);
+  test_multiply_add<BFloat16>("mma_m16n8<BFloat16>", 0);
+  test_multiply_add<Float16>("mma_m16n8<Float16>", 1500);
+  test_multiply_add<float>("mma_m16n8<float>", 1500);
   test_types();
   test_reciprocal();
   test_clusters();

@@ -14,12 +14,11 @@ import test_cuda
 import torch
 from torch import Tensor
 
-import fusedrnn  # noqa: F401  loads the ops
+from fusedrnn import _ops
 
 pytestmark = pytest.mark.long  # a minute of compilation
 
 HALVES = (torch.bfloat16, torch.float16)
-GATES = {"lstm": 4, "gru": 3}
 # What operands of a product are rounded to.
 ROUNDING = {
     (torch.float64, "ieee"): 2.0**-53,
@@ -80,7 +79,7 @@ class Problem:
     def __init__(self, c: Case) -> None:
         self.c = c
         self.generator = torch.Generator().manual_seed(c.seed)
-        G, D, P = GATES[c.cell], 2 if c.bidirectional else 1, c.proj_size or c.H
+        G, D, P = _ops.CELLS[c.cell].gates, 2 if c.bidirectional else 1, c.proj_size or c.H
         self.batch_sizes = self.lengths = None
         rng = random.Random(c.seed)
         rows: tuple[int, ...] = (c.T, c.B)

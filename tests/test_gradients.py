@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
-from fusedrnn import _reference, functional
+from fusedrnn import _ops, _reference, functional
 
 MODES = [
     (cell, layers, bidirectional, bias, proj, layout, states)
@@ -268,7 +268,9 @@ def test_projection_of_any_size(hidden: int, proj: int, lengths: list[int] | Non
     results = []
     for reference in (False, True):
         if reference:
-            y, (h, c) = _reference.layer("lstm", x, (h0, c0), weights, False, None, given)
+            y, (h, c) = _reference.layer(
+                _ops.CELLS["lstm"], x, (h0, c0), weights, False, None, given
+            )
         else:
             y, h, c = functional.lstm(x, (h0, c0), weights, lengths=given)
         loss = y.square().sum() + h.sum() + c.square().sum()

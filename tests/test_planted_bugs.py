@@ -158,8 +158,8 @@ BUGS = [
     Bug(
         "too little shared memory",
         WORKERS,
-        "size_t(kSums + kScratch + kept * cut.tile_rows * kUnits)",
-        "size_t(kSums + kScratch + kept * cut.tile_rows * kUnits - 4)",
+        "size_t(kPartials + kScratch + kept * cut.tile_rows * kUnits)",
+        "size_t(kPartials + kScratch + kept * cut.tile_rows * kUnits - 4)",
         "outside of a buffer",
     ),
     Bug(

@@ -1,6 +1,6 @@
 // The CPU kernels: the time loop and the vector step, for any cell, value type and vector width.
 //
-// Forward: a tile of up to kRows batch rows by one vector of units keeps all kSums sums of those
+// Forward: a tile of up to kRows batch rows by one vector of units keeps all kPreacts sums of those
 // units in registers while it runs over input and hidden state, applies the cell to them there,
 // and stores h, state and what the backward pass needs. Weights come from panels
 // [units / lanes][bias, input, hidden][gates][lanes], or, when a call reads them too few times to
@@ -46,7 +46,7 @@ FUSEDRNN_INLINE const T* row_of(const T* base, int64_t row, int64_t stride) {
 }
 
 /// What a forward run keeps of its rows between steps, in its workspace.
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 struct ForwardState {
   explicit ForwardState(const Forward<T, S>& s)
       : h_size(padded<T>(s.output_size)),
@@ -66,7 +66,7 @@ int64_t forward_workspace(const Sequence<T>& s) {
   return s.rows * 2 * (padded<T>(s.output_size) + padded<T>(s.hidden_size));
 }
 
-template <class Cell, int R, class S, class T = SumOf<S>>
+template <class Cell, int R, class S, class T = Accumulator<S>>
 FUSEDRNN_INLINE void forward_tile(const Forward<T, S>& s, const ForwardState<S>& m, int64_t i,
                                   int64_t t, int64_t block, int64_t first) {
   constexpr int L = kLanes<T>, G = Cell::kGates;
@@ -78,24 +78,26 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T, S>& s, const ForwardState<S>&
   Tile<T, R> sum;
   {
     const T* panel = nullptr;
-    Vec<T> bias[kSums];
+    Vec<T> bias[kPreacts];
     if (s.panels) {
       panel = s.panels +
               block * forward_panel_size<Cell, S>(s.x_product ? 0 : s.input_size, s.output_size);
-      unroll<kSums>([&](auto c) __attribute__((always_inline)) { bias[c] = load(panel + c * L); });
-      panel += kSums * L;
+      unroll<kPreacts>([&](auto c)
+                           __attribute__((always_inline)) { bias[c] = load(panel + c * L); });
+      panel += kPreacts * L;
     } else {
       bias_of<Cell>(s.weights, H, unit, units, bias);
     }
     unroll<R>([&](auto r) __attribute__((always_inline)) {
-      unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[r][c] = bias[c]; });
+      unroll<kPreacts>([&](auto c) __attribute__((always_inline)) { sum[r][c] = bias[c]; });
     });
     const S* x[R] = {};
     if (s.x_product) {
       unroll<R>([&](auto r) __attribute__((always_inline)) {
-        const T* at = s.x_product + (s.position[t] + s.row[first + r]) * s.x_product_stride + unit;
+        const T* at =
+            s.x_product + (s.step_offset[t] + s.row[first + r]) * s.x_product_stride + unit;
         unroll<G>([&](auto g) __attribute__((always_inline)) {
-          sum[r][Cell::input_sum[g]] += load(at + g * H, units);
+          sum[r][Cell::input_preact[g]] += load(at + g * H, units);
         });
       });
     } else {
@@ -122,13 +124,13 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T, S>& s, const ForwardState<S>&
     }
   }
 
-  Vec<T> sums[R][kSums];  // in memory, so that the cell is compiled once and not once a row
+  Vec<T> sums[R][kPreacts];  // in memory, so that the cell is compiled once and not once a row
   unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<kSums>([&](auto c) __attribute__((always_inline)) { sums[r][c] = sum[r][c]; });
+    unroll<kPreacts>([&](auto c) __attribute__((always_inline)) { sums[r][c] = sum[r][c]; });
   });
 #pragma GCC unroll 1
   for (int r = 0; r < R; ++r) {
-    const int64_t j = first + r, position = s.position[t] + s.row[j];
+    const int64_t j = first + r, position = s.step_offset[t] + s.row[j];
     T* state_at = m.state + j * m.state_size + unit;
     Vec<T> state = load(state_at), saved[Cell::kSaved];
     const Vec<T> out = Cell::forward(sums[r], state, saved);
@@ -148,7 +150,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<T, S>& s, const ForwardState<S>&
 }
 
 /// Writes the final states of rows [begin, end), of the units that these blocks own.
-template <class Cell, class S, class T = SumOf<S>>
+template <class Cell, class S, class T = Accumulator<S>>
 FUSEDRNN_INLINE void finish_rows(const Forward<T, S>& s, const ForwardState<S>& m, const S* h,
                                  int64_t begin, int64_t end, int64_t block_begin,
                                  int64_t block_end) {
@@ -161,13 +163,13 @@ FUSEDRNN_INLINE void finish_rows(const Forward<T, S>& s, const ForwardState<S>& 
       store(s.h_n + s.row[j] * P + out + u, load_values(h + j * m.h_size + out + u, outs - u),
             outs - u);
     }
-    if constexpr (!Cell::kStateIsOutput) {
+    if constexpr (Cell::kHasCellState) {
       copy_row(s.c_n + s.row[j] * H + unit, m.state + j * m.state_size + unit, units, units);
     }
   }
 }
 
-template <class Cell, class S, class T = SumOf<S>>
+template <class Cell, class S, class T = Accumulator<S>>
 void forward_begin(const Forward<T, S>& s) {
   const ForwardState<S> m(s);
   for (int64_t j = 0; j < s.rows; ++j) {
@@ -179,7 +181,7 @@ void forward_begin(const Forward<T, S>& s) {
       store_values(m.h[1] + j * m.h_size + u, h, kLanes<T>);
     }
     copy_row(m.state + j * m.state_size,
-             Cell::kStateIsOutput ? h0 : row_of(s.c0, s.row[j], s.c0_stride), s.hidden_size,
+             !Cell::kHasCellState ? h0 : row_of(s.c0, s.row[j], s.c0_stride), s.hidden_size,
              m.state_size);
   }
   // Rows of length zero.
@@ -188,7 +190,7 @@ void forward_begin(const Forward<T, S>& s) {
 
 /// The i-th step of the run for the units of blocks [block_begin, block_end), all of them with a
 /// projection. Steps follow one another; the blocks of one step may run at the same time.
-template <class Cell, class S, class T = SumOf<S>>
+template <class Cell, class S, class T = Accumulator<S>>
 void forward_step(const Forward<T, S>& s, int64_t i, int64_t block_begin, int64_t block_end) {
   const ForwardState<S> m(s);
   const int64_t P = s.output_size, t = s.reverse ? s.steps - 1 - i : i, rows = s.active[t];
@@ -205,7 +207,7 @@ void forward_step(const Forward<T, S>& s, int64_t i, int64_t block_begin, int64_
       multiply<T>(rows, s.hidden_size, P, s.projection_panels, 0, m.raw, m.state_size, h, m.h_size,
                   false);
       for (int64_t j = 0; j < rows; ++j) {
-        copy_row(s.y + (s.position[t] + s.row[j]) * s.y_stride, h + j * m.h_size, P, P);
+        copy_row(s.y + (s.step_offset[t] + s.row[j]) * s.y_stride, h + j * m.h_size, P, P);
       }
     }
   }
@@ -223,12 +225,12 @@ struct BackwardState {
         state_size(padded<T>(s.hidden_size)),
         dh(s.workspace),
         dstate(dh + s.rows * dh_size),
-        draw(dstate + s.rows * state_size) {}
+        dh_raw(dstate + s.rows * state_size) {}
 
   int64_t dh_size, state_size;  ///< padded row lengths
   T* dh;                        ///< [rows, dh_size] of the output
   T* dstate;                    ///< [rows, state_size]
-  T* draw;                      ///< [rows, state_size] of the output before the projection
+  T* dh_raw;                    ///< [rows, state_size] of the output before the projection
 };
 
 template <class T>
@@ -243,7 +245,7 @@ void backward_begin(const Backward<T>& s) {
   for (int64_t j = 0; j < s.rows; ++j) {
     copy_row(m.dh + j * m.dh_size, row_of(s.dh_n, s.row[j], P), P, m.dh_size);
     copy_row(m.dstate + j * m.state_size, row_of(s.dc_n, s.row[j], H), H, m.state_size);
-    if (s.projection_panels) copy_row<T>(m.draw + j * m.state_size, nullptr, 0, m.state_size);
+    if (s.projection_panels) copy_row<T>(m.dh_raw + j * m.state_size, nullptr, 0, m.state_size);
   }
 }
 
@@ -256,16 +258,17 @@ FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>
   // A row that starts at t has no step before, although the batch may.
   const int64_t before = step_before(s, t), continued = before < 0 ? 0 : s.active[before];
   for (int64_t j = 0; j < s.active[t]; ++j) {
-    const int64_t b = s.row[j], at = s.position[t] + b, to = s.packed_position[t] + s.rank[j];
-    const int64_t from = j < continued ? s.position[before] + b : -1;
+    const int64_t b = s.row[j], at = s.step_offset[t] + b,
+                  to = s.compact_offset[t] + s.sorted_index[j];
+    const int64_t from = j < continued ? s.step_offset[before] + b : -1;
     const T* saved_row = s.saved + at * Cell::kSaved * H;
     const T* saved_before = s.saved + from * Cell::kSaved * H;
     const T* h0 = row_of(s.h0, b, s.h0_stride);
-    const T* state0 = Cell::kStateIsOutput ? h0 : row_of(s.c0, b, s.c0_stride);
+    const T* state0 = !Cell::kHasCellState ? h0 : row_of(s.c0, b, s.c0_stride);
     if (s.projection_panels) {
       copy_row(s.h_previous + to * P, from < 0 ? h0 : s.y + from * s.y_stride, P, P);
     }
-    T* dsums = s.dsums + to * kSums * H;
+    T* dgates = s.dgates + to * kPreacts * H;
     for (int64_t u = begin; u < end; u += L) {
       const int64_t n = H - u;
       const auto load_saved = [&](Vec<T>(&saved)[Cell::kSaved],
@@ -273,7 +276,7 @@ FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>
         unroll<Cell::kSaved>(
             [&](auto a) __attribute__((always_inline)) { saved[a] = load(row + a * H + u, n); });
       };
-      Vec<T> saved[Cell::kSaved], dsum[kSums], state = {}, h = {};
+      Vec<T> saved[Cell::kSaved], dgate[kPreacts], state = {}, h = {};
       if (from >= 0) {
         load_saved(saved, saved_before);
         state = saved[Cell::kSavedState];
@@ -285,10 +288,10 @@ FUSEDRNN_INLINE void backward_units(const Backward<T>& s, const BackwardState<T>
       if (!s.projection_panels) store(s.h_previous + to * P + u, h, n);
       load_saved(saved, saved_row);
       Vec<T> d = load(m.dstate + j * m.state_size + u);
-      Cell::backward(saved, state, load(dout + j * dout_size + u), d, dsum);
+      Cell::backward(saved, state, load(dout + j * dout_size + u), d, dgate);
       store(m.dstate + j * m.state_size + u, d);
-      unroll<kSums>([&](auto c)
-                        __attribute__((always_inline)) { store(dsums + c * H + u, dsum[c], n); });
+      unroll<kPreacts>(
+          [&](auto c) __attribute__((always_inline)) { store(dgates + c * H + u, dgate[c], n); });
       if (s.projection_panels) store(s.h_raw + to * H + u, Cell::output(saved), n);
     }
   }
@@ -305,29 +308,30 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
   const BackwardState<T> m(s);
   const int64_t H = s.hidden_size, P = s.output_size;
   const auto time = [&](int64_t step) { return s.reverse ? step : s.steps - 1 - step; };
-  const int64_t begin = block_begin * kSums * L;
+  const int64_t begin = block_begin * kPreacts * L;
   const auto end_of = [&](int64_t size) {
-    return block_end * kSums * L < size ? block_end * kSums * L : size;
+    return block_end * kPreacts * L < size ? block_end * kPreacts * L : size;
   };
-  const int64_t blocks = (P + kSums * L - 1) / (kSums * L);
+  const int64_t blocks = (P + kPreacts * L - 1) / (kPreacts * L);
   if (i > 0) {
     const int64_t t = time(i - 1);
-    const Rows<const T> dsums{s.dsums, kSums * H, s.rank, s.packed_position[t]};
+    const Rows<const T> dgates{s.dgates, kPreacts * H, s.sorted_index, s.compact_offset[t]};
     const Rows<T> dh{m.dh, m.dh_size};
     const int64_t last = block_end < blocks ? block_end : blocks;
-    if constexpr (Cell::kGates == kSums) {  // the sums of the hidden part are all of them, in order
-      product<Columns<1>, T>(s.active[t], kSums * H, P, block_begin, last, s.panels,
-                             s.matrix_stride, dsums, dh, false);
+    if constexpr (Cell::kGates ==
+                  kPreacts) {  // the sums of the hidden part are all of them, in order
+      product<Columns<1>, T>(s.active[t], kPreacts * H, P, block_begin, last, s.panels,
+                             s.matrix_stride, dgates, dh, false);
     } else {
       product<HiddenSegments<Cell>, T>(s.active[t], H, P, block_begin, last, s.panels,
-                                       s.matrix_stride, dsums, dh, false);
+                                       s.matrix_stride, dgates, dh, false);
     }
   }
   if (i == s.steps) {
     for (int64_t j = 0; j < s.rows; ++j) {
       T* dh = m.dh + j * m.dh_size;
       T* dstate = m.dstate + j * m.state_size;
-      if constexpr (Cell::kStateIsOutput) {
+      if constexpr (!Cell::kHasCellState) {
         for (int64_t u = begin; u < end_of(P); u += L)
           store(dh + u, load(dh + u) + load(dstate + u));
       } else {
@@ -341,7 +345,7 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
   const int64_t t = time(i), rows = s.active[t];
   if (s.dy) {
     for (int64_t j = 0; j < rows; ++j) {
-      const T* dy = s.dy + (s.position[t] + s.row[j]) * s.dy_stride;
+      const T* dy = s.dy + (s.step_offset[t] + s.row[j]) * s.dy_stride;
       T* dh = m.dh + j * m.dh_size;
       for (int64_t u = begin; u < end_of(P); u += L) {
         store(dh + u, load(dh + u) + load(dy + u, P - u));
@@ -352,17 +356,17 @@ void backward_step(const Backward<T>& s, int64_t i, int64_t block_begin, int64_t
     return backward_units<Cell>(s, m, t, begin, end_of(H), m.dh, m.dh_size);
   }
   for (int64_t j = 0; j < rows; ++j) {
-    copy_row(s.dr + (s.packed_position[t] + s.rank[j]) * P, m.dh + j * m.dh_size, P, P);
+    copy_row(s.dr + (s.compact_offset[t] + s.sorted_index[j]) * P, m.dh + j * m.dh_size, P, P);
   }
-  multiply<T>(rows, P, H, s.projection_panels, 0, m.dh, m.dh_size, m.draw, m.state_size, false);
-  backward_units<Cell>(s, m, t, 0, H, m.draw, m.state_size);
+  multiply<T>(rows, P, H, s.projection_panels, 0, m.dh, m.dh_size, m.dh_raw, m.state_size, false);
+  backward_units<Cell>(s, m, t, 0, H, m.dh_raw, m.state_size);
 }
 
 // ---- the table --------------------------------------------------------------------------------
 
-template <class Cell, class S, class T = SumOf<S>>
+template <class Cell, class S, class T = Accumulator<S>>
 constexpr cpu::Kernel<T, S> kernel_of() {
-  static_assert(Cell::kSums == kSums);
+  static_assert(Cell::kPreacts == kPreacts);
   cpu::Kernel<T, S> kernel{forward_panel_size<Cell, S>,
                            forward_workspace<T>,
                            backward_workspace<T>,
@@ -378,12 +382,12 @@ constexpr cpu::Kernel<T, S> kernel_of() {
   return kernel;
 }
 
-template <class S, class T = SumOf<S>>
-constexpr cpu::KernelsOf<T, S> kernels_of() {
-  cpu::Common<T, S> common{kLanes<T>,       kSums * kLanes<T>, kRows,  kUnpackedRows,
-                           pack_product<S>, multiply<S>,       nullptr};
+template <class S, class... Cell, class T = Accumulator<S>>
+constexpr cpu::KernelsOf<T, S> kernels_of(CellList<Cell...>) {
+  cpu::Common<T, S> common{kLanes<T>,       kPreacts * kLanes<T>, kRows,  kUnpackedRows,
+                           pack_product<S>, multiply<S>,          nullptr};
   if constexpr (std::is_same_v<S, T>) common.multiply_transposed = multiply_transposed<T>;
-  return {common, kernel_of<Lstm, S>(), kernel_of<Gru, S>()};
+  return {common, {kernel_of<Cell, S>()...}};
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

@@ -1,6 +1,7 @@
 // The CPU kernels of one instruction set, as a table; dispatch.cpp picks the table.
 #pragma once
 
+#include "../cells.h"
 #include "../sequence.h"
 
 namespace fusedrnn::cpu {
@@ -51,7 +52,7 @@ struct Common {
 template <class T, class S = T>
 struct KernelsOf {
   Common<T, S> common;
-  Kernel<T, S> lstm, gru;
+  Kernel<T, S> cells[kCells];
 };
 
 struct KernelTable {

@@ -12,8 +12,8 @@
 #include "kernel.h"
 
 namespace fusedrnn::cpu {
-extern const KernelTable avx2_kernels{"avx2", avx2::kernels_of<float>(), avx2::kernels_of<double>(),
-                                      nullptr};
+extern const KernelTable avx2_kernels{"avx2", avx2::kernels_of<float>(avx2::Cells()),
+                                      avx2::kernels_of<double>(avx2::Cells()), nullptr};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -13,8 +13,8 @@
 #include "kernel.h"
 
 namespace fusedrnn::cpu {
-extern const KernelTable avx512_kernels{"avx512", avx512::kernels_of<float>(),
-                                        avx512::kernels_of<double>(), nullptr};
+extern const KernelTable avx512_kernels{"avx512", avx512::kernels_of<float>(avx512::Cells()),
+                                        avx512::kernels_of<double>(avx512::Cells()), nullptr};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,7 +15,8 @@
 #include "kernel.h"
 
 namespace fusedrnn::cpu {
-extern const KernelsOf<float, BFloat16> avx512bf16_kernels = avx512bf16::kernels_of<BFloat16>();
+extern const KernelsOf<float, BFloat16> avx512bf16_kernels =
+    avx512bf16::kernels_of<BFloat16>(avx512bf16::Cells());
 }
 #if defined(__clang__)
 #pragma clang attribute pop

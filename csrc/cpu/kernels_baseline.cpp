@@ -6,6 +6,7 @@
 #include "kernel.h"
 
 namespace fusedrnn::cpu {
-extern const KernelTable baseline_kernels{"baseline", baseline::kernels_of<float>(),
-                                          baseline::kernels_of<double>(), nullptr};
+extern const KernelTable baseline_kernels{"baseline",
+                                          baseline::kernels_of<float>(baseline::Cells()),
+                                          baseline::kernels_of<double>(baseline::Cells()), nullptr};
 }

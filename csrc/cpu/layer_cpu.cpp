@@ -22,7 +22,7 @@ const S* const_data(const Tensor& t) {
 }
 
 template <class S>
-const KernelsOf<SumOf<S>, S>& table() {
+const KernelsOf<Accumulator<S>, S>& table() {
   if constexpr (std::is_same_v<S, float>) {
     return kernels().f32;
   } else if constexpr (std::is_same_v<S, double>) {
@@ -33,11 +33,12 @@ const KernelsOf<SumOf<S>, S>& table() {
 }
 
 template <class S>
-const Kernel<SumOf<S>, S>& kernel(const Layer& layer) {
-  return layer.cell.has_c ? table<S>().lstm : table<S>().gru;
+const Kernel<Accumulator<S>, S>& kernel(const Layer& layer) {
+  return table<S>().cells[layer.cell.index];
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using scalar::divide_up;
+using scalar::round_up;
 
 /// A new tensor on the CPU, without a call of the dispatcher.
 template <class S>
@@ -51,7 +52,7 @@ template <class T>
 class Scratch {
  public:
   Scratch() = default;
-  Scratch(int64_t pieces, int64_t size) : stride_(divide_up(size, 64) * 64), is_set_(true) {
+  Scratch(int64_t pieces, int64_t size) : stride_(round_up(size, 64)), is_set_(true) {
     const size_t bytes = size_t(pieces * stride_) * sizeof(T);
     if (bytes > sizeof(little_)) memory_ = c10::GetCPUAllocator()->allocate(bytes);
   }
@@ -79,7 +80,7 @@ void set_sequence(Sequence<T>& s, const Layer& layer, const Plan& plan, const Sh
   s.reverse = run.direction == 1;
   s.row = run.row.data();
   s.active = run.active.data();
-  s.position = plan.position.data();
+  s.step_offset = plan.step_offset.data();
 }
 
 /// The states that a run of direction d starts from.
@@ -164,7 +165,7 @@ void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, int
 
 /// out = a b with b [depth, columns] given by its transpose [columns, depth], contiguous: a block
 /// of columns at a time, packed and used while it is in the cache.
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 void multiply_by_transpose(int64_t rows, int64_t depth, int64_t columns, const S* b, const S* a,
                            int64_t a_stride, T* out, int64_t out_stride) {
   const Common<T, S>& common = table<S>().common;
@@ -183,7 +184,7 @@ void multiply_by_transpose(int64_t rows, int64_t depth, int64_t columns, const S
 
 /// The products of weight_gradients on this backend's own tiles.
 template <class T>
-struct OwnProducts : Products {
+struct OwnGemms : Gemms {
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
     const int64_t depth = b.size(0), columns = b.size(1);
     const int64_t passes = divide_up(a.size(0), table<T>().common.tile_rows);
@@ -214,7 +215,7 @@ Tensor new_at_positions(const Layer& layer, c10::IntArrayRef shape, int64_t copi
   const int64_t* const lengths = layer.lengths.const_data_ptr<int64_t>();
   const int64_t features = t.numel() / (copies * layer.N);
   S* const data = static_cast<S*>(t.mutable_data_ptr());
-  in_row_parts<SumOf<S>>(layer.T, t.numel(), [&](int64_t begin, int64_t end) {
+  in_row_parts<Accumulator<S>>(layer.T, t.numel(), [&](int64_t begin, int64_t end) {
     for (int64_t copy = 0; copy < copies; ++copy) {
       for (int64_t step = begin; step < end; ++step) {
         for (int64_t row = 0; row < layer.B; ++row) {
@@ -227,18 +228,14 @@ Tensor new_at_positions(const Layer& layer, c10::IntArrayRef shape, int64_t copi
   return t;
 }
 
-struct Output {
-  Tensor y, h_n, c_n, saved;
-};
-
 template <class S>
-Output forward(const Layer& layer, bool save) {
-  using T = SumOf<S>;
+LayerOutput forward(const Layer& layer, bool save) {
+  using T = Accumulator<S>;
   const int64_t D = layer.D, G = layer.cell.gates, H = layer.H, P = layer.P;
-  Output out;
-  out.y = new_at_positions<S>(layer, layer.shape(D * P), 1);
+  LayerOutput out;
+  out.output = new_at_positions<S>(layer, layer.shape(D * P), 1);
   out.h_n = new_tensor<T>({D, layer.B, P});
-  if (layer.cell.has_c) out.c_n = new_tensor<T>({D, layer.B, H});
+  if (layer.cell.has_cell_state) out.c_n = new_tensor<T>({D, layer.B, H});
   out.saved =
       save ? new_at_positions<T>(layer, {D, layer.N, layer.cell.saved, H}, D) : new_tensor<T>({0});
 
@@ -290,7 +287,7 @@ Output forward(const Layer& layer, bool save) {
 
   Indices x_offset(size_t(layer.T), 0);
   for (int64_t t = 0; t < layer.T; ++t) {
-    x_offset[t] = (layer.packed ? plan.position[t] : t) * layer.input.stride(0);
+    x_offset[t] = (layer.packed ? plan.step_offset[t] : t) * layer.input.stride(0);
   }
   c10::SmallVector<Forward<T, S>, 4> runs(shares.runs.size());
   int64_t workspace_size = 0;
@@ -312,7 +309,7 @@ Output forward(const Layer& layer, bool save) {
     s.x_product = piece(x_product);
     s.x_product_stride = x_product_stride;
     set_initial(s, layer, d);
-    s.y = static_cast<S*>(out.y.mutable_data_ptr()) + d * P;
+    s.y = static_cast<S*>(out.output.mutable_data_ptr()) + d * P;
     s.y_stride = D * P;
     s.h_n = part(out.h_n);
     s.c_n = part(out.c_n);
@@ -347,20 +344,14 @@ Tensor reached(const Layer& layer, const Plan& plan, const Packing& packing) {
   const Tensor positions = new_tensor<int64_t>({packing.count});
   int64_t* to = positions.mutable_data_ptr<int64_t>();
   for (int64_t t = 0; t < layer.T; ++t) {
-    for (int64_t j = 0; j < plan.active[t]; ++j) *to++ = plan.position[t] + plan.order[j];
+    for (int64_t j = 0; j < plan.active[t]; ++j) *to++ = plan.step_offset[t] + plan.order[j];
   }
   return positions;
 }
 
-struct Gradients {
-  Tensor input, h0, c0;
-  std::vector<Tensor> weights;
-};
-
 template <class T>
-Gradients backward(const Layer& layer, const OutputGradients& g,
-                   const std::vector<bool>& output_mask) {
-  const int64_t D = layer.D, H = layer.H, P = layer.P, S = layer.cell.sums;
+LayerGradients backward(const Layer& layer, const OutputGradients& g) {
+  const int64_t D = layer.D, H = layer.H, P = layer.P, S = layer.cell.preacts;
   const Common<T>& common = table<T>().common;
   const Kernel<T>& k = kernel<T>(layer);
   const int64_t blocks = divide_up(std::max(H, P), common.block_columns);
@@ -370,7 +361,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const auto at_positions = [&](int64_t features) {
     return new_tensor<T>({D, packing.count, features});
   };
-  const Tensor dsums = at_positions(S * H), h_previous = at_positions(P);
+  const Tensor dgates = at_positions(S * H), h_previous = at_positions(P);
   Tensor dr, h_raw;
   Scratch<T> panels, projection_panels;
   if (layer.has_projection) {
@@ -381,9 +372,8 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   if (worth_packing<T>(layer.T * divide_up(layer.B, common.tile_rows), P)) {
     panels = pack_products<T>(layer, &DirectionWeights::hh, layer.cell.gates * H, P, P, 1);
   }
-  Gradients out;
-  out.h0 = new_tensor<T>({D, layer.B, P});
-  if (layer.cell.has_c) out.c0 = new_tensor<T>({D, layer.B, H});
+  const Tensor dh0 = new_tensor<T>({D, layer.B, P});
+  const Tensor dc0 = layer.cell.has_cell_state ? new_tensor<T>({D, layer.B, H}) : Tensor();
 
   c10::SmallVector<Backward<T>, 4> runs(shares.runs.size());
   int64_t workspace_size = 0;
@@ -405,14 +395,14 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     if (g.dy.defined()) s.dy = g.dy.const_data_ptr<T>() + d * P;
     s.dh_n = part(g.dh_n);
     s.dc_n = part(g.dc_n);
-    s.rank = shares.runs[r].rank.data();
-    s.packed_position = packing.position.data();
-    s.dsums = part(dsums);
+    s.sorted_index = shares.runs[r].sorted_index.data();
+    s.compact_offset = packing.step_offset.data();
+    s.dgates = part(dgates);
     s.h_previous = part(h_previous);
     s.dr = part(dr);
     s.h_raw = part(h_raw);
-    s.dh0 = part(out.h0);
-    s.dc0 = part(out.c0);
+    s.dh0 = part(dh0);
+    s.dc0 = part(dc0);
   }
   const Scratch<T> workspace(int64_t(runs.size()), workspace_size);
   for (size_t r = 0; r < runs.size(); ++r) {
@@ -424,32 +414,18 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
     k.backward_step(runs[r], i, begin, end);
   });
 
-  std::vector<DirectionGradients> directions(D);
-  for (int64_t d = 0; d < D; ++d) {
-    directions[d] = {dsums[d], h_previous[d], layer.has_projection ? dr[d] : Tensor(),
-                     layer.has_projection ? h_raw[d] : Tensor()};
-  }
-  const size_t states = layer.cell.has_c ? 3 : 2;
-  out.weights = weight_gradients(
-      layer, directions, std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-      output_mask[0], out.input, OwnProducts<T>(), reached(layer, plan, packing));
-  const auto wanted = [&](Tensor& t, size_t i) {
-    t = output_mask[i] ? in_type(t, layer.type) : at::empty({0}, layer.options().dtype(layer.type));
-  };
-  wanted(out.input, 0);
-  wanted(out.h0, 1);
-  if (layer.cell.has_c) wanted(out.c0, 2);
-  return out;
+  return layer_gradients(layer, g, {dgates, h_previous, dr, h_raw}, dh0, dc0, OwnGemms<T>(),
+                         reached(layer, plan, packing));
 }
 
-/// Whether the machine multiplies bfloat16 and this call can use it: a projection has one more
-/// rounding, whose place the kernel does not have.
-bool multiplies_bfloat16(const Tensor& input, at::TensorList weights, bool bidirectional) {
-  return input.scalar_type() == at::kBFloat16 && kernels().bf16 &&
-         weights.size() / (bidirectional ? 2 : 1) % 2 == 0;
+/// Whether the machine multiplies bfloat16 and this call can use it. A projection rounds once more,
+/// which the kernels do not do.
+bool multiplies_bfloat16(const LayerArgs& args) {
+  return args.input.scalar_type() == at::kBFloat16 && kernels().bf16 &&
+         args.weights.size() / (args.bidirectional ? 2 : 1) % 2 == 0;
 }
 
-/// One more feature, zero, where their number is odd: the kernels take bfloat16 in pairs.
+/// Adds a feature of zeros where their number is odd: the kernels take bfloat16 in pairs.
 void make_features_even(Layer& layer) {
   if (layer.I % 2 == 0) return;
   std::vector<int64_t> shape = layer.input.sizes().vec();
@@ -459,84 +435,42 @@ void make_features_even(Layer& layer) {
   layer.input = padded;
 }
 
-Output forward_any(Layer& layer, bool save) {
+LayerOutput forward(const CellInfo& cell, const ForwardArgs& args) {
+  Layer layer(cell, args, multiplies_bfloat16(args));
   const Sharing::Call call;
   if (layer.input.scalar_type() == at::kBFloat16) make_features_even(layer);
-  Output out = layer.input.scalar_type() == at::kBFloat16 ? forward<BFloat16>(layer, save)
-               : layer.compute_type == at::kDouble        ? forward<double>(layer, save)
-                                                          : forward<float>(layer, save);
-  for (Tensor* t : {&out.y, &out.h_n, &out.c_n}) {
+  LayerOutput out = layer.input.scalar_type() == at::kBFloat16 ? forward<BFloat16>(layer, args.save)
+                    : layer.compute_type == at::kDouble        ? forward<double>(layer, args.save)
+                                                               : forward<float>(layer, args.save);
+  for (Tensor* t : {&out.output, &out.h_n, &out.c_n}) {
     if (t->defined()) *t = in_type(*t, layer.type);
   }
   return out;
 }
 
-Gradients backward_any(const Layer& layer, const OutputGradients& g,
-                       const std::vector<bool>& output_mask) {
+LayerGradients backward(const CellInfo& cell, const BackwardArgs& args) {
+  const Layer layer(cell, args);
+  const OutputGradients g(layer, args);
   const Sharing::Call call;
-  return layer.compute_type == at::kDouble ? backward<double>(layer, g, output_mask)
-                                           : backward<float>(layer, g, output_mask);
+  return layer.compute_type == at::kDouble ? backward<double>(layer, g) : backward<float>(layer, g);
 }
 
-std::vector<bool> to_vector(const c10::List<bool>& list) { return {list.begin(), list.end()}; }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& input, const OptionalTensor& h0,
-                                                const OptionalTensor& c0, at::TensorList weights,
-                                                bool bidirectional,
-                                                const OptionalTensor& batch_sizes,
-                                                const OptionalTensor& lengths, bool save) {
-  Layer layer(CellInfo::of<host::Lstm>("lstm"), input, h0, c0, weights, bidirectional, batch_sizes,
-              lengths, multiplies_bfloat16(input, weights, bidirectional));
-  Output out = forward_any(layer, save);
-  return {out.y, out.h_n, out.c_n, out.saved};
-}
-
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    bool bidirectional, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-    const OptionalTensor& output, const Tensor& saved, const c10::List<bool>& output_mask) {
-  const Layer layer(CellInfo::of<host::Lstm>("lstm"), input, h0, c0, weights, bidirectional,
-                    batch_sizes, lengths);
-  const std::vector<bool> mask = to_vector(output_mask);
-  const OutputGradients g(layer, dy, dh_n, dc_n, output, saved, mask);
-  Gradients out = backward_any(layer, g, mask);
-  return {out.input, out.h0, out.c0, std::move(out.weights)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor& h0,
-                                       at::TensorList weights, bool bidirectional,
-                                       const OptionalTensor& batch_sizes,
-                                       const OptionalTensor& lengths, bool save) {
-  Layer layer(CellInfo::of<host::Gru>("gru"), input, h0, std::nullopt, weights, bidirectional,
-              batch_sizes, lengths, multiplies_bfloat16(input, weights, bidirectional));
-  Output out = forward_any(layer, save);
-  return {out.y, out.h_n, out.saved};
-}
-
-std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const Tensor& input,
-    const OptionalTensor& h0, at::TensorList weights, bool bidirectional,
-    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& output,
-    const Tensor& saved, const c10::List<bool>& output_mask) {
-  const Layer layer(CellInfo::of<host::Gru>("gru"), input, h0, std::nullopt, weights, bidirectional,
-                    batch_sizes, lengths);
-  const std::vector<bool> mask = to_vector(output_mask);
-  const OutputGradients g(layer, dy, dh_n, std::nullopt, output, saved, mask);
-  Gradients out = backward_any(layer, g, mask);
-  return {out.input, out.h0, std::move(out.weights)};
-}
+struct Cpu {
+  template <class Cell>
+  static LayerOutput forward(const ForwardArgs& args) {
+    return cpu::forward(cell_info(scalar::Cells::index_of<Cell>()), args);
+  }
+  template <class Cell>
+  static LayerGradients backward(const BackwardArgs& args) {
+    return cpu::backward(cell_info(scalar::Cells::index_of<Cell>()), args);
+  }
+};
 
 std::string isa() { return kernels().isa; }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("lstm", &lstm);
-  m.impl("lstm_backward", &lstm_backward);
-  m.impl("gru", &gru);
-  m.impl("gru_backward", &gru_backward);
-}
+TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) { register_ops<Cpu>(m); }
 TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", &isa); }
 
 }  // namespace fusedrnn::cpu

@@ -19,14 +19,14 @@ using Indices = c10::SmallVector<int64_t, 8>;
 
 /// Rows of the batch, longest first, and where each step lies.
 struct Plan {
-  Indices order;     ///< [B]
-  Indices active;    ///< [T] rows in each step: a prefix of order
-  Indices position;  ///< [T] of batch row 0
+  Indices order;        ///< [B]
+  Indices active;       ///< [T] rows in each step: a prefix of order
+  Indices step_offset;  ///< [T] token of batch row 0
 
   explicit Plan(const Layer& layer)
-      : order(size_t(layer.B)), active(size_t(layer.T), layer.B), position(size_t(layer.T)) {
+      : order(size_t(layer.B)), active(size_t(layer.T), layer.B), step_offset(size_t(layer.T)) {
     for (int64_t t = 0, at = 0; t < layer.T; ++t) {
-      position[t] = at;
+      step_offset[t] = at;
       if (layer.packed) active[t] = layer.batch_sizes[t];
       at += active[t];
     }
@@ -54,12 +54,12 @@ struct Plan {
 /// Positions where those that no row reaches are not counted: the rows of a step one after the
 /// other, in a plan's order.
 struct Packing {
-  Indices position;   ///< [T] of the first row
-  int64_t count = 0;  ///< of all positions
+  Indices step_offset;  ///< [T] of the first row
+  int64_t count = 0;    ///< of all tokens
 
-  explicit Packing(const Plan& plan) : position(plan.active.size()) {
-    for (size_t t = 0; t < position.size(); ++t) {
-      position[t] = count;
+  explicit Packing(const Plan& plan) : step_offset(plan.active.size()) {
+    for (size_t t = 0; t < step_offset.size(); ++t) {
+      step_offset[t] = count;
       count += plan.active[t];
     }
   }
@@ -170,7 +170,7 @@ constexpr int64_t kSharedStep = 1 << 15;
 struct Shares {
   struct Run {
     int64_t direction;
-    Indices row, rank, active;  ///< rank: places in Plan::order
+    Indices row, sorted_index, active;  ///< sorted_index: places in Plan::order
   };
   c10::SmallVector<Run, 4> runs;
   int64_t members = 1;  ///< of each run
@@ -199,7 +199,7 @@ struct Shares {
         Run& run = runs.back();
         for (int64_t j = part; j < layer.B; j += rows) {
           run.row.push_back(plan.order[j]);
-          run.rank.push_back(j);
+          run.sorted_index.push_back(j);
         }
         for (int64_t n : plan.active) {
           run.active.push_back(n > part ? (n - part + rows - 1) / rows : 0);

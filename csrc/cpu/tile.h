@@ -21,13 +21,13 @@ inline constexpr int kRows = 3;
 inline constexpr int kRows = 2;
 #endif
 inline constexpr int kUnpackedRows = kRows < 4 ? kRows : 4;  // of a tile of unpacked weights
-inline constexpr int kSums = 4;  ///< of every cell; also the vectors in a block of product panels
+inline constexpr int kPreacts =
+    4;  ///< of every cell; also the vectors in a block of product panels
 
 /// Chains of additions that hide their latency; those of bfloat16 take longer.
 template <class S>
 inline constexpr int kChains = kPerLane<S> > 1 ? 16 : 8;
 
-FUSEDRNN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class T>
 FUSEDRNN_INLINE int64_t padded(int64_t n) {
   return round_up(n, kLanes<T>);
@@ -56,12 +56,12 @@ FUSEDRNN_INLINE void for_tiles(int64_t rows, F&& tile) {
 template <class Cell>
 struct InputColumns {
   static constexpr int count = Cell::kGates;
-  static constexpr int at(int g) { return Cell::input_sum[g]; }
+  static constexpr int at(int g) { return Cell::input_preact[g]; }
 };
 template <class Cell>
 struct HiddenColumns {
   static constexpr int count = Cell::kGates;
-  static constexpr int at(int g) { return Cell::hidden_sum[g]; }
+  static constexpr int at(int g) { return Cell::hidden_preact[g]; }
 };
 template <int C>
 struct Columns {
@@ -70,11 +70,11 @@ struct Columns {
 };
 
 template <class T, int R>
-using Tile = Vec<T>[R][kSums];
+using Tile = Vec<T>[R][kPreacts];
 
 /// sum[r][at(c)] += a(r, k) * panel[k][c] for the lanes k in [0, size), panel's rows `stride`
 /// apart.
-template <class To, class S, int R, class A, class T = SumOf<S>>
+template <class To, class S, int R, class A, class T = Accumulator<S>>
 FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* panel,
                                 int64_t stride = To::count * kLanes<T>) {
   constexpr int C = To::count;
@@ -92,7 +92,7 @@ FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* p
   };
   int64_t k = 0;
   // A few chains of additions can't hide their latency.
-  constexpr int kCopies = kChains<S> / (R * kSums);
+  constexpr int kCopies = kChains<S> / (R * kPreacts);
   if constexpr (kCopies > 1) {
     Tile<T, R> copy[kCopies - 1] = {};
     for (; k + kCopies <= size; k += kCopies) {
@@ -101,14 +101,15 @@ FUSEDRNN_INLINE void accumulate(Tile<T, R>& sum, A&& a, int64_t size, const T* p
     }
     unroll<kCopies - 1>([&](auto i) __attribute__((always_inline)) {
       unroll<R>([&](auto r) __attribute__((always_inline)) {
-        unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[r][c] += copy[i][r][c]; });
+        unroll<kPreacts>([&](auto c)
+                             __attribute__((always_inline)) { sum[r][c] += copy[i][r][c]; });
       });
     });
   }
   for (; k < size; ++k) step(sum, k);
 }
 
-template <class To, class S, int R, class T = SumOf<S>>
+template <class To, class S, int R, class T = Accumulator<S>>
 FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const S* const (&a)[R], int64_t size,
                                      const T* panel, int64_t stride = To::count * kLanes<T>) {
   accumulate<To, S, R>(
@@ -119,7 +120,7 @@ FUSEDRNN_INLINE void accumulate_rows(Tile<T, R>& sum, const S* const (&a)[R], in
 /// into[r][u] += the products, lane by lane, of row u of w [units, size] with a[r]; their lanes are
 /// still to be summed. Reads w along its rows, unpacked, four rows at a time: more streams than
 /// that, whole pages apart, get in each other's way in the caches.
-template <class S, int R, class T = SumOf<S>>
+template <class S, int R, class T = Accumulator<S>>
 FUSEDRNN_INLINE void multiply_lanes(Vec<T>* const (&into)[R], const S* w, int64_t units,
                                     int64_t size, const S* const (&a)[R]) {
   constexpr int L = kLanes<T>, kStreams = L < 4 ? L : 4, kWidth = L * kPerLane<S>;
@@ -166,9 +167,9 @@ FUSEDRNN_INLINE void multiply_lanes(Vec<T>* const (&into)[R], const S* w, int64_
 
 /// Products of one row of the batch with the gates' rows of unpacked weights, lane by lane.
 template <class T, int R>
-using Lanes = Vec<T>[R][kSums][kLanes<T>];
+using Lanes = Vec<T>[R][kPreacts][kLanes<T>];
 
-template <class To, class S, int R, class T = SumOf<S>>
+template <class To, class S, int R, class T = Accumulator<S>>
 FUSEDRNN_INLINE void accumulate_unpacked(Lanes<T, R>& lanes, const S* const (&a)[R], int64_t size,
                                          const S* w, int64_t hidden_size, int64_t unit,
                                          int64_t units) {
@@ -181,12 +182,12 @@ FUSEDRNN_INLINE void accumulate_unpacked(Lanes<T, R>& lanes, const S* const (&a)
 
 template <class T, int R>
 FUSEDRNN_INLINE void add_lanes(Tile<T, R>& sum, Lanes<T, R>& lanes) {
-  Vec<T> total[R][kSums];
+  Vec<T> total[R][kPreacts];
 #pragma GCC unroll 1
-  for (int i = 0; i < R * kSums; ++i) (&total[0][0])[i] = sum_lanes<T>((&lanes[0][0])[i]);
+  for (int i = 0; i < R * kPreacts; ++i) (&total[0][0])[i] = sum_lanes<T>((&lanes[0][0])[i]);
   // By constant indices: a tile that is indexed otherwise anywhere does not stay in registers.
   unroll<R>([&](auto r) __attribute__((always_inline)) {
-    unroll<kSums>([&](auto c) __attribute__((always_inline)) { sum[r][c] += total[r][c]; });
+    unroll<kPreacts>([&](auto c) __attribute__((always_inline)) { sum[r][c] += total[r][c]; });
   });
 }
 
@@ -194,7 +195,7 @@ FUSEDRNN_INLINE void add_lanes(Tile<T, R>& sum, Lanes<T, R>& lanes) {
 
 /// Lane k of row v of w goes to out[k * step + v], for the lanes of `size` elements and all lanes v
 /// of a vector, zero from `units` on. Rows are `stride` elements apart.
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 FUSEDRNN_INLINE void pack_rows(const S* w, int64_t units, int64_t stride, int64_t size, T* out,
                                int64_t step) {
   constexpr int L = kLanes<T>, kWidth = L * kPerLane<S>;
@@ -212,30 +213,30 @@ FUSEDRNN_INLINE void pack_rows(const S* w, int64_t units, int64_t stride, int64_
 
 template <class Cell, class S>
 int64_t forward_panel_size(int64_t input_size, int64_t output_size) {
-  return (kSums + (lanes_of<S>(input_size) + lanes_of<S>(output_size)) * Cell::kGates) *
-         kLanes<SumOf<S>>;
+  return (kPreacts + (lanes_of<S>(input_size) + lanes_of<S>(output_size)) * Cell::kGates) *
+         kLanes<Accumulator<S>>;
 }
 
-template <class Cell, class S, class T = SumOf<S>>
+template <class Cell, class S, class T = Accumulator<S>>
 FUSEDRNN_INLINE void bias_of(const Weights<S>& w, int64_t hidden_size, int64_t unit, int64_t units,
-                             Vec<T> (&bias)[kSums]) {
-  unroll<kSums>([&](auto c) __attribute__((always_inline)) { bias[c] = Vec<T>{}; });
+                             Vec<T> (&bias)[kPreacts]) {
+  unroll<kPreacts>([&](auto c) __attribute__((always_inline)) { bias[c] = Vec<T>{}; });
   unroll<Cell::kGates>([&](auto g) __attribute__((always_inline)) {
     const int64_t at = g * hidden_size + unit;
-    if (w.bias_ih) bias[Cell::input_sum[g]] += load_values(w.bias_ih + at, units);
-    if (w.bias_hh) bias[Cell::hidden_sum[g]] += load_values(w.bias_hh + at, units);
+    if (w.bias_ih) bias[Cell::input_preact[g]] += load_values(w.bias_ih + at, units);
+    if (w.bias_hh) bias[Cell::hidden_preact[g]] += load_values(w.bias_hh + at, units);
   });
 }
 
-template <class Cell, class S, class T = SumOf<S>>
+template <class Cell, class S, class T = Accumulator<S>>
 void pack_forward(const Weights<S>& weights, int64_t input_size, int64_t hidden_size,
                   int64_t output_size, int64_t block, T* panel) {
   constexpr int L = kLanes<T>, G = Cell::kGates;
   const int64_t unit = block * L, units = hidden_size - unit < L ? hidden_size - unit : L;
-  Vec<T> bias[kSums];
+  Vec<T> bias[kPreacts];
   bias_of<Cell>(weights, hidden_size, unit, units, bias);
-  for (int c = 0; c < kSums; ++c) store(panel + c * L, bias[c]);
-  panel += kSums * L;
+  for (int c = 0; c < kPreacts; ++c) store(panel + c * L, bias[c]);
+  panel += kPreacts * L;
   for (int g = 0; g < G; ++g) {
     const int64_t row = g * hidden_size + unit;
     if (weights.ih) {
@@ -246,11 +247,11 @@ void pack_forward(const Weights<S>& weights, int64_t input_size, int64_t hidden_
   }
 }
 
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 void pack_product(const S* matrix, int64_t row_stride, int64_t column_stride, int64_t depth,
                   int64_t columns, int64_t block, T* panels) {
   constexpr int L = kLanes<T>;
-  const int64_t width = kSums * L, first = block * width;
+  const int64_t width = kPreacts * L, first = block * width;
   T* panel = panels + lanes_of<S>(depth) * first;
   const int64_t left = padded<T>(columns - first), step = left < width ? left : width;
   for (int64_t c = 0; c < step; c += L) {
@@ -282,14 +283,14 @@ struct Rows {
 template <class Cell>
 struct HiddenSegments {
   static constexpr int count = Cell::kGates;
-  static constexpr int at(int g) { return Cell::hidden_sum[g]; }
+  static constexpr int at(int g) { return Cell::hidden_preact[g]; }
 };
 
 /// out(j)[columns] = a(j) * matrix, or += with add, for the rows j of [0, rows) and the columns of
 /// the panel blocks [block_begin, block_end). The depth of the product is that of the segments, of
 /// `length` elements each, the s-th at a(j) + at(s) * length. The matrix is packed in panels, or,
 /// with a matrix_stride, as it is: row-major, its columns whole vectors.
-template <class Segments, class S, class T = SumOf<S>>
+template <class Segments, class S, class T = Accumulator<S>>
 __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t columns,
                                        int64_t block_begin, int64_t block_end, const T* panels,
                                        int64_t matrix_stride, Rows<const S> a, Rows<T> out,
@@ -298,11 +299,11 @@ __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t col
   constexpr int L = kLanes<T>;
   const int64_t lanes = lanes_of<S>(length), depth = Segments::count * lanes;
   for (int64_t block = block_begin; block < block_end; ++block) {
-    const int64_t first = block * kSums * L, left = columns - first;
+    const int64_t first = block * kPreacts * L, left = columns - first;
     const T* panel = panels + (matrix_stride ? first : depth * first);
-    unroll<kSums>([&](auto i) __attribute__((always_inline)) {
+    unroll<kPreacts>([&](auto i) __attribute__((always_inline)) {
       constexpr int C = decltype(i)::value + 1;
-      if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
+      if ((left + L - 1) / L != C && !(C == kPreacts && left > C * L)) return;
       const int64_t stride = matrix_stride ? matrix_stride : C * L;
       for_tiles(rows, [&](auto R, int64_t j) __attribute__((always_inline)) {
         Tile<T, R> sum = {};
@@ -325,10 +326,10 @@ __attribute__((noinline)) void product(int64_t rows, int64_t length, int64_t col
   }
 }
 
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 void multiply(int64_t rows, int64_t depth, int64_t columns, const T* panels, int64_t matrix_stride,
               const S* a, int64_t a_stride, T* out, int64_t out_stride, bool add) {
-  constexpr int64_t width = kSums * kLanes<T>;
+  constexpr int64_t width = kPreacts * kLanes<T>;
   product<Columns<1>, S>(rows, depth, columns, 0, (columns + width - 1) / width, panels,
                          matrix_stride, {a, a_stride}, {out, out_stride}, add);
 }
@@ -339,15 +340,15 @@ template <class T>
 void multiply_transposed(int64_t depth, int64_t rows, int64_t columns, const T* a, int64_t a_stride,
                          const T* b, int64_t b_stride, T* out, int64_t out_stride) {
   constexpr int L = kLanes<T>;
-  constexpr int64_t kDepth = 512 / int64_t(sizeof(T)), width = kSums * L;
+  constexpr int64_t kDepth = 512 / int64_t(sizeof(T)), width = kPreacts * L;
   alignas(64) T panel[kDepth * width];
   for (int64_t n = 0; n < depth || n == 0; n += kDepth) {
     const int64_t size = depth - n < kDepth ? depth - n : kDepth;
     for (int64_t first = 0; first < columns; first += width) {
       const int64_t left = columns - first;
-      unroll<kSums>([&](auto i) __attribute__((always_inline)) {
+      unroll<kPreacts>([&](auto i) __attribute__((always_inline)) {
         constexpr int C = decltype(i)::value + 1;
-        if ((left + L - 1) / L != C && !(C == kSums && left > C * L)) return;
+        if ((left + L - 1) / L != C && !(C == kPreacts && left > C * L)) return;
         for (int64_t k = 0; k < size; ++k) {
           unroll<C>([&](auto c) __attribute__((always_inline)) {
             store(panel + (k * C + c) * L,

@@ -99,7 +99,7 @@ FUSEDRNN_INLINE void store(T* p, Vec<T> v, int64_t n) {
 // as Vec<T> of the sums' type.
 
 template <class S>
-inline constexpr int kPerLane = sizeof(SumOf<S>) / sizeof(S);
+inline constexpr int kPerLane = sizeof(Accumulator<S>) / sizeof(S);
 
 /// Lanes that `size` elements fill.
 template <class S>
@@ -108,15 +108,15 @@ FUSEDRNN_INLINE int64_t lanes_of(int64_t size) {
 }
 
 template <class S>
-FUSEDRNN_INLINE Vec<SumOf<S>> load_operands(const S* p) {
-  Vec<SumOf<S>> v;
+FUSEDRNN_INLINE Vec<Accumulator<S>> load_operands(const S* p) {
+  Vec<Accumulator<S>> v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
 
 /// The first n elements, n up to a whole vector of them or more; the others read as zero.
 template <class S>
-FUSEDRNN_INLINE Vec<SumOf<S>> load_operands(const S* p, int64_t n) {
+FUSEDRNN_INLINE Vec<Accumulator<S>> load_operands(const S* p, int64_t n) {
   if constexpr (kPerLane<S> == 1) {
     return load(p, n);
   } else {
@@ -129,15 +129,16 @@ FUSEDRNN_INLINE Vec<SumOf<S>> load_operands(const S* p, int64_t n) {
 
 /// The lane at p, in all lanes.
 template <class S>
-FUSEDRNN_INLINE Vec<SumOf<S>> broadcast_operand(const S* p) {
-  SumOf<S> lane;
+FUSEDRNN_INLINE Vec<Accumulator<S>> broadcast_operand(const S* p) {
+  Accumulator<S> lane;
   __builtin_memcpy(&lane, p, sizeof(lane));
-  return broadcast<Vec<SumOf<S>>>(lane);
+  return broadcast<Vec<Accumulator<S>>>(lane);
 }
 
 /// sum += a * b, lane by lane.
 template <class S>
-FUSEDRNN_INLINE void multiply_add(Vec<SumOf<S>>& sum, Vec<SumOf<S>> a, Vec<SumOf<S>> b) {
+FUSEDRNN_INLINE void multiply_add(Vec<Accumulator<S>>& sum, Vec<Accumulator<S>> a,
+                                  Vec<Accumulator<S>> b) {
   if constexpr (kPerLane<S> == 1) {
     sum += a * b;
   } else {

@@ -11,7 +11,7 @@ constexpr int64_t kMostTileRows = 128;         // what shared memory has room fo
 constexpr int64_t kGridDepth = 8;              // warps that share the depth of a product
 constexpr int64_t kClusterUnits = 32, kClusterRows = 8, kClusterDepth = 4;  // the same, in clusters
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using scalar::divide_up;
 
 /// The units whose weights, all gates of 16 at a time, the registers of a CTA hold.
 int64_t alone(int64_t operand_bytes) { return operand_bytes == 2 ? 128 : 64; }

@@ -13,8 +13,8 @@
 
 namespace fusedrnn::cuda {
 
-using host::Gru;
-using host::Lstm;
+using scalar::Gru;
+using scalar::Lstm;
 
 // ---- step by step -------------------------------------------------------------------------------
 //
@@ -26,7 +26,7 @@ struct StepRows {
   const int64_t* lengths = nullptr;  ///< [rows], null: all take part
 };
 
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 struct ForwardStep : StepRows {
   int64_t hidden_size = 0;
   const T* x_product = nullptr;  ///< [rows, G*H] weight_ih x
@@ -41,7 +41,7 @@ struct ForwardStep : StepRows {
 };
 
 /// What comes after the product of a projection.
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 struct ProjectedStep : StepRows {
   int64_t output_size = 0;
   const T* r = nullptr;  ///< [rows, P] the projected output
@@ -63,7 +63,7 @@ struct StepBack : StepRows {
   T* dh = nullptr;
 };
 
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 struct BackwardStep : StepBack<T> {
   int64_t hidden_size = 0;
   const T* saved = nullptr;         ///< [rows, A, H]
@@ -71,16 +71,16 @@ struct BackwardStep : StepBack<T> {
   const T* h0 = nullptr;            ///< [rows, H] h0_stride apart, null: zeros
   const T* c0 = nullptr;
   int64_t h0_stride = 0, c0_stride = 0;
-  const T* draw = nullptr;  ///< with a projection, [rows, H] instead: of the output before it
+  const T* dh_raw = nullptr;  ///< with a projection, [rows, H] instead: of the output before it
   T* dstate = nullptr;      ///< [rows, H]
-  S* dsums = nullptr;       ///< [rows, S*H] as operands, zero on entry
-  S* dhidden = nullptr;     ///< [rows, G*H] of the sums that weight_hh feeds, where not just dsums
+  S* dgates = nullptr;       ///< [rows, S*H] as operands, zero on entry
+  S* dhidden = nullptr;     ///< [rows, G*H] of the sums that weight_hh feeds, where not just dgates
   S* h_previous = nullptr;  ///< [rows, H], null with a projection
   S* h_raw = nullptr;       ///< [rows, H] output before the projection
 };
 
 /// What comes before the product of a projection, going back.
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 struct ProjectedStepBack : StepBack<T> {
   int64_t output_size = 0;
   const T* y_before = nullptr;  ///< [rows_before, P], y_stride apart
@@ -146,7 +146,7 @@ struct Recurrence {
   uint32_t* arrivals = nullptr;       ///< [D, groups], zero on entry; of Reach::grid
 };
 
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 struct RecurrentForward : Recurrence {
   struct Direction {
     const S* weight_hh = nullptr;  ///< [G*H, H]
@@ -164,7 +164,7 @@ struct RecurrentForward : Recurrence {
   int64_t h0_stride = 0, c0_stride = 0, y_stride = 0;
 };
 
-template <class S, class T = SumOf<S>>
+template <class S, class T = Accumulator<S>>
 struct RecurrentBackward : Recurrence {
   struct Direction {
     const S* weight_hh = nullptr;
@@ -174,7 +174,7 @@ struct RecurrentBackward : Recurrence {
     const T* dy = nullptr;    ///< [N, H], dy_stride apart; null: zeros
     const T* dh_n = nullptr;  ///< [B, H], null: zeros
     const T* dc_n = nullptr;
-    S* dsums = nullptr;       ///< [N, S*H]
+    S* dgates = nullptr;       ///< [N, S*H]
     S* h_previous = nullptr;  ///< [N, H]
     T* dh0 = nullptr;         ///< [B, H]
     T* dc0 = nullptr;         ///< [B, H], LSTM only

@@ -4,6 +4,8 @@
 // (regime_of), else step by step: a product and a kernel a step, for any size and type.
 #include "layer_cuda.h"
 
+#include <torch/library.h>
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -179,13 +181,9 @@ void check_lengths(const Layer& layer) {
               "lengths must be from 0 to the sequence length");
 }
 
-struct Output {
-  Tensor y, h_n, c_n, saved;
-};
-
 template <class Cell, class S>
-Output forward(const Layer& layer, bool save) {
-  using T = SumOf<S>;
+LayerOutput forward(const Layer& layer, bool save) {
+  using T = Accumulator<S>;
   constexpr int64_t G = Cell::kGates, A = Cell::kSaved;
   const Device device(layer.input);
   const Precision precision = rnn_precision();
@@ -193,11 +191,11 @@ Output forward(const Layer& layer, bool save) {
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
   check_lengths(layer);
 
-  Output out;
-  out.y = new_at_positions<S>(layer, layer.shape(D * P));
+  LayerOutput out;
+  out.output = new_at_positions<S>(layer, layer.shape(D * P));
   out.h_n = new_tensor<S>(layer, {D, B, P});
   Tensor c_n;
-  if (layer.cell.has_c) c_n = new_tensor<T>(layer, {D, B, H});
+  if (layer.cell.has_cell_state) c_n = new_tensor<T>(layer, {D, B, H});
   out.saved = save ? new_at_positions<T>(layer, {D, N, A, H}) : new_tensor<T>(layer, {0});
   const auto saved_of = [&](int64_t d, int64_t position) {
     return save ? data_of<T>(out.saved, (d * N + position) * A * H) : nullptr;
@@ -227,7 +225,7 @@ Output forward(const Layer& layer, bool save) {
         of.x_product = const_data_of<T>(products.back());
         if (layer.h0.defined()) of.h0 = const_data_of<T>(layer.h0, d * layer.h0.stride(0));
         if (layer.c0.defined()) of.c0 = const_data_of<T>(layer.c0, d * layer.c0.stride(0));
-        of.y = data_of<S>(out.y, d * H);
+        of.y = data_of<S>(out.output, d * H);
         of.h_n = data_of<S>(out.h_n, d * B * H);
         of.c_n = data_of<T>(c_n, d * B * H);
         of.saved = saved_of(d, 0);
@@ -250,12 +248,12 @@ Output forward(const Layer& layer, bool save) {
     for (int64_t d = 0; d < D; ++d) {
       const DirectionWeights& w = layer.weights[d];
       const Tensor x_product = multiply_input(d), h = out.h_n[d];
-      const Tensor state = Cell::kStateIsOutput ? new_tensor<T>(layer, {B, H}) : c_n[d];
+      const Tensor state = !Cell::kHasCellState ? new_tensor<T>(layer, {B, H}) : c_n[d];
       const auto start = [d](const Tensor& to, const Tensor& from) {
         from.defined() ? to.copy_(from[d]) : to.zero_();
       };
       start(h, layer.h0);
-      start(state, Cell::kStateIsOutput ? layer.h0 : layer.c0);
+      start(state, !Cell::kHasCellState ? layer.h0 : layer.c0);
       const Tensor hh = w.hh.t(), hr = layer.has_projection ? w.hr.t() : Tensor();
       for (int64_t i = 0; i < layer.T; ++i) {
         const int64_t t = steps.time(i, d == 1), position = steps.position(t);
@@ -270,7 +268,7 @@ Output forward(const Layer& layer, bool save) {
         s.bias_ih = const_data_of<S>(w.bias_ih);
         s.bias_hh = const_data_of<S>(w.bias_hh);
         s.state = data_of<T>(state);
-        S* const y = data_of<S>(out.y, position * D * P + d * P);
+        S* const y = data_of<S>(out.output, position * D * P + d * P);
         s.h = data_of<S>(layer.has_projection ? raw : h);
         s.y = layer.has_projection ? nullptr : y;
         s.y_stride = D * P;
@@ -294,14 +292,9 @@ Output forward(const Layer& layer, bool save) {
   return out;
 }
 
-struct Gradients {
-  Tensor input, h0, c0;
-  std::vector<Tensor> weights;
-};
-
 /// The products of weight_gradients.
-struct DeviceProducts : Products {
-  explicit DeviceProducts(Precision p) : precision(p) {}
+struct DeviceGemms : Gemms {
+  explicit DeviceGemms(Precision p) : precision(p) {}
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
     cuda::multiply(out, a, b, add, precision);
   }
@@ -312,10 +305,9 @@ struct DeviceProducts : Products {
 };
 
 template <class Cell, class S>
-Gradients backward(const Layer& layer, const OutputGradients& g,
-                   const std::vector<bool>& output_mask) {
-  using T = SumOf<S>;
-  constexpr int64_t G = Cell::kGates, A = Cell::kSaved, sums = Cell::kSums;
+LayerGradients backward(const Layer& layer, const OutputGradients& g) {
+  using T = Accumulator<S>;
+  constexpr int64_t G = Cell::kGates, A = Cell::kSaved, preacts = Cell::kPreacts;
   const Device device(layer.input);
   const Precision precision = rnn_precision();
   const Steps steps(layer);
@@ -323,14 +315,14 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   const auto positions = [&](int64_t features) {  // padding must not reach the products
     return new_at_positions<S>(layer, {D, N, features});
   };
-  const Tensor dsums = positions(sums * H), h_previous = positions(P);
+  const Tensor dgates = positions(preacts * H), h_previous = positions(P);
   Tensor dr, h_raw;
   if (layer.has_projection) {
     dr = positions(P);
     h_raw = positions(H);
   }
   Tensor dh0 = new_tensor<T>(layer, {D, B, P}), dc0;
-  if (layer.cell.has_c) dc0 = new_tensor<T>(layer, {D, B, H});
+  if (layer.cell.has_cell_state) dc0 = new_tensor<T>(layer, {D, B, H});
   const auto saved_of = [&](int64_t d, int64_t position) {
     return const_data_of<T>(g.saved, (d * N + position) * A * H);
   };
@@ -356,7 +348,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
         of.dy = const_data_of<T>(g.dy, d * H);
         of.dh_n = const_data_of<T>(g.dh_n, d * B * H);
         of.dc_n = const_data_of<T>(g.dc_n, d * B * H);
-        of.dsums = data_of<S>(dsums, d * N * sums * H);
+        of.dgates = data_of<S>(dgates, d * N * preacts * H);
         of.h_previous = data_of<S>(h_previous, d * N * H);
         of.dh0 = data_of<T>(dh0, d * B * H);
         of.dc0 = data_of<T>(dc0, d * B * H);
@@ -371,12 +363,12 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
   }
   if (!done) {
     // Where the sums that weight_hh feeds are not all of them, they have a copy of their own.
-    const Tensor dhidden = sums > G ? new_tensor<S>(layer, {B, G * H}) : Tensor();
-    const Tensor draw = layer.has_projection ? new_tensor<T>(layer, {B, H}) : Tensor();
+    const Tensor dhidden = preacts > G ? new_tensor<S>(layer, {B, G * H}) : Tensor();
+    const Tensor dh_raw = layer.has_projection ? new_tensor<T>(layer, {B, H}) : Tensor();
     for (int64_t d = 0; d < D; ++d) {
       const DirectionWeights& w = layer.weights[d];
       const Tensor dh = dh0[d];
-      const Tensor dstate = Cell::kStateIsOutput ? new_tensor<T>(layer, {B, H}) : dc0[d];
+      const Tensor dstate = !Cell::kHasCellState ? new_tensor<T>(layer, {B, H}) : dc0[d];
       const auto start = [d](const Tensor& to, const Tensor& from) {
         from.defined() ? to.copy_(from[d]) : to.zero_();
       };
@@ -404,7 +396,7 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
           p.dr = data_of<S>(dr, at * P);
           p.h_previous = data_of<S>(h_previous, at * P);
           check(projected_step_back(p, device.stream));
-          multiply(draw.narrow(0, 0, rows), dr[d].narrow(0, position, rows), w.hr, false,
+          multiply(dh_raw.narrow(0, 0, rows), dr[d].narrow(0, position, rows), w.hr, false,
                    precision);
         }
         BackwardStep<S> s;
@@ -420,39 +412,24 @@ Gradients backward(const Layer& layer, const OutputGradients& g,
         s.dy_stride = D * P;
         s.product = const_data_of<T>(product);
         s.dh = data_of<T>(dh);
-        s.draw = const_data_of<T>(draw);
+        s.dh_raw = const_data_of<T>(dh_raw);
         s.dstate = data_of<T>(dstate);
-        s.dsums = data_of<S>(dsums, at * sums * H);
+        s.dgates = data_of<S>(dgates, at * preacts * H);
         s.dhidden = data_of<S>(dhidden);
         s.h_previous = layer.has_projection ? nullptr : data_of<S>(h_previous, at * H);
         s.h_raw = data_of<S>(h_raw, at * H);
         check(backward_step<Cell>(s, device.stream));
         const Tensor fed =
-            dhidden.defined() ? dhidden.narrow(0, 0, rows) : dsums[d].narrow(0, position, rows);
+            dhidden.defined() ? dhidden.narrow(0, 0, rows) : dgates[d].narrow(0, position, rows);
         multiply(product.narrow(0, 0, rows), fed, w.hh, false, precision);
       }
       dh.add_(product);
-      if (Cell::kStateIsOutput) dh.add_(dstate);
+      if (!Cell::kHasCellState) dh.add_(dstate);
     }
   }
 
-  std::vector<DirectionGradients> directions(D);
-  for (int64_t d = 0; d < D; ++d) {
-    directions[d] = {dsums[d], h_previous[d], layer.has_projection ? dr[d] : Tensor(),
-                     layer.has_projection ? h_raw[d] : Tensor()};
-  }
-  Gradients out;
-  const size_t states = layer.cell.has_c ? 3 : 2;
-  out.weights = weight_gradients(layer, directions,
-                                 std::vector<bool>(output_mask.begin() + states, output_mask.end()),
-                                 output_mask[0], out.input, DeviceProducts(precision));
-  const auto wanted = [&](const Tensor& t, size_t i) {
-    return output_mask[i] ? in_type(t, layer.type) : new_tensor<S>(layer, {0});
-  };
-  out.input = wanted(out.input, 0);
-  out.h0 = wanted(dh0, 1);
-  if (layer.cell.has_c) out.c0 = wanted(dc0, 2);
-  return out;
+  return layer_gradients(layer, g, {dgates, h_previous, dr, h_raw}, dh0, dc0,
+                         DeviceGemms(precision));
 }
 
 /// Calls call(S{}) for the type of the layer's operands.
@@ -470,66 +447,21 @@ auto with_type(const Layer& layer, const F& call) {
   }
 }
 
-template <class Cell>
-Output forward_any(const Layer& layer, bool save) {
-  return with_type(layer, [&](auto s) { return forward<Cell, decltype(s)>(layer, save); });
-}
-
-template <class Cell>
-Gradients backward_any(const Layer& layer, const OutputGradients& g,
-                       const c10::List<bool>& output_mask) {
-  return with_type(layer, [&](auto s) {
-    return backward<Cell, decltype(s)>(layer, g, {output_mask.begin(), output_mask.end()});
-  });
-}
-
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& input, const OptionalTensor& h0,
-                                                const OptionalTensor& c0, at::TensorList weights,
-                                                bool bidirectional,
-                                                const OptionalTensor& batch_sizes,
-                                                const OptionalTensor& lengths, bool save) {
-  const Layer layer(CellInfo::of<Lstm>("lstm"), input, h0, c0, weights, bidirectional, batch_sizes,
-                    lengths, true);
-  Output out = forward_any<Lstm>(layer, save);
-  return {out.y, out.h_n, out.c_n, out.saved};
+template <class Cell>
+LayerOutput Cuda::forward(const ForwardArgs& args) {
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  return with_type(layer,
+                   [&](auto s) { return cuda::forward<Cell, decltype(s)>(layer, args.save); });
+}
+template <class Cell>
+LayerGradients Cuda::backward(const BackwardArgs& args) {
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  const OutputGradients g(layer, args);
+  return with_type(layer, [&](auto s) { return cuda::backward<Cell, decltype(s)>(layer, g); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-    const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    bool bidirectional, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-    const OptionalTensor& output, const Tensor& saved, const c10::List<bool>& output_mask) {
-  const Layer layer(CellInfo::of<Lstm>("lstm"), input, h0, c0, weights, bidirectional, batch_sizes,
-                    lengths, true);
-  const OutputGradients g(layer, dy, dh_n, dc_n, output, saved,
-                          {output_mask.begin(), output_mask.end()});
-  Gradients out = backward_any<Lstm>(layer, g, output_mask);
-  return {out.input, out.h0, out.c0, std::move(out.weights)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor& h0,
-                                       at::TensorList weights, bool bidirectional,
-                                       const OptionalTensor& batch_sizes,
-                                       const OptionalTensor& lengths, bool save) {
-  const Layer layer(CellInfo::of<Gru>("gru"), input, h0, std::nullopt, weights, bidirectional,
-                    batch_sizes, lengths, true);
-  Output out = forward_any<Gru>(layer, save);
-  return {out.y, out.h_n, out.saved};
-}
-
-std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const Tensor& input,
-    const OptionalTensor& h0, at::TensorList weights, bool bidirectional,
-    const OptionalTensor& batch_sizes, const OptionalTensor& lengths, const OptionalTensor& output,
-    const Tensor& saved, const c10::List<bool>& output_mask) {
-  const Layer layer(CellInfo::of<Gru>("gru"), input, h0, std::nullopt, weights, bidirectional,
-                    batch_sizes, lengths, true);
-  const OutputGradients g(layer, dy, dh_n, std::nullopt, output, saved,
-                          {output_mask.begin(), output_mask.end()});
-  Gradients out = backward_any<Gru>(layer, g, output_mask);
-  return {out.input, out.h0, std::move(out.weights)};
-}
+void register_cuda_ops(torch::Library& m) { register_ops<Cuda>(m); }
 
 }  // namespace fusedrnn::cuda

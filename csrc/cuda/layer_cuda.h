@@ -1,13 +1,22 @@
-// The ops on CUDA, for register.cpp.
+// The ops on CUDA, for register.cpp and for the tests' emulator.
 #pragma once
 
 #include "../ops.h"
 
+namespace torch {
+class Library;
+}
+
 namespace fusedrnn::cuda {
 
-LstmOp lstm;
-LstmBackwardOp lstm_backward;
-GruOp gru;
-GruBackwardOp gru_backward;
+struct Cuda {
+  template <class Cell>
+  static LayerOutput forward(const ForwardArgs& args);
+  template <class Cell>
+  static LayerGradients backward(const BackwardArgs& args);
+};
+
+/// Registers the kernels of every cell.
+void register_cuda_ops(torch::Library& m);
 
 }  // namespace fusedrnn::cuda

@@ -233,11 +233,11 @@ FUSEDRNN_DEVICE float shuffle_xor(float value, int mask) {
 /// depths 2q + 8, 2q + 9, and b[0], b[1] column r at those depths; for TF32 one value each, at
 /// depths q and q + 4. (PTX ISA, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8".)
 template <class S>
-FUSEDRNN_DEVICE void multiply_add_16x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+FUSEDRNN_DEVICE void mma_m16n8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                        uint32_t b1);
 #define FUSEDRNN_MMA(S, shape)                                                                  \
   template <>                                                                                   \
-  FUSEDRNN_DEVICE void multiply_add_16x8<S>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, \
+  FUSEDRNN_DEVICE void mma_m16n8<S>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, \
                                             uint32_t b1) {                                      \
     asm("mma.sync.aligned." shape                                                               \
         " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \

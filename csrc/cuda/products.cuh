@@ -9,7 +9,7 @@
 
 namespace fusedrnn::cuda {
 
-using host::unroll;
+using scalar::unroll;
 
 constexpr int kWarp = 32;
 
@@ -73,7 +73,7 @@ class TensorProduct {
     if constexpr (kPerWord == 2) {
       round_to(to, h);
     } else {
-      to = host::bit_cast<float>(tf32_of(h));
+      to = scalar::bit_cast<float>(tf32_of(h));
     }
   }
 
@@ -91,8 +91,8 @@ class TensorProduct {
       unroll<kTiles>([&](auto m) {
         unroll<N>([&](auto n) {
           float (&second)[4] = kTwo ? other[kTwo ? n : 0][kTwo ? m : 0] : c[n][m];
-          multiply_add_16x8<S>(c[n][m], a_[m][j][0], b[n].word[0], b[n].word[1]);
-          multiply_add_16x8<S>(second, a_[m][j][1], b[n].word[2], b[n].word[3]);
+          mma_m16n8<S>(c[n][m], a_[m][j][0], b[n].word[0], b[n].word[1]);
+          mma_m16n8<S>(second, a_[m][j][1], b[n].word[2], b[n].word[3]);
         });
       });
     });
@@ -162,7 +162,7 @@ class PlainProduct {
           const Words w =
               *reinterpret_cast<const Words*>(staged + n * (kDepth + 4) + depth() + 4 * k);
           unroll<4>([&](auto j) {
-            const float b = host::bit_cast<float>(w.word[j]);
+            const float b = scalar::bit_cast<float>(w.word[j]);
             unroll<kOwnRows>([&](auto i) { c[i][n] += a_[i][4 * k + j] * b; });
           });
         });

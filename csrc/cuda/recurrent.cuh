@@ -35,15 +35,15 @@ struct RecurrentForwardKernel : Sharing {
 
   /// What a step needs besides the product.
   struct Inputs {
-    bool takes_part;
+    bool is_active;
     int64_t position;
     float x[Cell::kGates];
   };
 
   FUSEDRNN_DEVICE Inputs load(const Worker& w, const Pair& p, int t) const {
     Inputs in;
-    in.takes_part = p.exists && w.takes_part(p.row, t);
-    if (!in.takes_part) return in;
+    in.is_active = p.exists && w.is_active(p.row, t);
+    if (!in.is_active) return in;
     const int H = run.hidden_size;
     in.position = w.position(t) + p.row;
     const float* x = run.direction[w.direction].x_product + in.position * Cell::kGates * H + p.unit;
@@ -58,11 +58,11 @@ struct RecurrentForwardKernel : Sharing {
 
     typename Sharing::Product product;
     w.template load<Weight>(product, of.weight_hh, H);
-    float bias[Cell::kSums] = {};
+    float bias[Cell::kPreacts] = {};
     const int own_unit = w.pair(0, 0).unit;
     if (of.bias_ih && own_unit < H) {
       unroll<Cell::kGates>([&](auto g) {
-        constexpr int in = Cell::input_sum[g], hidden = Cell::hidden_sum[g];
+        constexpr int in = Cell::input_preact[g], hidden = Cell::hidden_preact[g];
         bias[in] += value_of(of.bias_ih[g * H + own_unit]);
         bias[hidden] += value_of(of.bias_hh[g * H + own_unit]);
       });
@@ -73,7 +73,7 @@ struct RecurrentForwardKernel : Sharing {
         if (!p.exists) continue;
         const float h = value_or_zero(of.h0, p.row * run.h0_stride + p.unit);
         w.kept(p, 0) =
-            Cell::kStateIsOutput ? h : value_or_zero(of.c0, p.row * run.c0_stride + p.unit);
+            !Cell::kHasCellState ? h : value_or_zero(of.c0, p.row * run.c0_stride + p.unit);
         w.kept(p, 1) = h;
       }
       unroll<Sharing::kPairs>([&](auto i) {
@@ -95,7 +95,7 @@ struct RecurrentForwardKernel : Sharing {
         unroll<Sharing::kPairs>([&](auto n) {
           const Pair p = w.pair(chunk, n);
           float h[1] = {0};
-          if (in[n].takes_part) {
+          if (in[n].is_active) {
             apply(w, p, in[n], bias, out[n]);
             h[0] = out[n].h;
           } else if (p.exists) {
@@ -106,7 +106,7 @@ struct RecurrentForwardKernel : Sharing {
         w.pass(product, i + 1, chunk);
         // After what the others wait for.
         unroll<Sharing::kPairs>([&](auto n) {
-          if (in[n].takes_part) store(w, in[n].position, w.pair(chunk, n).unit, out[n]);
+          if (in[n].is_active) store(w, in[n].position, w.pair(chunk, n).unit, out[n]);
         });
       }
     }
@@ -126,11 +126,11 @@ struct RecurrentForwardKernel : Sharing {
   };
 
   FUSEDRNN_DEVICE void apply(const Worker& w, const Pair& p, const Inputs& in,
-                             const float (&bias)[Cell::kSums], Outputs& out) const {
-    float sum[Cell::kSums];
-    unroll<Cell::kSums>([&](auto k) { sum[k] = bias[k]; });
+                             const float (&bias)[Cell::kPreacts], Outputs& out) const {
+    float sum[Cell::kPreacts];
+    unroll<Cell::kPreacts>([&](auto k) { sum[k] = bias[k]; });
     unroll<Cell::kGates>([&](auto g) {
-      constexpr int input = Cell::input_sum[g], hidden = Cell::hidden_sum[g];
+      constexpr int input = Cell::input_preact[g], hidden = Cell::hidden_preact[g];
       sum[input] += in.x[g];
       sum[hidden] += w.sum(p, g);
     });
@@ -172,7 +172,7 @@ struct RecurrentBackwardKernel : Sharing {
   };
 
   struct Inputs {
-    bool takes_part, has_before;  ///< of the row: it has a step before this one
+    bool is_active, has_before;  ///< of the row: it has a step before this one
     int64_t position;
     float dy, saved[Cell::kSaved];
     float before[Cell::kSaved];  ///< of the step before
@@ -183,22 +183,22 @@ struct RecurrentBackwardKernel : Sharing {
     const auto& of = run.direction[w.direction];
     const int H = run.hidden_size, t = w.time(i);
     Inputs in;
-    in.takes_part = p.exists && w.takes_part(p.row, t);
-    if (!in.takes_part) return in;
+    in.is_active = p.exists && w.is_active(p.row, t);
+    if (!in.is_active) return in;
     in.position = w.position(t) + p.row;
     const auto load_saved = [&](float (&to)[Cell::kSaved], int64_t position) {
       unroll<Cell::kSaved>(
           [&](auto a) { to[a] = of.saved[(position * Cell::kSaved + a) * H + p.unit]; });
     };
     const int before = w.time(i - 1);
-    in.has_before = w.takes_part(p.row, before);
+    in.has_before = w.is_active(p.row, before);
     if (in.has_before) {
       load_saved(in.before, w.position(before) + p.row);
       in.state = in.before[Cell::kSavedState];
     } else {
       in.h0 = value_or_zero(of.h0, p.row * run.h0_stride + p.unit);
       in.state =
-          Cell::kStateIsOutput ? in.h0 : value_or_zero(of.c0, p.row * run.c0_stride + p.unit);
+          !Cell::kHasCellState ? in.h0 : value_or_zero(of.c0, p.row * run.c0_stride + p.unit);
     }
     in.dy = value_or_zero(of.dy, in.position * run.dy_stride + p.unit);
     load_saved(in.saved, in.position);
@@ -228,22 +228,22 @@ struct RecurrentBackwardKernel : Sharing {
         Inputs in[Sharing::kPairs];
         unroll<Sharing::kPairs>([&](auto m) { in[m] = load(w, w.pair(chunk, m), i); });
         if (n > 0) w.collect(product, n - 1, chunk);
-        float dsum[Sharing::kPairs][Cell::kSums] = {};
+        float dgate[Sharing::kPairs][Cell::kPreacts] = {};
         unroll<Sharing::kPairs>([&](auto m) {
           const Pair p = w.pair(chunk, m);
           if (n > 0 && p.exists) w.kept(p, 1) += w.sum(p, 0);
-          if (in[m].takes_part) apply(w, p, in[m], dsum[m]);
+          if (in[m].is_active) apply(w, p, in[m], dgate[m]);
           float fed[Cell::kGates];
           unroll<Cell::kGates>([&](auto g) {
-            constexpr int hidden = Cell::hidden_sum[g];
-            fed[g] = dsum[m][hidden];
+            constexpr int hidden = Cell::hidden_preact[g];
+            fed[g] = dgate[m][hidden];
           });
           if (i >= 0) w.set(n, chunk, p, fed);
         });
         w.pass(product, n, chunk);
         // After what the others wait for.
         unroll<Sharing::kPairs>([&](auto m) {
-          if (in[m].takes_part) store(w, in[m], w.pair(chunk, m).unit, dsum[m]);
+          if (in[m].is_active) store(w, in[m], w.pair(chunk, m).unit, dgate[m]);
         });
       }
     }
@@ -253,26 +253,26 @@ struct RecurrentBackwardKernel : Sharing {
         const Pair p = w.pair(chunk, i);
         if (!p.exists) continue;
         const float dstate = w.kept(p, 0), dh = w.kept(p, 1);
-        of.dh0[p.row * H + p.unit] = Cell::kStateIsOutput ? dh + dstate : dh;
+        of.dh0[p.row * H + p.unit] = !Cell::kHasCellState ? dh + dstate : dh;
         if (of.dc0) of.dc0[p.row * H + p.unit] = dstate;
       }
     }
   }
 
   FUSEDRNN_DEVICE void apply(const Worker& w, const Pair& p, const Inputs& in,
-                             float (&dsum)[Cell::kSums]) const {
+                             float (&dgate)[Cell::kPreacts]) const {
     const float dh = w.kept(p, 1) + in.dy;
     w.kept(p, 1) = 0;
-    Cell::backward(in.saved, in.state, dh, w.kept(p, 0), dsum);
+    Cell::backward(in.saved, in.state, dh, w.kept(p, 0), dgate);
   }
 
   FUSEDRNN_DEVICE void store(const Worker& w, const Inputs& in, int unit,
-                             const float (&dsum)[Cell::kSums]) const {
+                             const float (&dgate)[Cell::kPreacts]) const {
     const auto& of = run.direction[w.direction];
     const float h = in.has_before ? Cell::output(in.before) : in.h0;
     round_to(of.h_previous[in.position * run.hidden_size + unit], h);
-    S* const dsums = of.dsums + in.position * Cell::kSums * run.hidden_size + unit;
-    unroll<Cell::kSums>([&](auto k) { round_to(dsums[k * run.hidden_size], dsum[k]); });
+    S* const dgates = of.dgates + in.position * Cell::kPreacts * run.hidden_size + unit;
+    unroll<Cell::kPreacts>([&](auto k) { round_to(dgates[k * run.hidden_size], dgate[k]); });
   }
 };
 

@@ -3,9 +3,4 @@
 
 #include "layer_cuda.h"
 
-TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
-  m.impl("lstm", &fusedrnn::cuda::lstm);
-  m.impl("lstm_backward", &fusedrnn::cuda::lstm_backward);
-  m.impl("gru", &fusedrnn::cuda::gru);
-  m.impl("gru_backward", &fusedrnn::cuda::gru_backward);
-}
+TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) { fusedrnn::cuda::register_cuda_ops(m); }

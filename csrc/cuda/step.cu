@@ -7,7 +7,7 @@
 namespace fusedrnn::cuda {
 namespace {
 
-using host::unroll;
+using scalar::unroll;
 
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
@@ -37,7 +37,7 @@ FUSEDRNN_DEVICE const T* row_of(const T* p, int64_t row, int64_t stride) {
   return p ? p + row * stride : nullptr;
 }
 
-FUSEDRNN_DEVICE bool takes_part(const StepRows& s, int64_t row) {
+FUSEDRNN_DEVICE bool is_active(const StepRows& s, int64_t row) {
   return !s.lengths || s.lengths[row] > s.t;
 }
 template <class T>
@@ -82,17 +82,17 @@ struct RowKernel {
 
 template <class Cell, class S, int V>
 struct ForwardStepKernel : RowKernel<V> {
-  using T = SumOf<S>;
+  using T = Accumulator<S>;
   ForwardStep<S> s;
 
   FUSEDRNN_DEVICE void operator()(unsigned char*) const {
     const int64_t H = s.hidden_size;
     const auto place = this->place(s.rows, H);
     const int64_t row = place.row, u = place.feature;
-    if (row < 0 || !takes_part(s, row)) return;
-    Pack<T, V> sum[Cell::kSums] = {};
+    if (row < 0 || !is_active(s, row)) return;
+    Pack<T, V> sum[Cell::kPreacts] = {};
     unroll<Cell::kGates>([&](auto g) {
-      constexpr int in = Cell::input_sum[g], hidden = Cell::hidden_sum[g];
+      constexpr int in = Cell::input_preact[g], hidden = Cell::hidden_preact[g];
       const int64_t at = g * H + u, row_at = row * Cell::kGates * H + at;
       const Pack<T, V> x = load<V>(s.x_product + row_at);
       const Pack<T, V> h = load_or_zeros<V>(row_of(s.h_product, 1, row_at));
@@ -105,8 +105,8 @@ struct ForwardStepKernel : RowKernel<V> {
     });
     Pack<T, V> state = load<V>(s.state + row * H + u), out, saved[Cell::kSaved];
     unroll<V>([&](auto v) {
-      T sums[Cell::kSums], kept[Cell::kSaved];
-      unroll<Cell::kSums>([&](auto k) { sums[k] = sum[k].value[v]; });
+      T sums[Cell::kPreacts], kept[Cell::kSaved];
+      unroll<Cell::kPreacts>([&](auto k) { sums[k] = sum[k].value[v]; });
       out.value[v] = Cell::forward(sums, state.value[v], kept);
       unroll<Cell::kSaved>([&](auto a) { saved[a].value[v] = kept[a]; });
     });
@@ -129,7 +129,7 @@ struct ProjectedStepKernel : RowKernel<V> {
     const int64_t P = s.output_size;
     const auto place = this->place(s.rows, P);
     const int64_t row = place.row, u = place.feature;
-    if (row < 0 || !takes_part(s, row)) return;
+    if (row < 0 || !is_active(s, row)) return;
     const Pack<S, V> h = rounded<V, S>(load<V>(s.r + row * P + u));
     store(s.h + row * P + u, h);
     store(s.y + row * s.y_stride + u, h);
@@ -138,7 +138,7 @@ struct ProjectedStepKernel : RowKernel<V> {
 
 template <class Cell, class S, int V>
 struct BackwardStepKernel : RowKernel<V> {
-  using T = SumOf<S>;
+  using T = Accumulator<S>;
   BackwardStep<S> s;
 
   FUSEDRNN_DEVICE void operator()(unsigned char*) const {
@@ -146,9 +146,9 @@ struct BackwardStepKernel : RowKernel<V> {
     const auto place = this->place(s.rows, H);
     const int64_t row = place.row, u = place.feature;
     if (row < 0) return;
-    const bool part = takes_part(s, row);
+    const bool part = is_active(s, row);
     const Pack<T, V> dh =
-        s.draw ? load<V>(s.draw + row * H + u) : take_gradient<V>(s, row, u, H, part);
+        s.dh_raw ? load<V>(s.dh_raw + row * H + u) : take_gradient<V>(s, row, u, H, part);
     if (!part) {
       if (s.dhidden) {  // used again each step
         unroll<Cell::kGates>(
@@ -171,28 +171,28 @@ struct BackwardStepKernel : RowKernel<V> {
         h.value[v] = Cell::output(kept);
       });
     } else {
-      const T* const state0 = Cell::kStateIsOutput ? h0 : row_of(s.c0, row, s.c0_stride);
+      const T* const state0 = !Cell::kHasCellState ? h0 : row_of(s.c0, row, s.c0_stride);
       if (state0) state = load<V>(state0 + u);
       if (h0 && s.h_previous) h = load<V>(h0 + u);
     }
     if (s.h_previous) store(s.h_previous + row * H + u, rounded<V, S>(h));
 
     load_saved(saved, s.saved);
-    Pack<T, V> dstate = load<V>(s.dstate + row * H + u), raw, dsums[Cell::kSums];
+    Pack<T, V> dstate = load<V>(s.dstate + row * H + u), raw, dgates[Cell::kPreacts];
     unroll<V>([&](auto v) {
-      T kept[Cell::kSaved], dsum[Cell::kSums];
+      T kept[Cell::kSaved], dgate[Cell::kPreacts];
       unroll<Cell::kSaved>([&](auto a) { kept[a] = saved[a].value[v]; });
-      Cell::backward(kept, state.value[v], dh.value[v], dstate.value[v], dsum);
-      unroll<Cell::kSums>([&](auto k) { dsums[k].value[v] = dsum[k]; });
+      Cell::backward(kept, state.value[v], dh.value[v], dstate.value[v], dgate);
+      unroll<Cell::kPreacts>([&](auto k) { dgates[k].value[v] = dgate[k]; });
       raw.value[v] = Cell::output(kept);
     });
     store(s.dstate + row * H + u, dstate);
-    unroll<Cell::kSums>(
-        [&](auto k) { store(s.dsums + (row * Cell::kSums + k) * H + u, rounded<V, S>(dsums[k])); });
+    unroll<Cell::kPreacts>(
+        [&](auto k) { store(s.dgates + (row * Cell::kPreacts + k) * H + u, rounded<V, S>(dgates[k])); });
     if (s.dhidden) {
       unroll<Cell::kGates>([&](auto g) {
-        constexpr int hidden = Cell::hidden_sum[g];
-        store(s.dhidden + (row * Cell::kGates + g) * H + u, rounded<V, S>(dsums[hidden]));
+        constexpr int hidden = Cell::hidden_preact[g];
+        store(s.dhidden + (row * Cell::kGates + g) * H + u, rounded<V, S>(dgates[hidden]));
       });
     }
     if (s.h_raw) store(s.h_raw + row * H + u, rounded<V, S>(raw));
@@ -201,7 +201,7 @@ struct BackwardStepKernel : RowKernel<V> {
 
 template <class S, int V>
 struct ProjectedStepBackKernel : RowKernel<V> {
-  using T = SumOf<S>;
+  using T = Accumulator<S>;
   ProjectedStepBack<S> s;
 
   FUSEDRNN_DEVICE void operator()(unsigned char*) const {
@@ -209,7 +209,7 @@ struct ProjectedStepBackKernel : RowKernel<V> {
     const auto place = this->place(s.rows, P);
     const int64_t row = place.row, u = place.feature;
     if (row < 0) return;
-    const bool part = takes_part(s, row);
+    const bool part = is_active(s, row);
     const Pack<T, V> dh = take_gradient<V>(s, row, u, P, part);
     if (!part) return;
     const T* const before =
@@ -243,7 +243,7 @@ int launch_rows(const Step& s, int64_t features, bool fit, void* stream) {
 
 /// Elements of the type of sums in an access of 16 bytes.
 template <class S>
-constexpr int kVector = 16 / sizeof(SumOf<S>);
+constexpr int kVector = 16 / sizeof(Accumulator<S>);
 
 constexpr int kUploaded = 440;  // that many fill the 4 KB that a kernel's arguments may take
 
@@ -275,7 +275,7 @@ struct Kernels {
 template <class Cell, class S>
 int forward_step(const ForwardStep<S>& s, void* stream) {
   constexpr int V = kVector<S>;
-  using T = SumOf<S>;
+  using T = Accumulator<S>;
   const bool fit = fits<V, T>({s.x_product, s.h_product, s.state, s.saved}, {s.hidden_size}) &&
                    fits<V, S>({s.bias_ih, s.bias_hh, s.h, s.y}, {s.y_stride});
   return launch_rows<Kernels<Cell, S>::template Forward, V>(s, s.hidden_size, fit, stream);
@@ -285,25 +285,25 @@ template <class S>
 int projected_step(const ProjectedStep<S>& s, void* stream) {
   constexpr int V = kVector<S>;
   const bool fit =
-      fits<V, SumOf<S>>({s.r}, {s.output_size}) && fits<V, S>({s.h, s.y}, {s.y_stride});
+      fits<V, Accumulator<S>>({s.r}, {s.output_size}) && fits<V, S>({s.h, s.y}, {s.y_stride});
   return launch_rows<Kernels<Lstm, S>::template Projected, V>(s, s.output_size, fit, stream);
 }
 
 template <class Cell, class S>
 int backward_step(const BackwardStep<S>& s, void* stream) {
   constexpr int V = kVector<S>;
-  using T = SumOf<S>;
+  using T = Accumulator<S>;
   const bool fit =
-      fits<V, T>({s.saved, s.saved_before, s.h0, s.c0, s.dy, s.product, s.dh, s.draw, s.dstate},
+      fits<V, T>({s.saved, s.saved_before, s.h0, s.c0, s.dy, s.product, s.dh, s.dh_raw, s.dstate},
                  {s.hidden_size, s.h0_stride, s.c0_stride, s.dy_stride}) &&
-      fits<V, S>({s.dsums, s.dhidden, s.h_previous, s.h_raw}, {});
+      fits<V, S>({s.dgates, s.dhidden, s.h_previous, s.h_raw}, {});
   return launch_rows<Kernels<Cell, S>::template Backward, V>(s, s.hidden_size, fit, stream);
 }
 
 template <class S>
 int projected_step_back(const ProjectedStepBack<S>& s, void* stream) {
   constexpr int V = kVector<S>;
-  const bool fit = fits<V, SumOf<S>>({s.y_before, s.h0, s.dy, s.product, s.dh},
+  const bool fit = fits<V, Accumulator<S>>({s.y_before, s.h0, s.dy, s.product, s.dh},
                                      {s.output_size, s.y_stride, s.h0_stride, s.dy_stride}) &&
                    fits<V, S>({s.dr, s.h_previous}, {});
   return launch_rows<Kernels<Lstm, S>::template ProjectedBack, V>(s, s.output_size, fit, stream);

@@ -66,7 +66,7 @@ class Tile {
   FUSEDRNN_DEVICE int64_t position(int t) const {
     return run_.position ? run_.position[t] : int64_t(t) * run_.rows;
   }
-  FUSEDRNN_DEVICE bool takes_part(int row, int t) const {
+  FUSEDRNN_DEVICE bool is_active(int row, int t) const {
     if (t < 0 || t >= run_.steps) return false;
     if (run_.lengths) return t < run_.lengths[row];
     return !run_.position || row < run_.position[t + 1] - run_.position[t];
@@ -157,10 +157,10 @@ struct Gathering {
   // `kept` floats for each (row, unit), and the exchange where it is there, with its mailboxes.
   static constexpr int kOfLoading = kBlocks * kSplits * Product::kLoadScratch / int(sizeof(float));
   static constexpr int kOfProducts = kSplits * kRows * kStride;
-  static constexpr int kSums = kOfProducts > kOfLoading ? kOfProducts : kOfLoading;
+  static constexpr int kPartials = kOfProducts > kOfLoading ? kOfProducts : kOfLoading;
   static constexpr int kScratch = kBlocks * kSplits * Product::kScratch;
   static size_t shared_bytes(const Cut& cut, int kept) {
-    return sizeof(float) * size_t(kSums + kScratch + kept * cut.tile_rows * kUnits) +
+    return sizeof(float) * size_t(kPartials + kScratch + kept * cut.tile_rows * kUnits) +
            (kShared ? 2 * cut.tile_rows * kExchangeStride * sizeof(S) : 0) +
            (kReach == Reach::cluster ? 2 * cut.tile_rows / kRows * sizeof(Mailbox) : 0);
   }
@@ -189,7 +189,7 @@ class GatheringWorker : public Tile<Sharing> {
 
   FUSEDRNN_DEVICE GatheringWorker(const Recurrence& run, S* exchange, unsigned char* memory,
                                   int kept)
-      : Tile<Sharing>(run, reinterpret_cast<float*>(memory) + Sharing::kSums + Sharing::kScratch),
+      : Tile<Sharing>(run, reinterpret_cast<float*>(memory) + Sharing::kPartials + Sharing::kScratch),
         sums_(reinterpret_cast<float*>(memory)),
         arrivals_(run.arrivals + this->direction * gridDim.y + blockIdx.y) {
     if constexpr (Sharing::kShared) {
@@ -266,7 +266,7 @@ class GatheringWorker : public Tile<Sharing> {
                                           Sharing::kExchangeStride};
     product.template multiply<Sharing::kRows>(
         h, sums_ + split * Sharing::kRows * Sharing::kStride + block * Sharing::kBlockStride,
-        Sharing::kStride, sums_ + Sharing::kSums + warp * Product::kScratch);
+        Sharing::kStride, sums_ + Sharing::kPartials + warp * Product::kScratch);
     sync_cta();
   }
 
@@ -298,7 +298,7 @@ class GatheringWorker : public Tile<Sharing> {
       bits = own.bits;
       bits |= shuffle(bits, lane ^ 1) << 16;  // of use in even lanes
     } else {
-      bits = host::bit_cast<uint32_t>(own);
+      bits = scalar::bit_cast<uint32_t>(own);
     }
     Words words;
     unroll<4>([&](auto i) { words.word[i] = shuffle(bits, lane % kWords * kOf + i * kPerWord); });

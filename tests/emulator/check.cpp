@@ -23,9 +23,9 @@
 
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
-using Cell = host::FUSEDRNN_CELL;
+using Cell = scalar::FUSEDRNN_CELL;
 using S = FUSEDRNN_OPERAND;
-constexpr int G = Cell::kGates, A = Cell::kSaved, kSums = Cell::kSums;
+constexpr int G = Cell::kGates, A = Cell::kSaved, kPreacts = Cell::kPreacts;
 
 namespace {
 
@@ -142,14 +142,14 @@ std::string run(const Case& c, unsigned seed) {
   const auto nan = [](int64_t n) { return std::vector<double>(size_t(n), std::nan("")); };
   std::vector<double> y = nan(N * D * H), h_n = nan(D * B * H), c_n = h_n,
                       saved = nan(D * N * A * H);
-  std::vector<double> dsums = nan(D * N * kSums * H), h_previous = nan(D * N * H);
+  std::vector<double> dgates = nan(D * N * kPreacts * H), h_previous = nan(D * N * H);
   std::vector<double> dh0 = nan(D * B * H), dc0 = dh0;
   for (int64_t d = 0; d < D; ++d) {
     const S* w = weight.data() + d * G * H * H;
     for (int64_t b = 0; b < B; ++b) {
       std::vector<double> h(h0.data() + (d * B + b) * H, h0.data() + (d * B + b + 1) * H),
           state = h;
-      if (!Cell::kStateIsOutput) {
+      if (Cell::kHasCellState) {
         state.assign(c0.data() + (d * B + b) * H, c0.data() + (d * B + b + 1) * H);
       }
       std::vector<int64_t> times;
@@ -159,12 +159,12 @@ std::string run(const Case& c, unsigned seed) {
         std::vector<double> operand(h.size()), next(h.size());
         std::transform(h.begin(), h.end(), operand.begin(), rounded);
         for (int64_t u = 0; u < H; ++u) {
-          double sum[kSums] = {}, kept[A];
+          double sum[kPreacts] = {}, kept[A];
           for (int g = 0; g < G; ++g) {
             const int64_t row = g * H + u;
-            sum[Cell::input_sum[g]] += x[size_t((d * N + p.at(t, b)) * G * H + row)] +
-                                       value_of(bias_ih[size_t(d * G * H + row)]);
-            sum[Cell::hidden_sum[g]] +=
+            sum[Cell::input_preact[g]] += x[size_t((d * N + p.at(t, b)) * G * H + row)] +
+                                          value_of(bias_ih[size_t(d * G * H + row)]);
+            sum[Cell::hidden_preact[g]] +=
                 dot(w + row * H, 1, operand.data(), H) + value_of(bias_hh[size_t(d * G * H + row)]);
           }
           next[u] = Cell::forward(sum, state[u], kept);
@@ -181,28 +181,28 @@ std::string run(const Case& c, unsigned seed) {
       // Back.
       std::vector<double> dh(dh_n.data() + (d * B + b) * H, dh_n.data() + (d * B + b + 1) * H);
       std::vector<double> dstate(h.size());
-      if (!Cell::kStateIsOutput) {
+      if (Cell::kHasCellState) {
         dstate.assign(dc_n.data() + (d * B + b) * H, dc_n.data() + (d * B + b + 1) * H);
       }
       for (size_t i = times.size(); i-- > 0;) {
         const int64_t t = times[i];
         std::vector<double> fed(size_t(G * H));
         for (int64_t u = 0; u < H; ++u) {
-          double kept[A], dsum[kSums];
+          double kept[A], dgate[kPreacts];
           for (int a = 0; a < A; ++a) kept[a] = saved[((d * N + p.at(t, b)) * A + a) * H + u];
           const int64_t from = i ? p.at(times[i - 1], b) : 0;
           const double before = i ? saved[((d * N + from) * A + Cell::kSavedState) * H + u]
-                                  : (Cell::kStateIsOutput ? h0 : c0)[size_t((d * B + b) * H + u)];
+                                  : (!Cell::kHasCellState ? h0 : c0)[size_t((d * B + b) * H + u)];
           Cell::backward(kept, before, dh[u] + dy[size_t((p.at(t, b) * D + d) * H + u)], dstate[u],
-                         dsum);
-          for (int s = 0; s < kSums; ++s)
-            dsums[((d * N + p.at(t, b)) * kSums + s) * H + u] = dsum[s];
-          for (int g = 0; g < G; ++g) fed[g * H + u] = rounded(dsum[Cell::hidden_sum[g]]);
+                         dgate);
+          for (int s = 0; s < kPreacts; ++s)
+            dgates[((d * N + p.at(t, b)) * kPreacts + s) * H + u] = dgate[s];
+          for (int g = 0; g < G; ++g) fed[g * H + u] = rounded(dgate[Cell::hidden_preact[g]]);
         }
         for (int64_t u = 0; u < H; ++u) dh[u] = dot(w + u, H, fed.data(), G * H);
       }
       for (int64_t u = 0; u < H; ++u) {
-        dh0[(d * B + b) * H + u] = dh[u] + (Cell::kStateIsOutput ? dstate[u] : 0);
+        dh0[(d * B + b) * H + u] = dh[u] + (!Cell::kHasCellState ? dstate[u] : 0);
         dc0[(d * B + b) * H + u] = dstate[u];
       }
     }
@@ -215,7 +215,7 @@ std::string run(const Case& c, unsigned seed) {
   round_to(poison, kNan);
   Buffer<S> out_y(y.size(), poison), out_h_n(h_n.size(), poison);
   Buffer<float> out_c_n(c_n.size(), kNan), out_saved(saved.size(), kNan);
-  Buffer<S> out_dsums(dsums.size()), out_h_previous(h_previous.size(), poison);
+  Buffer<S> out_dgates(dgates.size()), out_h_previous(h_previous.size(), poison);
   Buffer<float> out_dh0(dh0.size(), kNan), out_dc0(dc0.size(), kNan);
   int status = 0;
   if (!step) {
@@ -270,8 +270,8 @@ std::string run(const Case& c, unsigned seed) {
                         state(c0),
                         dy.data() + d * H,
                         state(dh_n),
-                        Cell::kStateIsOutput ? nullptr : state(dc_n),
-                        out_dsums.data() + d * N * kSums * H,
+                        !Cell::kHasCellState ? nullptr : state(dc_n),
+                        out_dgates.data() + d * N * kPreacts * H,
                         out_h_previous.data() + d * N * H,
                         state(out_dh0),
                         state(out_dc0),
@@ -288,7 +288,7 @@ std::string run(const Case& c, unsigned seed) {
       Buffer<S> dhidden(size_t(B * G * H));
       for (int64_t i = 0; i < B * H; ++i) {
         round_to(h[i], h0[size_t(d * B * H + i)]);
-        state[i] = (Cell::kStateIsOutput ? h0 : c0)[size_t(d * B * H + i)];
+        state[i] = (!Cell::kHasCellState ? h0 : c0)[size_t(d * B * H + i)];
       }
       const auto rows_of = [&](int64_t t) { return p.position[t + 1] - p.position[t]; };
       const auto time = [&](int64_t i) { return i < 0 ? -1 : d ? T - 1 - i : i; };
@@ -318,7 +318,7 @@ std::string run(const Case& c, unsigned seed) {
         out_h_n[size_t(d * B * H + i)] = h[i];
         out_c_n[size_t(d * B * H + i)] = state[i];
         dh[i] = dh_n[size_t(d * B * H + i)];
-        state[i] = Cell::kStateIsOutput ? 0 : dc_n[size_t(d * B * H + i)];
+        state[i] = !Cell::kHasCellState ? 0 : dc_n[size_t(d * B * H + i)];
       }
       for (int64_t i = T - 1; i >= 0 && !status; --i) {
         BackwardStep<S> s;
@@ -339,7 +339,7 @@ std::string run(const Case& c, unsigned seed) {
         s.product = back.data();
         s.dh = dh.data();
         s.dstate = state.data();
-        s.dsums = out_dsums.data() + (d * N + p.position[s.t]) * kSums * H;
+        s.dgates = out_dgates.data() + (d * N + p.position[s.t]) * kPreacts * H;
         s.dhidden = dhidden.data();
         s.h_previous = out_h_previous.data() + (d * N + p.position[s.t]) * H;
         status = backward_step<Cell>(s, nullptr);
@@ -350,7 +350,7 @@ std::string run(const Case& c, unsigned seed) {
         }
       }
       for (int64_t i = 0; i < B * H; ++i) {
-        out_dh0[size_t(d * B * H + i)] = dh[i] + back[i] + (Cell::kStateIsOutput ? state[i] : 0);
+        out_dh0[size_t(d * B * H + i)] = dh[i] + back[i] + (!Cell::kHasCellState ? state[i] : 0);
         out_dc0[size_t(d * B * H + i)] = state[i];
       }
     }
@@ -368,7 +368,7 @@ std::string run(const Case& c, unsigned seed) {
                 {"h_n", worst(out_h_n, of(h_n))},
                 {"c_n", worst(out_c_n, of(c_n))},
                 {"saved", worst(out_saved, of(saved))},
-                {"dsums", worst(out_dsums, of(dsums))},
+                {"dgates", worst(out_dgates, of(dgates))},
                 {"h_previous", worst(out_h_previous, of(h_previous))},
                 {"dh0", worst(out_dh0, of(dh0))},
                 {"dc0", worst(out_dc0, of(dc0))}};

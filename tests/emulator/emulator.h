@@ -207,10 +207,10 @@ float element(uint32_t word, int place) {
 }
 
 template <class S>
-void multiply_add_16x8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+void mma_m16n8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                        int line = __builtin_LINE()) {
   const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const unsigned char* all = emulator::exchange(own, sizeof(own), {"multiply_add_16x8", line});
+  const unsigned char* all = emulator::exchange(own, sizeof(own), {"mma_m16n8", line});
   const auto word = [&](int lane, int i) {
     uint32_t w;
     std::memcpy(&w, all + 64 * lane + 4 * i, sizeof(w));

@@ -36,16 +36,17 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("counts() -> int[]", &counts);
   m.def("kernels() -> str[]", &kernels);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()", &multiply);
-  for (const char* name : {"lstm", "gru", "lstm_backward", "gru_backward"}) {
-    // The same schema as that of the real op.
-    auto schema = c10::Dispatcher::singleton()
-                      .findSchemaOrThrow((std::string("fusedrnn::") + name).c_str(), "")
-                      .schema();
-    m.def(c10::FunctionSchema(std::string("fusedrnn_emulated::") + name, "", schema.arguments(),
-                              schema.returns()));
-  }
-  m.impl("lstm", c10::DispatchKey::CPU, &fusedrnn::cuda::lstm);
-  m.impl("gru", c10::DispatchKey::CPU, &fusedrnn::cuda::gru);
-  m.impl("lstm_backward", c10::DispatchKey::CPU, &fusedrnn::cuda::lstm_backward);
-  m.impl("gru_backward", c10::DispatchKey::CPU, &fusedrnn::cuda::gru_backward);
+  fusedrnn::scalar::Cells::for_each([&](auto cell) {
+    for (const std::string& name :
+         {std::string(cell.kName), cell.kName + std::string("_backward")}) {
+      // The same schema as that of the real op.
+      const auto& schema = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow(("fusedrnn::" + name).c_str(), "")
+                               .schema();
+      m.def(c10::FunctionSchema("fusedrnn_emulated::" + name, "", schema.arguments(),
+                                schema.returns()));
+    }
+  });
 }
+
+TORCH_LIBRARY_IMPL(fusedrnn_emulated, CPU, m) { fusedrnn::cuda::register_cuda_ops(m); }

@@ -1,0 +1,75 @@
+"""The cells of the library, a row each: constants of csrc/cells.h, and a step in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+# (weight_ih x + bias_ih [B, G*H], states, weight_hh, bias_hh, weight_hr) -> next states
+Step = Callable[[Tensor, States, Tensor, Tensor | None, Tensor | None], States]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell: its ops are fusedrnn::<name> and fusedrnn::<name>_backward."""
+
+    name: str
+    step: Step
+    gates: int  # G
+    has_cell_state: bool  # c beside h
+    has_projection: bool  # whether its layers may have a weight_hr
+    # Under autocast on the CPU torch's modules cast to the autocast type or keep the input's type.
+    layer_casts_on_cpu: bool = False
+    cell_casts_on_cpu: bool = False
+    saved: int = 0  # values a unit that the forward op saves
+    index: int = -1  # in csrc/cells.h
+
+    @property
+    def states(self) -> int:
+        """How many states it has: h, or h and c."""
+        return 2 if self.has_cell_state else 1
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """The possible numbers of weights of a direction: without and with biases, projected."""
+        return (2, 3, 4, 5) if self.has_projection else (2, 4)
+
+
+def lstm_step(
+    x: Tensor, states: States, weight_hh: Tensor, bias_hh: Tensor | None, weight_hr: Tensor | None
+) -> States:
+    """One step of an LSTM, equations as in torch.nn.LSTM."""
+    h, c = states
+    i, f, g, o = (x + F.linear(h, weight_hh, bias_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return h if weight_hr is None else F.linear(h, weight_hr), c
+
+
+def gru_step(
+    x: Tensor, states: States, weight_hh: Tensor, bias_hh: Tensor | None, _: Tensor | None
+) -> States:
+    """One step of a GRU, equations as in torch.nn.GRU."""
+    (h,) = states
+    x_r, x_z, x_n = x.chunk(3, -1)
+    h_r, h_z, h_n = F.linear(h, weight_hh, bias_hh).chunk(3, -1)
+    z = (x_z + h_z).sigmoid()
+    n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+    return ((1 - z) * n + z * h,)
+
+
+# What only Python knows of a cell, by name.
+_ROWS: dict[str, dict[str, Any]] = {
+    "lstm": {"step": lstm_step, "layer_casts_on_cpu": True},
+    "gru": {"step": gru_step},
+}
+
+
+def cells(constants: list[Mapping[str, Any]]) -> dict[str, Cell]:
+    """The cells of the compiled kernels by name. constants: from fusedrnn._C.cells()."""
+    return {row["name"]: Cell(**row, **_ROWS[row["name"]]) for row in constants}
