@@ -1,7 +1,7 @@
-"""FusedLSTM, FusedGRU and their cells: torch.nn's modules on fused kernels.
+"""torch.nn's recurrent modules on fused kernels.
 
-They derive from nn.RNNBase and nn.RNNCellBase, not from nn.LSTM: torch.compile refuses instances
-of that. Parameters, their order and initial values, state_dict and error messages are nn.LSTM's.
+They derive from nn.RNNBase and nn.RNNCellBase, not from nn.LSTM, because torch.compile refuses its
+instances. Parameters, their order and initial values, state_dict and errors are torch's own.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     F = TypeVar("F")
 
     def _of(function: F) -> Callable[[object], F]:
-        """A call's type is that of forward, where nn.Module's is Any. An alias would keep Any."""
+        """Gives a call forward's type, where nn.Module's is Any. An alias would keep Any."""
         return lambda _: function
 
 
 def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """The weights as they are now: a parametrization or weight_norm may compute them anew."""
+    """The current weights: a parametrization or weight_norm may compute them at each access."""
     parameters = module._parameters
     found = [parameters.get(name) for name in names]
     return [getattr(module, n) if w is None else w for n, w in zip(names, found, strict=True)]
@@ -67,13 +67,13 @@ def _checked_lengths(lengths: Lengths, input: Tensor, is_batched: bool) -> Tenso
             f"{list(found.shape)}"
         )
     if found.device.type == "cpu" != input.device.type and not is_dynamo_compiling():
-        # What a GPU finds out later would end the process's use of it.
+        # Here an error is an exception; on a GPU it would end the process's use of the device.
         _ops.check_lengths(found, input.size(0))
     return found.to(input.device, torch.int64)
 
 
 def _weight_names(module: nn.RNNBase) -> list[str]:
-    """Those of the weights that take part: not all where an attribute was changed since."""
+    """The names of the active weights: not all, if an attribute was changed after construction."""
     names: list[str] = module._flat_weights_names
     layers = module.num_layers
     if layers < 1:
@@ -108,42 +108,33 @@ def _check_states(module: nn.RNNBase, states: Sequence[Tensor], input: Tensor, r
             )
 
 
-def _layers(
-    module: nn.RNNBase,
-    input: Tensor | PackedSequence,
-    states: Sequence[Tensor] | None,
-    lengths: Lengths | None,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-    """All layers of a module over all steps, in any layout; errors as torch's where it has them."""
+def _check_flags(module: nn.RNNBase) -> None:
     for name in ("bias", "batch_first", "bidirectional", "training"):
         flag = getattr(module, name)
         if not isinstance(flag, bool):  # torch's call refuses it, its constructor in these words
             raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-    packed = input if isinstance(input, PackedSequence) else None
-    is_batched = True
-    batch_sizes = sorted_indices = unsorted_indices = None
-    if packed is not None:
-        input, batch_sizes, sorted_indices, unsorted_indices = packed
+
+
+def _time_major(
+    module: nn.RNNBase, input: Tensor | PackedSequence, lengths: Lengths | None
+) -> Tensor:
+    """The input as [T, B, I], or [N, I] if packed."""
+    if isinstance(input, PackedSequence):
         if lengths is not None:
             raise ValueError("lengths can't be given with a PackedSequence, which has its own")
-        if input.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
-    else:
-        dim = input.dim()  # type: ignore[union-attr]
-        if dim not in (2, 3):
-            raise ValueError(f"{module.mode}: Expected input to be 2D or 3D, got {dim}D instead")
-        is_batched = dim == 3
-        if not is_batched:
-            input = input.unsqueeze(1)  # type: ignore[union-attr]
-        elif module.batch_first:
-            input = input.transpose(0, 1)  # type: ignore[union-attr]
-    assert isinstance(input, Tensor)
+        if input.data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+        return input.data
+    if input.dim() not in (2, 3):
+        raise ValueError(
+            f"{module.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+        )
+    if input.dim() == 2:
+        return input.unsqueeze(1)
+    return input.transpose(0, 1) if module.batch_first else input
 
-    cell = _ops.CELLS[module.mode.lower()]
-    input, states, weights = _ops.autocast(
-        cell, True, input, states, _weights(module, _weight_names(module))
-    )
-    weight = weights[0]
+
+def _check_input(module: nn.RNNBase, input: Tensor, weight: Tensor) -> None:
     if input.dtype != weight.dtype:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -155,45 +146,52 @@ def _layers(
             f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got "
             f"{input.size(-1)}"
         )
-    if states is not None:
-        dims = [s.dim() for s in states]
-        if packed is None and any(d != (3 if is_batched else 2) for d in dims):
-            kind = "batched 3-D" if is_batched else "unbatched 2-D"
-            got = f"({dims[0]}-D, {dims[1]}-D) tensors" if len(dims) == 2 else f"{dims[0]}-D tensor"
-            raise RuntimeError(
-                f"For {kind} input, {'hx and cx' if len(dims) == 2 else 'hx'} should also be "
-                f"{3 if is_batched else 2}-D but got {got}"
-            )
-        if not is_batched:
-            states = [s.unsqueeze(1) for s in states]
-        if batch_sizes is None:
-            rows = input.size(1)
-        elif is_dynamo_compiling():  # their number is data: left to the op
-            rows = states[0].size(1)
-        else:
-            rows = int(batch_sizes[0])
-        _check_states(module, states, input, rows)
-        if sorted_indices is not None:
-            states = [s.index_select(1, sorted_indices) for s in states]
-    if input.device != weight.device or states is not None:
-        _check_devices(input, states or (), weight)
 
-    output, final = run(
-        cell.name,
-        input,
-        (None,) * cell.states if states is None else states,
-        weights,
-        module.num_layers,
-        module.dropout,
-        module.training,
-        module.bidirectional,
-        batch_sizes,
-        None if lengths is None else _checked_lengths(lengths, input, is_batched),
-    )
+
+def _initial_states(
+    module: nn.RNNBase,
+    input: Tensor,
+    states: Sequence[Tensor],
+    packed: PackedSequence | None,
+    is_batched: bool,
+) -> Sequence[Tensor]:
+    """The states as the ops take them, [L*D, B, ...] in the order of the batch."""
+    dims = [s.dim() for s in states]
+    if packed is None and any(d != (3 if is_batched else 2) for d in dims):
+        kind = "batched 3-D" if is_batched else "unbatched 2-D"
+        got = f"({dims[0]}-D, {dims[1]}-D) tensors" if len(dims) == 2 else f"{dims[0]}-D tensor"
+        raise RuntimeError(
+            f"For {kind} input, {'hx and cx' if len(dims) == 2 else 'hx'} should also be "
+            f"{3 if is_batched else 2}-D but got {got}"
+        )
+    if not is_batched:
+        states = [s.unsqueeze(1) for s in states]
+    if packed is None:
+        rows = input.size(1)
+    elif is_dynamo_compiling():  # the number of rows is data: the op checks it
+        rows = states[0].size(1)
+    else:
+        rows = int(packed.batch_sizes[0])
+    _check_states(module, states, input, rows)
+    if packed is not None and packed.sorted_indices is not None:
+        states = [s.index_select(1, packed.sorted_indices) for s in states]
+    return states
+
+
+def _in_layout(
+    module: nn.RNNBase,
+    output: Tensor,
+    final: tuple[Tensor, ...],
+    packed: PackedSequence | None,
+    is_batched: bool,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    """Output and final states in the layout of the module's input."""
     if packed is not None:
-        if unsorted_indices is not None:
-            final = tuple(s.index_select(1, unsorted_indices) for s in final)
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final
+        if packed.unsorted_indices is not None:
+            final = tuple(s.index_select(1, packed.unsorted_indices) for s in final)
+        return PackedSequence(
+            output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
+        ), final
     if not is_batched:
         return output.squeeze(1), tuple(s.squeeze(1) for s in final)
     if not module.batch_first:
@@ -203,14 +201,49 @@ def _layers(
     return output.transpose(0, 1), final
 
 
-class _FusedRNN(nn.RNNBase):
-    """What FusedLSTM and FusedGRU share.
+def _layers(
+    module: nn.RNNBase,
+    input: Tensor | PackedSequence,
+    states: Sequence[Tensor] | None,
+    lengths: Lengths | None,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    """All layers of a module over all steps, in any layout. Errors as torch's where it has them."""
+    _check_flags(module)
+    packed = input if isinstance(input, PackedSequence) else None
+    x = _time_major(module, input, lengths)
+    is_batched = packed is not None or input.dim() == 3  # type: ignore[union-attr]
+    cell = _ops.CELLS[module.mode.lower()]
+    x, states, weights = _ops.autocast(
+        cell, True, x, states, _weights(module, _weight_names(module))
+    )
+    _check_input(module, x, weights[0])
+    if states is not None:
+        states = _initial_states(module, x, states, packed, is_batched)
+    if x.device != weights[0].device or states is not None:
+        _check_devices(x, states or (), weights[0])
+    output, final = run(
+        cell.name,
+        x,
+        (None,) * cell.states if states is None else states,
+        weights,
+        module.num_layers,
+        module.dropout,
+        module.training,
+        module.bidirectional,
+        None if packed is None else packed.batch_sizes,
+        None if lengths is None else _checked_lengths(lengths, x, is_batched),
+    )
+    return _in_layout(module, output, final, packed, is_batched)
 
-    The rest is functions: a subclass of a user's may have attributes and methods of any name.
+
+class _FusedRNN(nn.RNNBase):
+    """The base of the layers.
+
+    Their other code is in functions: a user's subclass may have attributes and methods of any name.
     """
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the kernels read the weights where they are."""
+        """Does nothing: the kernels read the weights in place."""
 
 
 class FusedLSTM(_FusedRNN):
@@ -404,8 +437,8 @@ class FusedGRU(_FusedRNN):
 def _cell(
     module: nn.RNNCellBase, cell: Cell, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:
-    """One step; a dimension of one step, and of one row if unbatched, is added and taken away."""
-    # As torch's, what the weights say and whatever the attributes: the biases that there are.
+    """One step of a module, as a layer of one step, and of one row if unbatched."""
+    # Like torch's cells: the weights decide, not the attribute `bias`.
     ih, hh, *biases = _weights(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     there = [b for b in biases if b is not None]
     if len(there) == 1:
