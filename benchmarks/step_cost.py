@@ -139,7 +139,7 @@ def cudnn_kernels(
         for mode, longest_first in kernels.items():
             row[mode] = described(longest_first[:3])
             longest = row[mode][0] if longest_first else "unknown"
-            print(f"{cell:5}{kind:9}H{H:<5}B{B:<4}{mode:10} {longest[:110]}", flush=True)
+            print(f"{cell:9}{kind:9}H{H:<5}B{B:<4}{mode:10} {longest[:110]}", flush=True)
         found.append(row)
     return found
 
@@ -194,7 +194,7 @@ def step_times(
                 "tflops": round(2e-6 * B * CELLS[cell].gates * H * H / us["inference"], 3),
             }
         found.append(row)
-        print(f"{cell:5}{kind:9}H{H:<5}B{B:<4}{_times(row)}", flush=True)
+        print(f"{cell:9}{kind:9}H{H:<5}B{B:<4}{_times(row)}", flush=True)
     return found
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-pytest.importorskip("benchmarks")  # there when the tests run in the root of the checkout
+pytest.importorskip("benchmarks")  # importable from the checkout's root only
 
 from benchmarks import (
     baselines,
@@ -102,19 +102,19 @@ def test_pick() -> None:
 @pytest.mark.parametrize(
     ("case", "inference", "training"),
     [
-        # 2 * positions * gates * H * (I + H); training without the gradient of the input
+        # 2 * tokens * gates * H * (I + H); in training, no gradient for the input
         (Case("a", B=3, T=5, I=2, H=7), 2 * 15 * 28 * 9, 2 * 15 * 28 * (3 * 9 - 2)),
         (Case("b", "GRU", B=3, T=5, I=2, H=7), 2 * 15 * 21 * 9, 2 * 15 * 21 * (3 * 9 - 2)),
         (Case("c", "LSTMCell", B=3, H=7), 2 * 3 * 28 * 14, 2 * 3 * 28 * (3 * 14 - 7)),
         # lengths 10 and 1
         (Case("d", B=2, T=10, H=4, layout="packed"), 2 * 11 * 16 * 8, 2 * 11 * 16 * 20),
-        # the second layer's input is both directions' output, and needs a gradient
+        # the second layer reads both directions' outputs, and its input needs a gradient
         (
             Case("e", T=6, I=3, H=4, layers=2, bidirectional=True),
             2 * 6 * 2 * 16 * (7 + 12),
             2 * 6 * 2 * 16 * (3 * 7 - 3 + 3 * 12),
         ),
-        # 4 gates of 6 from input and h of 2, and the projection
+        # 4 gates with 6 units from input and h (width 2), plus the projection
         (
             Case("f", T=5, I=3, H=6, proj_size=2),
             2 * 5 * (24 * 5 + 12),
@@ -130,7 +130,7 @@ def test_flops(case: Case, inference: int, training: int) -> None:
 
 def test_roofline() -> None:
     assert roofline.bound_ms(Case("a"), "inference", None) is None
-    # Operations decide: 2 * 64 * 4 * 8 * 16 of them, at the type's peak.
+    # Compute decides: 2 * 64 * 4 * 8 * 16 operations at the type's peak.
     wide = Case("b", B=64, H=8)
     assert roofline.bound_ms(wide, "inference", PEAKS) == pytest.approx(1e3 * 65536 / 1e9)
     half = dataclasses.replace(wide, dtype="bfloat16")
@@ -141,7 +141,7 @@ def test_roofline() -> None:
     expected = 1e3 * (16384 + 99 * 4096) / 1e9
     assert roofline.bound_ms(narrow, "inference", fast) == pytest.approx(expected)
     assert roofline.bound_ms(narrow, "training", fast) == pytest.approx(2 * expected)
-    # Between two sizes that were measured, on the line through them in logarithms.
+    # Interpolates between measured sizes on a log-log scale.
     assert fast.read_seconds(1000, 1 << 11) == pytest.approx(1000 / 2e9)
     assert fast.read_seconds(1000, 1 << 5) == pytest.approx(1000 / 4e9)
 
@@ -149,14 +149,14 @@ def test_roofline() -> None:
 def test_roofline_of_a_gpu() -> None:
     exchange = {"cta": 1e-7, "cluster 8": 6e-7, "grid 16": 5e-7}
     peaks = roofline.GpuPeaks({"float32": 1e13, "float16": 2e13}, 1e12, exchange, 1 << 18, {})
-    # Steps decide: W_hh, 64 KiB, fits into a multiprocessor; that of twice the width does not.
+    # Latency decides: W_hh, 64 KiB, fits into a multiprocessor; with twice the width it does not.
     deep = Case("a", T=1000, I=1, H=64, layers=2, bidirectional=True)
     assert roofline.gpu_bound_ms(deep, "inference", peaks) == pytest.approx(0.2)
     assert roofline.gpu_bound_ms(deep, "training", peaks) == pytest.approx(0.4)
     wide = dataclasses.replace(deep, H=129)
     assert peaks.exchange_seconds(4 * 4 * 129**2) == 5e-7
     assert roofline.gpu_bound_ms(wide, "training", peaks) == pytest.approx(2.0)
-    # Memory: 32 KiB of weights, 2 KiB of x and as much of y; again, and the gradients' 32 KiB.
+    # Memory decides: 32 KiB weights, 2 KiB x, 2 KiB y; training doubles it and adds 32 KiB.
     one_way = dataclasses.replace(deep, bidirectional=False)
     assert roofline.gpu_bound_ms(one_way, "inference", peaks) == pytest.approx(0.1001)
     few = Case("b", B=8, H=64, I=64)
@@ -165,7 +165,7 @@ def test_roofline_of_a_gpu() -> None:
     assert roofline.gpu_bound_ms(few, "inference", unknown) == pytest.approx(1e-6 * moved)
     moved = 2 * moved + 4 * 2 * 4 * 64 * 64
     assert roofline.gpu_bound_ms(few, "training", unknown) == pytest.approx(1e-6 * moved)
-    # Operations, at the type's rate.
+    # Compute decides, at the type's rate.
     fast = dataclasses.replace(unknown, bandwidth=1e15)
     half = dataclasses.replace(few, dtype="float16")
     expected = 1e3 * roofline.flops(half, "inference") / 2e13
@@ -175,7 +175,7 @@ def test_roofline_of_a_gpu() -> None:
 def test_peaks_of_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peaks.cu needs nvcc and a GPU: without one of them, why."""
+    """Without nvcc or a GPU, the reason is printed."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
     assert roofline._kernel_peaks() == {}
     assert "has no bin/nvcc" in capsys.readouterr().err
@@ -217,7 +217,7 @@ def test_table_between_markers(tmp_path: Path) -> None:
         *(tmp_path / "run.json", row("a", 2.0), row("a", 8.0, "training")),
         *(row("a", 3.0, over="openvino"), row("b", 4.5)),
     )
-    for _ in range(2):  # the second time in place of the first
+    for _ in range(2):  # the second table replaces the first
         assert main(["--report", str(run), "--readme", str(page)]) == 0
         assert page.read_text().splitlines() == [
             "above",
@@ -447,7 +447,7 @@ def test_in_turn_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     times = measure.in_turn({"a": lambda: None, "b": lambda: None}, 0.0, order.append)
     assert order == ["a", "b"] * 5
     assert [len(found) for found in times.values()] == [5, 5]
-    # The first two rounds are disturbed, and made again.
+    # The first two rounds are disturbed and repeated.
     monkeypatch.setattr(measure, "PATIENCE", 1e12)
     cores = iter([1.0, 1.0, *([0.0] * 5)])
     monkeypatch.setattr(measure.Others, "cores", lambda self: next(cores))
@@ -511,7 +511,7 @@ def test_regimes_by_kernels(name: str, regime: str | None) -> None:
 
 
 def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the CPU, as a device that has no room for a regime, or fails in another way."""
+    """On the CPU, with a device that refuses a regime or fails otherwise."""
     monkeypatch.setattr(step_cost, "STEPS", (2, 30))
     refusal = "FUSEDRNN_CUDA_REGIME=grid: this device can't run a layer so"
     call_of = step_cost.call_of
@@ -538,7 +538,7 @@ def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 class Trainer:
-    """As of a package: a model that it trains a step."""
+    """Stands in for a package: trains its model for one step."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)

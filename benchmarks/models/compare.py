@@ -31,7 +31,7 @@ def difference(found: Results, expected: Results) -> float:
     """
     if found.keys() != expected.keys():
         return float("inf")
-    worst = 0.0
+    largest = 0.0
     for name, value in expected.items():
         a, b = _tensor(found[name]), _tensor(value)
         if a.shape != b.shape or not bool(b.isfinite().all()):
@@ -40,8 +40,8 @@ def difference(found: Results, expected: Results) -> float:
             order = 2.0 if name == "learnt" else float("inf")
             size = torch.linalg.vector_norm(b, order).clamp_min(1e-30)
             gap = float(torch.linalg.vector_norm(a - b, order) / size)
-            worst = max(worst, gap if gap == gap else float("inf"))  # NaN counts as infinite
-    return worst
+            largest = max(largest, gap if gap == gap else float("inf"))  # NaN counts as infinite
+    return largest
 
 
 class _Calls:

@@ -76,20 +76,15 @@ MODELS = (
         "training",
         _recurrent_ppo,
     ),
-    Model(
-        "LSTMModule",
-        {"torchrl": "torchrl", "gymnasium": "gymnasium"},
-        "reinforcement learning, 200 steps of CartPole by its Collector, 8 of DQNLoss",
-        "training",
-        functools.partial(_recurrent_dqn, "LSTMModule"),
-        subclass=True,
-    ),
-    Model(
-        "GRUModule",
-        {"torchrl": "torchrl", "gymnasium": "gymnasium"},
-        "reinforcement learning, 200 steps of CartPole by its Collector, 8 of DQNLoss",
-        "training",
-        functools.partial(_recurrent_dqn, "GRUModule"),
-        subclass=True,
+    *(
+        Model(
+            layer,
+            {"torchrl": "torchrl", "gymnasium": "gymnasium"},
+            "reinforcement learning, 200 steps of CartPole by its Collector, 8 of DQNLoss",
+            "training",
+            functools.partial(_recurrent_dqn, layer),
+            subclass=True,
+        )
+        for layer in ("LSTMModule", "GRUModule")
     ),
 )
