@@ -46,9 +46,9 @@ $(VENV)/bench: $(VENV)/built
 	$(BIN)/pip install -q 'fusedrnn[bench]'
 	touch $@
 
-bench: $(VENV)/bench  ## time fusedrnn and its peers in turn, in about seven minutes
+bench: $(VENV)/bench  ## time fusedrnn and its baselines in turn, in about seven minutes
 	$(BIN)/python -m benchmarks --readme README.md
-	$(BIN)/python -m benchmarks steady --readme README.md
+	$(BIN)/python -m benchmarks latency --readme README.md
 
 # The constraint keeps the packages from bringing a torch that the extension was not built against.
 # OpenNMT-py asks for an old one, but runs with this. The libraries of torchaudio, which speechbrain

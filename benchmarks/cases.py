@@ -1,4 +1,4 @@
-"""The grid: every configuration that is measured, as data."""
+"""The grid: every measured configuration, as data."""
 
 from __future__ import annotations
 
@@ -6,26 +6,31 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
+from benchmarks.cells import Cell, cell_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One configuration; sizes as in nn.LSTM.
 
-    A case of one step, a cell or T=1, is given its states, as in streaming; others start at zeros.
+    A case with T = 1 receives its states, as in streaming; other cases start at zeros.
 
     Attributes:
-        name: what a run picks it by.
-        cell: LSTM, GRU, LSTMCell or GRUCell.
-        B: batch rows.
-        T: steps, the longest row's where lengths differ.
+        name: selects the case on the command line.
+        cell: a layer or single-step module in benchmarks/cells.py.
+        B: batch size.
+        T: steps; the longest row's if lengths differ.
         H: hidden_size.
         I: input_size; H if 0.
         layers: num_layers.
-        layout: padded: all rows have T steps. packed: a PackedSequence, made beforehand. lengths:
-            a padded input and lengths in any order; nn.LSTM packs and unpacks it in the call.
+        layout: padded: every row has T steps. packed: a PackedSequence, built beforehand. lengths:
+            a padded input with lengths in any order; nn.LSTM packs and unpacks it in the call.
         batch_first: whether input and output are [B, T, ...].
-        proj_size: as nn.LSTM's.
-        compiled: whether torch.compile is a peer; it takes long, so only where this says so.
+        proj_size: as in nn.LSTM.
+        compiled: whether torch.compile is a baseline; compiling takes long, so only a few cases.
+
+    Raises:
+        ValueError: benchmarks/cells.py has no such cell.
     """
 
     name: str
@@ -43,15 +48,21 @@ class Case:
     compiled: bool = False
 
     def __post_init__(self) -> None:
+        cell_of(self.cell)
         object.__setattr__(self, "I", self.I or self.H)
 
     @property
+    def recurrence(self) -> Cell:
+        return cell_of(self.cell)
+
+    @property
     def is_cell(self) -> bool:
+        """Whether the module computes a single step, as nn.LSTMCell does."""
         return self.cell.endswith("Cell")
 
     @property
     def gates(self) -> int:
-        return 4 if self.cell.startswith("LSTM") else 3
+        return self.recurrence.gates
 
     @property
     def directions(self) -> int:
@@ -59,7 +70,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Steps of each row: T, or evenly from T / 10 to T, longest first if packed."""
+        """Steps of each row: T if padded, else evenly from T / 10 to T; longest first if packed."""
         if self.layout == "padded":
             return [self.T] * self.B
         low = max(1, self.T // 10)
@@ -72,14 +83,14 @@ class Case:
 _TAGGER = Case("tagger", B=32, T=50, I=100, H=200, layers=2, bidirectional=True)
 
 CASES: tuple[Case, ...] = (
-    # Overhead of a call, and single steps.
+    # Call overhead, and single steps.
     Case("tiny", T=5, H=6, compiled=True),
     Case("step H64", H=64, compiled=True),
     Case("step H256 x2", H=256, layers=2),
     Case("LSTMCell B1 H64", "LSTMCell", H=64),
     Case("LSTMCell B1 H256", "LSTMCell", H=256, compiled=True),
     Case("LSTMCell B32 H256", "LSTMCell", B=32, H=256),
-    # One row: each step reads all weights.
+    # One row: every step reads all weights.
     Case("B1 T100 H128 bidirectional", T=100, H=128, bidirectional=True),
     Case("B1 T100 H256", T=100, H=256),
     Case("B1 T100 H512", T=100, H=512),
@@ -127,7 +138,7 @@ CASES: tuple[Case, ...] = (
     Case("GRU B32 T50 H128 float64", "GRU", B=32, T=50, H=128, dtype="float64"),
 )
 
-# What a GPU runs besides: half types, and layers that are large for a CPU.
+# Further cases for a GPU: half types, and layers too large for a CPU.
 CUDA_CASES: tuple[Case, ...] = (
     Case("B1 T1000 H512 float16", T=1000, H=512, dtype="float16"),
     Case("B16 T200 H128 bidirectional float16", B=16, T=200, H=128, bidirectional=True,
@@ -144,10 +155,10 @@ CUDA_CASES: tuple[Case, ...] = (
 
 
 def pick(parts: Sequence[str], device: str = "cpu") -> list[Case]:
-    """The cases with these names, or with these parts in their names; all if there are none.
+    """The cases with these names, or with names that contain these parts; all by default.
 
     Raises:
-        ValueError: a part is in no name.
+        ValueError: no name contains a part.
     """
     cases = CASES + (CUDA_CASES if device == "cuda" else ())
     names = {case.name for case in cases}

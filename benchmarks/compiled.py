@@ -1,8 +1,8 @@
-"""`python -m benchmarks compiled`: whole models, eager and under torch.compile.
+"""`python -m benchmarks compiled`: whole networks, eager and under torch.compile.
 
-Each is a network around recurrent layers, once with torch.nn's, once fused, and once without any:
-what torch.compile does to the rest. Ours compiles with fullgraph=True; torch.compile leaves nn.LSTM
-out of its graphs, which break there.
+Each network runs with torch.nn's recurrent layers, with fused layers, and without recurrent layers.
+The last variant isolates torch.compile's effect on the rest. The fused network compiles with
+fullgraph=True. torch.compile breaks the graph at nn.LSTM and leaves it out.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fusedrnn
 from benchmarks import machine, report
+from benchmarks.cells import cell_of
 from benchmarks.measure import MODES, in_turn
 
 RESULTS = report.RESULTS / "compiled.json"
 
 
 class Network(nn.Module):
-    """Embedding, recurrent layers, two linear layers: scores [T, B, 20] of words [T, B]."""
+    """Embedding, recurrent layers, two linear layers: maps words [T, B] to scores [T, B, 20]."""
 
-    def __init__(self, kind: Callable[..., nn.Module], size: Size) -> None:
+    def __init__(self, layers: Callable[..., nn.Module], size: Size) -> None:
         super().__init__()
         self.embedding = nn.Embedding(1000, size.input_size)
-        self.layers = kind(
+        self.layers = layers(
             size.input_size,
             size.hidden_size,
             size.num_layers,
@@ -45,21 +45,21 @@ class Network(nn.Module):
         return self.head(y).log_softmax(-1)  # type: ignore[no-any-return]
 
 
-class Nothing(nn.Module):
-    """Takes the place of recurrent layers: repeats the features up to their output's."""
+class RepeatFeatures(nn.Module):
+    """Replaces recurrent layers: repeats the features up to the output's width."""
 
     def __init__(self, input_size: int, hidden_size: int, _: int, bidirectional: bool) -> None:
         super().__init__()
         self.width = hidden_size * (2 if bidirectional else 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """Output and no state."""
+        """The output, and no state."""
         return x.repeat(1, 1, -(-self.width // x.size(-1)))[..., : self.width], None
 
 
 @dataclass(frozen=True)
 class Size:
-    """A network and its batch."""
+    """A network's size and its batch."""
 
     name: str
     batch: int
@@ -82,26 +82,27 @@ SIZES = (
 
 
 def calls(size: Size, mode: str) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name; all give the same."""
+    """The timed calls, by name. Eager and compiled, torch and fused give the same scores."""
     words = torch.randint(1000, (size.steps, size.batch))
     found: dict[str, Callable[[], Any]] = {}
     expected: Tensor | None = None
     torch._dynamo.reset()
-    kinds = {
-        "torch": getattr(nn, size.cell),
-        "fused": getattr(fusedrnn, f"Fused{size.cell}"),
-        "rest": Nothing,
+    cell = cell_of(size.cell)
+    variants: dict[str, Callable[..., nn.Module]] = {
+        "torch": cell.torch,
+        "fused": cell.fused,
+        "rest": RepeatFeatures,
     }
-    for of, kind in kinds.items():
+    for variant, layers in variants.items():
         torch.manual_seed(0)
-        network = Network(kind, size).train(mode == "training")
-        # torch.compile keeps what it compiled by code: with one for both, the second call would
-        # first try the guards of the other.
-        code = Network.forward.__code__.replace(co_name=f"forward_{of}")
+        network = Network(layers, size).train(mode == "training")
+        # torch.compile caches by code object. With a shared one, the second network's calls would
+        # first evaluate the first network's guards.
+        code = Network.forward.__code__.replace(co_name=f"forward_{variant}")
         network.forward = types.MethodType(  # type: ignore[method-assign]
             types.FunctionType(code, Network.forward.__globals__), network
         )
-        compiled = torch.compile(network, fullgraph=of != "torch")
+        compiled = torch.compile(network, fullgraph=variant != "torch")
         for how, model in (("eager", network), ("compiled", compiled)):
 
             def inference(model: Any = model) -> Tensor:
@@ -117,10 +118,10 @@ def calls(size: Size, mode: str) -> dict[str, Callable[[], Any]]:
 
             call = inference if mode == "inference" else training
             scores = call()
-            if expected is None or of == "rest":
+            if expected is None or variant == "rest":
                 expected = scores
             torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
-            found[f"{of} {how}"] = call
+            found[f"{variant} {how}"] = call
     return found
 
 
@@ -128,37 +129,37 @@ def page(run: dict[str, Any]) -> str:
     """The run as a page."""
     head = ["network", "mode", "torch, ms", "compiled", "fused, ms", "compiled"]
     head += ["rest alone, ms", "compiled", "torch over fused, compiled"]
-    lines = [head, ["---"] * 2 + ["---:"] * 7]
-    for row in run["rows"]:
-        ms = row["ms"]
-        lines.append(
-            [
-                row["name"],
-                row["mode"],
-                *(report.digits(ms[k]) for k in ms),
-                f"{row['ratio']:.2f}",
-            ]
-        )
+    rows = [
+        [
+            row["name"],
+            row["mode"],
+            *(report.digits(ms) for ms in row["ms"].values()),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in run["rows"]
+    ]
     return "\n".join(
         [
             "# Under torch.compile",
             "",
-            "Networks of an embedding, recurrent layers and a head. Written by",
+            "Networks with an embedding, recurrent layers and a head. Written by",
             "`python -m benchmarks compiled`. The rest alone is the same network without recurrent",
-            "layers: what compiled adds or saves there is torch's own.",
+            "layers: there, the gain or loss under torch.compile is torch's own.",
             "",
             report.caption(run["header"]),
             "",
-            *(f"| {' | '.join(cells)} |" for cells in lines),
+            *report.markdown(head, rows, text_columns=2),
             "",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, stores and reports."""
+    """Measures, stores and reports; gives the exit status."""
     parser = report.parser("compiled", __doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="to time each (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="time for a network and mode (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="a JSON file")
     args = parser.parse_args(argv)
     rows = []

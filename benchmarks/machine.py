@@ -1,4 +1,4 @@
-"""What a run was made with: the head of a stored run."""
+"""Describes the machine and the versions: the header of a stored run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 import fusedrnn
-from benchmarks.peers import Peer
+from benchmarks.baselines import Candidate
 from fusedrnn import _ops
 
 
-def header(device: str, peers: Sequence[Peer]) -> dict[str, Any]:
-    """Machine and versions; warns if other processes are at work."""
+def header(device: str, baselines: Sequence[Candidate]) -> dict[str, Any]:
+    """Machine and versions; warns if other processes are busy."""
     others = Others()
     time.sleep(0.3)
     busy = others.cores()
     if busy and busy > 0.2:
-        print(f"others use {busy:.1f} cores: the times will be of little worth", file=sys.stderr)
+        print(f"other processes use {busy:.1f} cores: times are unreliable", file=sys.stderr)
     found = {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -34,7 +34,7 @@ def header(device: str, peers: Sequence[Peer]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": str(torch.__version__),
-        "peers": {name: found for peer in peers for name, found in peer.versions().items()},
+        "baselines": {k: v for baseline in baselines for k, v in baseline.versions().items()},
         "fusedrnn": fusedrnn.__version__,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -60,12 +60,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with -dirty if files differ from it; None outside of one."""
+    """The checkout's commit, with -dirty if files differ; None outside a checkout."""
     return _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a command prints; None where it fails."""
+    """The first line a command prints; None if it fails."""
     try:
         found = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -76,16 +76,16 @@ def _output(*command: str) -> str | None:
 
 
 class Others:
-    """How many cores other processes use, from now on (Linux); None where that is unknown.
+    """Counts the cores that other processes use from now on (Linux).
 
-    What a hypervisor takes away counts as theirs.
+    Time stolen by a hypervisor counts as other processes' time.
     """
 
     def __init__(self) -> None:
         self._start = self._now()
 
     def _now(self) -> tuple[float, float] | None:
-        """Seconds of the clock, and of all cores' work that is not this process's."""
+        """Clock seconds, and seconds all cores worked for other processes."""
         try:
             fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
             user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields)
@@ -96,6 +96,7 @@ class Others:
         return time.perf_counter(), worked - time.process_time()
 
     def cores(self) -> float | None:
+        """Cores in use since the start, on average; None if unknown."""
         now = self._now()
         if now is None or self._start is None or now[0] == self._start[0]:
             return None

@@ -1,4 +1,4 @@
-"""Times and memory: candidates called in turn, in one process."""
+"""Measures times and memory: one process calls the candidates in turn."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.baselines import Call, Candidate, Fused, Torch, Unsupported, check
 from benchmarks.cases import Case
 from benchmarks.machine import Others
-from benchmarks.peers import Call, Fused, Peer, Torch, Unsupported, check
 
-# ONNX Runtime's and OpenMP's workers spin for a while after a call, on the cores that the next
-# candidate needs; so each candidate has them to itself for this long before it is timed.
+# The workers of ONNX Runtime and OpenMP keep spinning after a call. They occupy the cores that the
+# next candidate needs, so each candidate warms up this long before its timed calls.
 WARM_SECONDS = 0.06
-# More work of other processes than this, in cores, spoils a round: threads wait for each other. The
-# kernel's count of it is rough, by a tick for each core.
+# A round is disturbed if other processes use more cores than this, because threads wait for each
+# other. The kernel counts their work roughly, in ticks per core.
 BUSY_CORES = max(0.15, 0.05 * (os.cpu_count() or 1))
-# How many times as long a case may take to find calm rounds.
+# A case may take this many times as long to find calm rounds.
 PATIENCE = 3
 MODES = ("inference", "training")
 
@@ -37,15 +37,15 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Calls the candidates in turn, in rounds.
 
-    A round during which other processes work is made again, for as long as `PATIENCE` allows.
+    A disturbed round is repeated, for as long as `PATIENCE` allows.
 
     Args:
         calls: the candidates.
-        seconds: about how long; at least 3 rounds are made, 5 where a round takes under 0.3 s.
+        seconds: approximate duration; at least 3 rounds, or 5 if a round takes under 0.3 s.
         before: called with a candidate's name before its turn.
 
     Returns:
-        Milliseconds a call of each candidate, one figure, the median, for each round.
+        Milliseconds per call for each candidate: one median per round.
     """
     calm: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
@@ -89,13 +89,13 @@ def _samples(call: Call) -> list[float]:
 
 
 def spread(times: Sequence[float]) -> float:
-    """Interquartile range over median: how far the rounds differ."""
+    """Interquartile range over median: the variation between rounds."""
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / middle
 
 
 def peak_memory(call: Call, device: str = "cpu") -> int | None:
-    """Bytes that a warm call needs at its peak, beyond those held before; None if unknown."""
+    """Peak bytes a warm call allocates beyond those held before it; None if unknown."""
     if device == "cuda":
         call()
         torch.cuda.synchronize()
@@ -105,9 +105,9 @@ def peak_memory(call: Call, device: str = "cpu") -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        # What the allocator keeps for the next call would not be counted as the call's.
+        # Memory kept by the allocator would escape the count.
         ctypes.CDLL(None).malloc_trim(0)
-        # Writing 5 sets the peak, VmHWM, to what is resident now (proc_pid_clear_refs(5)).
+        # Writing 5 resets the peak, VmHWM, to the resident size (proc_pid_clear_refs(5)).
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         call()
@@ -134,25 +134,25 @@ def _synchronized(call: Call) -> Call:
 def measure(
     case: Case,
     mode: str,
-    peers: Sequence[Peer],
+    baselines: Sequence[Candidate],
     device: str,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """The rows of a case: one for each of the peers, which support it on the device.
+    """Measures a case against baselines that support it on the device; one row for each.
 
-    What is known of its limit, limit_ms, is for the caller to fill in.
+    The caller fills in roofline_ms.
 
     Raises:
-        AssertionError: a candidate's output is not nn.LSTM's.
+        AssertionError: a candidate's output differs from nn's.
     """
     calls: dict[str, Call] = {}
-    for peer in [Fused(device), *peers]:
+    for candidate in [Fused(device), *baselines]:
         try:
-            call = peer.prepare(case, mode)
+            call = candidate.prepare(case, mode)
         except Unsupported as error:
-            print(f"{case.name} {mode}: no {peer.name}: {error}", file=sys.stderr)
+            print(f"{case.name} {mode}: no {candidate.name}: {error}", file=sys.stderr)
             continue
-        calls[peer.name] = _synchronized(call) if device == "cuda" else call
+        calls[candidate.name] = _synchronized(call) if device == "cuda" else call
     expected = Torch(device).prepare(case, "inference")()
     for name, call in calls.items():
         check(name, case, device, call(), expected)
@@ -169,17 +169,17 @@ def measure(
         {
             **sizes,
             "mode": mode,
-            "peer": name,
+            "baseline": name,
             "ours_ms": statistics.median(ours),
-            "peer_ms": statistics.median(theirs),
-            # Of the same round, so that what slows a machine for a second slows both.
+            "baseline_ms": statistics.median(theirs),
+            # Per round, because a slow second of the machine slows both alike.
             "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
-            "limit_ms": None,
+            "roofline_ms": None,
             "ours_spread": spread(ours),
-            "peer_spread": spread(theirs),
+            "baseline_spread": spread(theirs),
             "rounds": len(ours),
             "ours_bytes": memory["fusedrnn"],
-            "peer_bytes": memory.get(name),
+            "baseline_bytes": memory.get(name),
         }
         for name, theirs in times.items()
     ]

@@ -1,6 +1,6 @@
-// What bounds a recurrence on a GPU, in JSON: the rates of multiply-adds whose weights stay in
-// registers, and how long a step takes that does nothing but hand h on, by where the threads are
-// that need it. benchmarks/limits.py compiles this for the GPU it runs on:
+// Prints the bounds on a recurrence on a GPU, as JSON. Rates: multiply-adds with the weights in
+// registers. Latencies: a step that only exchanges h, within a CTA, a cluster or a grid.
+// benchmarks/roofline.py compiles this file for the current GPU:
 //
 //   nvcc -O3 -std=c++17 --expt-relaxed-constexpr -arch=native -Icsrc benchmarks/peaks.cu
 #include <cooperative_groups.h>
@@ -31,7 +31,7 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-/// Milliseconds of what `run` gives to the stream: the least of a few.
+/// Milliseconds of the work that `run` enqueues; the minimum of a few tries.
 template <class Run>
 double milliseconds(Run run) {
   cudaEvent_t begin, end;
@@ -52,7 +52,7 @@ double milliseconds(Run run) {
   return least;
 }
 
-/// Nanoseconds a step, without what a launch costs.
+/// Nanoseconds per step, without the cost of a launch.
 template <class Run>
 double nanoseconds(Run run) {
   constexpr int kFew = 1000, kMany = 11000;
@@ -64,15 +64,15 @@ double nanoseconds(Run run) {
 
 constexpr int kRounds = 2000;
 
-/// Warps of tensor cores' products, with as many accumulators as the kernels have.
-template <class S>
+/// Tensor core mma in every warp, with as many accumulators as the kernels use.
+template <class Element>
 struct TensorRate {
   static constexpr int kThreads = 256, kChains = 8;
-  static constexpr double kFlops = 2.0 * 16 * 8 * (sizeof(S) == 2 ? 16 : 8) * kChains / 32;
+  static constexpr double kFlops = 2.0 * 16 * 8 * (sizeof(Element) == 2 ? 16 : 8) * kChains / 32;
   float* out;
   uint32_t seed = 1;
 
-  /// Values of any type's from 2^-8 to 2 that differ, for zeros cost less power.
+  /// Distinct values from 2^-8 to 2 in any type, because zeros would draw less power.
   FUSEDRNN_DEVICE uint32_t word(uint32_t i) const {
     const uint32_t hash = (seed + threadIdx.x + 256 * i) * 2654435761u;
     return 0x3c003c00u | (hash >> 8 & 0x00ff00ffu);
@@ -85,7 +85,7 @@ struct TensorRate {
       for (uint32_t& value : fragment) value = word(++count);
     const uint32_t b = word(0);
     for (int round = 0; round < kRounds; ++round)
-      host::unroll<kChains>([&](auto i) { multiply_add_16x8<S>(c[i], a[i], b, b); });
+      host::unroll<kChains>([&](auto i) { multiply_add_16x8<Element>(c[i], a[i], b, b); });
     float sum = 0;
     for (auto& fragment : c)
       for (float value : fragment) sum += value;
@@ -93,19 +93,19 @@ struct TensorRate {
   }
 };
 
-template <class T>
+template <class Value>
 struct PlainRate {
   static constexpr int kThreads = 256, kChains = 16;
   static constexpr double kFlops = 2.0 * kChains;
   float* out;
 
   FUSEDRNN_DEVICE void operator()(unsigned char*) const {
-    T c[kChains] = {};
-    const T a = T(threadIdx.x) * T(1e-3), b = T(blockIdx.x);
+    Value c[kChains] = {};
+    const Value a = Value(threadIdx.x) * Value(1e-3), b = Value(blockIdx.x);
     for (int round = 0; round < kRounds; ++round)
       host::unroll<kChains>([&](auto i) { c[i] = c[i] * a + b; });
-    T sum = 0;
-    for (T value : c) sum += value;
+    Value sum = 0;
+    for (Value value : c) sum += value;
     out[blockIdx.x * kThreads + threadIdx.x] = float(sum);
   }
 };
@@ -119,11 +119,11 @@ double tflops(float* out) {
   return Kernel::kFlops * Kernel::kThreads * ctas * kRounds / ms * 1e-9;
 }
 
-// ---- handing h on -------------------------------------------------------------------------------
+// ---- exchange of h ------------------------------------------------------------------------------
 
-constexpr int kHidden = 128;  // values that a CTA hands on
+constexpr int kHidden = 128;  // values that a CTA sends
 
-/// To the other threads of a CTA, by shared memory.
+/// Between the threads of a CTA, through shared memory.
 struct InCta {
   static constexpr int kThreads = kHidden;
   float* out;
@@ -133,16 +133,16 @@ struct InCta {
     float* const h = reinterpret_cast<float*>(shared);  // [2, kHidden]
     float value = float(threadIdx.x);
     for (int t = 0; t < steps; ++t) {
-      float* const half = h + t % 2 * kHidden;
-      half[threadIdx.x] = value;
+      float* const buffer = h + t % 2 * kHidden;
+      buffer[threadIdx.x] = value;
       sync_cta();
-      value = 0.5f * half[(threadIdx.x + 37) % kHidden];
+      value = 0.5f * buffer[(threadIdx.x + 37) % kHidden];
     }
     out[threadIdx.x] = value;
   }
 };
 
-/// To all CTAs of a grid, by L2, as the kernels of regime "grid" do.
+/// Between all CTAs of a grid, through L2, as in the persistent grid kernels.
 struct InGrid {
   static constexpr int kThreads = kHidden;
   float* out;
@@ -154,22 +154,22 @@ struct InGrid {
     const unsigned ctas = gridDim.x, peer = (blockIdx.x + 1) % ctas;
     float value = float(threadIdx.x);
     for (int t = 0; t < steps; ++t) {
-      float* const half = h + size_t(t % 2) * ctas * kHidden;
-      half[blockIdx.x * kHidden + threadIdx.x] = value;
+      float* const buffer = h + size_t(t % 2) * ctas * kHidden;
+      buffer[blockIdx.x * kHidden + threadIdx.x] = value;
       sync_cta();
       if (threadIdx.x == 0) {
         add_release(arrived, 1);
         while (load_acquire(arrived) < ctas * unsigned(t + 1)) fusedrnn::cuda::pause();
       }
       sync_cta();
-      const Words words = load_shared_by_ctas(half + peer * kHidden + threadIdx.x % 32 * 4);
+      const Words words = load_shared_by_ctas(buffer + peer * kHidden + threadIdx.x % 32 * 4);
       value = 0.5f * host::bit_cast<float>(words.word[0]);
     }
     out[blockIdx.x * kHidden + threadIdx.x] = value;
   }
 };
 
-/// To the next CTA of a cluster, by its shared memory and the cluster's barrier.
+/// To the next CTA in a cluster, through its shared memory, with the cluster barrier.
 __global__ void __launch_bounds__(kHidden, 1) in_cluster(float* out, int steps) {
 #if __CUDA_ARCH__ >= 900
   __shared__ float h[2][kHidden];
@@ -186,8 +186,9 @@ __global__ void __launch_bounds__(kHidden, 1) in_cluster(float* out, int steps) 
 #endif
 }
 
-/// To all CTAs of a cluster, by mail into their shared memory, as those of regime "cluster" do.
-struct ByMail : UsesClusters {
+/// Between all CTAs of a cluster, by st.async and transaction barriers, as in the persistent
+/// cluster kernels.
+struct InClusterAsync : UsesClusters {
   static constexpr int kThreads = kHidden;
   float* out;
   int steps;
@@ -199,35 +200,35 @@ struct ByMail : UsesClusters {
   FUSEDRNN_DEVICE void operator()(unsigned char* shared) const {
     const unsigned ctas = gridDim.x, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 32;
     float* const h = reinterpret_cast<float*>(shared);  // [2, CTAs, kHidden]
-    Mailbox* const boxes = reinterpret_cast<Mailbox*>(h + 2 * ctas * kHidden);
+    Mailbox* const barriers = reinterpret_cast<Mailbox*>(h + 2 * ctas * kHidden);
     const uint32_t bytes = ctas * kHidden * sizeof(float);
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i) {
-        open(boxes + i);
-        expect(boxes + i, bytes);
+        open(barriers + i);
+        expect(barriers + i, bytes);
       }
     }
     sync_cluster();
     float value = float(threadIdx.x);
     for (int t = 0; t < steps; ++t) {
-      float* const half = h + t % 2 * ctas * kHidden;
-      Mailbox* const box = boxes + t % 2;
+      float* const buffer = h + t % 2 * ctas * kHidden;
+      Mailbox* const barrier = barriers + t % 2;
       Words words;
       for (int i = 0; i < 4; ++i) {
         words.word[i] = shuffle(host::bit_cast<uint32_t>(value), lane % 8 * 4 + i);
       }
       sync_warp();
-      float* const to = half + blockIdx.x * kHidden + first + lane % 8 * 4;
-      for (unsigned cta = lane / 8; cta < ctas; cta += 4) send(words, to, box, cta);
-      wait_for(box, t / 2 % 2);
-      if (threadIdx.x == 0 && t + 2 < steps) expect(box, bytes);
-      value = 0.5f * half[(blockIdx.x + 1) % ctas * kHidden + (threadIdx.x + 37) % kHidden];
+      float* const to = buffer + blockIdx.x * kHidden + first + lane % 8 * 4;
+      for (unsigned cta = lane / 8; cta < ctas; cta += 4) send(words, to, barrier, cta);
+      wait_for(barrier, t / 2 % 2);
+      if (threadIdx.x == 0 && t + 2 < steps) expect(barrier, bytes);
+      value = 0.5f * buffer[(blockIdx.x + 1) % ctas * kHidden + (threadIdx.x + 37) % kHidden];
     }
     out[blockIdx.x * kHidden + threadIdx.x] = value;
   }
 };
 
-/// A cluster whose CTAs each fill a multiprocessor, as a persistent layer's would.
+/// A cluster in which each CTA fills a multiprocessor, as in a persistent layer.
 struct Cluster {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute;
@@ -247,11 +248,11 @@ struct Cluster {
   }
   Cluster(const Cluster&) = delete;
 
-  /// How many of them the GPU has room for at once.
+  /// The number of clusters the GPU can hold at once.
   int active() const {
     int count = 0;
     const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, in_cluster, &config);
-    if (status != cudaSuccess) cudaGetLastError();  // too large for this GPU
+    if (status != cudaSuccess) cudaGetLastError();  // the cluster is too large for this GPU
     return status == cudaSuccess ? count : 0;
   }
 };
@@ -270,7 +271,7 @@ int main() {
   check(cudaMalloc(&h, 2 * multiprocessors * kHidden * sizeof(float)));
   check(cudaMalloc(&arrived, sizeof(uint32_t)));
 
-  for (int i = 0; i < 100; ++i) tflops<TensorRate<BFloat16>>(out);  // until the clocks are up
+  for (int i = 0; i < 100; ++i) tflops<TensorRate<BFloat16>>(out);  // ramps up the clocks
   std::printf("{\"tflops\": {");
   print("bfloat16", tflops<TensorRate<BFloat16>>(out));
   print("float16", tflops<TensorRate<Float16>>(out));
@@ -295,9 +296,10 @@ int main() {
     print(("cluster " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
             check(cudaLaunchKernelEx(&cluster.config, in_cluster, out, steps));
           }));
-    if (!active_clusters<ByMail>(ByMail::grid(ctas))) continue;
-    print(("mail " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
-            check(cudaError_t(launch(ByMail{{}, out, steps}, ByMail::grid(ctas), nullptr)));
+    if (!active_clusters<InClusterAsync>(InClusterAsync::grid(ctas))) continue;
+    print(("st_async " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
+            check(cudaError_t(
+                launch(InClusterAsync{{}, out, steps}, InClusterAsync::grid(ctas), nullptr)));
           }));
   }
   print("cta", nanoseconds([&](int steps) {

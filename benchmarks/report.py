@@ -1,4 +1,4 @@
-"""What a run says: lines, the page's table, pictures, and whether it is worse than another."""
+"""Reports a run: printed lines, Markdown tables, pictures, and a comparison with an older run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ TITLES = {
     "cudnn": "cuDNN",
     "packing": "packing by hand",
 }
-
-
+# nn's own implementation on either device: ratios over it are compared, and its roofline is drawn.
+REFERENCES = ("torch", "cudnn")
 RESULTS = Path(__file__).parent / "results"
 
 
 def parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks NAME`, with the docstring of its module."""
+    """The parser for `python -m benchmarks NAME`, described by the module's docstring."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}".strip(),
         description=text,
@@ -39,17 +39,17 @@ def parser(name: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def results_of(device: str) -> Path:
-    """Where the runs on a device are stored, named as torch does or "cpu"."""
+    """The file for runs on a device; the device is torch's name for it, or "cpu"."""
     return RESULTS / f"{slug(device)}.json"
 
 
 def slug(name: str) -> str:
-    """A device's name as that of a file."""
+    """Turns a device's name into a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def store(output: Path, found: dict[str, Any]) -> None:
-    """Writes what was found to a stored run; what else is in it stays."""
+    """Updates a stored run; other keys in the file stay."""
     output.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(output.read_text()) if output.exists() else {}
     output.write_text(json.dumps({**old, **found}, indent=1) + "\n")
@@ -57,19 +57,19 @@ def store(output: Path, found: dict[str, Any]) -> None:
 
 def heading() -> None:
     print(
-        f"{'case':30}{'mode':11}{'peer':14}{'fusedrnn ms':>12}{'peer ms':>10}{'ratio':>8}"
-        f"{'spread':>8}{'of limit':>9}"
+        f"{'case':30}{'mode':11}{'baseline':14}{'fusedrnn ms':>12}{'base ms':>10}{'ratio':>8}"
+        f"{'spread':>8}{'roofline':>9}"
     )
 
 
 def lines(rows: Sequence[Row]) -> None:
-    """A line for each row; of limit: the share of the least time that the machine allows."""
+    """Prints a line for each row. The last column is the roofline's share of our time."""
     for row in rows:
-        limit = row["limit_ms"]
-        share = f"{limit / row['ours_ms']:9.0%}" if limit else ""
+        bound = row["roofline_ms"]
+        share = f"{bound / row['ours_ms']:9.0%}" if bound else ""
         print(
-            f"{row['name']:30}{row['mode']:11}{row['peer']:14}{row['ours_ms']:12.4f}"
-            f"{row['peer_ms']:10.4f}{row['ratio']:8.2f}{row['ours_spread']:8.1%}{share}",
+            f"{row['name']:30}{row['mode']:11}{row['baseline']:14}{row['ours_ms']:12.4f}"
+            f"{row['baseline_ms']:10.4f}{row['ratio']:8.2f}{row['ours_spread']:8.1%}{share}",
             flush=True,
         )
 
@@ -80,21 +80,21 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def summary(rows: Sequence[Row]) -> None:
-    """Prints the geometric mean and the least ratio over each peer."""
-    for (peer, mode), found in _groups(rows).items():
-        least = min(found, key=lambda row: float(row["ratio"]))
+    """Prints the geometric mean and the lowest ratio over each baseline."""
+    for (baseline, mode), found in _groups(rows).items():
+        lowest = min(found, key=lambda row: float(row["ratio"]))
         print(
-            f"{mode} over {peer}: {_mean(found):.2f} in the geometric mean of {len(found)} cases, "
-            f"at least {least['ratio']:.2f} ({least['name']})"
+            f"{mode} over {baseline}: {_mean(found):.2f} in the geometric mean over "
+            f"{len(found)} cases, at least {lowest['ratio']:.2f} ({lowest['name']})"
         )
-    restless = [r for r in rows if max(r["ours_spread"], r["peer_spread"]) > 0.2]
-    print(f"{len(restless)} of {len(rows)} rows differ by over 20 % between rounds")
+    noisy = [r for r in rows if max(r["ours_spread"], r["baseline_spread"]) > 0.2]
+    print(f"{len(noisy)} of {len(rows)} rows vary by over 20 % between rounds")
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["peer"], row["mode"]), []).append(row)
+        groups.setdefault((row["baseline"], row["mode"]), []).append(row)
     return groups
 
 
@@ -103,15 +103,15 @@ def _mean(rows: Sequence[Row]) -> float:
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float) -> list[str]:
-    """What is worse: cases whose ratio over torch dropped by more than the tolerance.
+    """Lists regressions: cases whose ratio over nn dropped by more than the tolerance.
 
-    Ratios, not times, so that runs of different machines can be compared.
+    Ratios, unlike times, can be compared across machines.
     """
-    before = {(r["name"], r["mode"]): r["ratio"] for r in old if r["peer"] in ("torch", "cudnn")}
+    before = {(r["name"], r["mode"]): r["ratio"] for r in old if r["baseline"] in REFERENCES}
     worse = []
     for row in new:
         ratio = before.get((row["name"], row["mode"]))
-        if row["peer"] not in ("torch", "cudnn") or ratio is None:
+        if row["baseline"] not in REFERENCES or ratio is None:
             continue
         if row["ratio"] < ratio * (1 - tolerance):
             worse.append(f"{row['name']} {row['mode']}: {ratio:.2f} before, {row['ratio']:.2f} now")
@@ -119,7 +119,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float) -> list[st
 
 
 def write_between(page: Path, marker: str, text: str) -> None:
-    """Puts the text between `<!-- marker -->` and `<!-- /marker -->` of a page."""
+    """Replaces the text between a page's lines `<!-- marker -->` and `<!-- /marker -->`."""
     begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
     before, found, rest = page.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
@@ -128,55 +128,60 @@ def write_between(page: Path, marker: str, text: str) -> None:
     page.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> list[str]:
+    """The lines of a Markdown table: the first columns hold text, the others align right."""
+    align = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
+    return [f"| {' | '.join(cells)} |" for cells in (head, align, *rows)]
+
+
 def caption(header: dict[str, Any]) -> str:
-    """The machine and the versions of a run, in a line."""
+    """A run's machine and versions, in one line."""
     where = header["device"]
     if where == "cpu":
         where = f"{header['processor']} ({header['isa']}), {header['threads']} threads"
-    versions = {"torch": header["torch"], **header["peers"]}
+    versions = {"torch": header["torch"], **header["baselines"]}
     found = [f"{TITLES[name]} {versions[name]}" for name in TITLES if name in versions]
     return f"{where}; {', '.join(found)}; {header['date'][:10]}."
 
 
 def marker(name: str, run: dict[str, Any]) -> str:
-    """Of a page's part: that of a GPU is another than the CPU's."""
+    """The marker for a part of a page; a GPU's parts have their own."""
     return name if run["header"]["device"] == "cpu" else f"{name} cuda"
 
 
 def table(run: dict[str, Any]) -> str:
-    """A line for each case: our milliseconds, and the ratios over the peers, in both modes.
+    """A line for each case: our milliseconds and the ratios over the baselines, in both modes.
 
-    Of a GPU also the regime, the share of the limit in %, and the peak memory in MiB of both.
+    A GPU's table adds the roofline's share, the regime, and both peak memories in MiB.
     """
     rows: list[Row] = run["rows"]
     groups = _groups(rows)
     by_mode: dict[str, list[str]] = {}
-    for peer, mode in sorted(groups, key=lambda group: (group[1], list(TITLES).index(group[0]))):
-        if peer not in ("torch.compile", "packing"):  # of a few cases only
-            by_mode.setdefault(mode, []).append(peer)
+    for name, mode in sorted(groups, key=lambda group: (group[1], list(TITLES).index(group[0]))):
+        if name not in ("torch.compile", "packing"):  # these run a few cases only
+            by_mode.setdefault(mode, []).append(name)
     head, means = ["case"], ["geometric mean"]
     on_gpu = run["header"]["device"] != "cpu"
-    more = ["of limit", "regime", "MiB"] if on_gpu else []
+    more = ["of roofline", "regime", "MiB"] if on_gpu else []
     for mode, found in by_mode.items():
-        head += [f"{mode}, ms", *(f"over {TITLES[peer]}" for peer in found), *more]
-        means += ["", *(f"**{_mean(groups[peer, mode]):.2f}**" for peer in found)]
+        head += [f"{mode}, ms", *(f"over {TITLES[name]}" for name in found), *more]
+        means += ["", *(f"**{_mean(groups[name, mode]):.2f}**" for name in found)]
         means += [""] * len(more)
     body = []
     for name in dict.fromkeys(row["name"] for row in rows):
         cells = [name]
         for mode, found in by_mode.items():
-            of = {r["peer"]: r for r in rows if (r["name"], r["mode"]) == (name, mode)}
-            cells.append(digits(next(iter(of.values()))["ours_ms"]) if of else "")
-            cells += [f"{of[peer]['ratio']:.2f}" if peer in of else "" for peer in found]
+            over = {r["baseline"]: r for r in rows if (r["name"], r["mode"]) == (name, mode)}
+            cells.append(digits(next(iter(over.values()))["ours_ms"]) if over else "")
+            cells += [f"{over[b]['ratio']:.2f}" if b in over else "" for b in found]
             if on_gpu:
-                cells += _of_gpu(next(iter(of.values()))) if of else [""] * len(more)
+                cells += _gpu_cells(next(iter(over.values()))) if over else [""] * len(more)
         body.append(cells)
-    align = ["---", *("---:" for _ in head[1:])]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, align, *body, means)]
+    lines = markdown(head, [*body, means], text_columns=1)
     by_hand = [
         f"{row['name']} {row['ratio']:.2f} ({row['mode']})"
         for row in rows
-        if row["peer"] == "packing"
+        if row["baseline"] == "packing"
     ]
     if by_hand:
         lines += ["", "Fused layers that are packed and unpacked by hand, over `lengths=`: "]
@@ -184,11 +189,11 @@ def table(run: dict[str, Any]) -> str:
     return "\n".join([caption(run["header"]), "", *lines])
 
 
-def _of_gpu(row: Row) -> list[str]:
-    ours, theirs = (row[f"{who}_bytes"] for who in ("ours", "peer"))
+def _gpu_cells(row: Row) -> list[str]:
+    ours, theirs = row["ours_bytes"], row["baseline_bytes"]
     memory = "" if ours is None or theirs is None else f"{ours / 2**20:.1f} / {theirs / 2**20:.1f}"
-    limit = f"{row['limit_ms'] / row['ours_ms']:.0%}" if row["limit_ms"] else ""
-    return [limit, row.get("regime", ""), memory]
+    share = f"{row['roofline_ms'] / row['ours_ms']:.0%}" if row["roofline_ms"] else ""
+    return [share, row.get("regime", ""), memory]
 
 
 def digits(value: float) -> str:
@@ -202,12 +207,12 @@ _COLORS |= {"packing": "#999999"}
 
 
 def picture(output: Path, kind: str) -> Path:
-    """Where that of a stored run is: "ratio" or "limit"."""
+    """The path of a stored run's picture; `kind` is "ratio" or "roofline"."""
     return output.with_name(f"{output.stem}_{kind}.png")
 
 
 def pictures(run: dict[str, Any], output: Path) -> None:
-    """Draws OUTPUT_ratio.png and, where the limits are known, OUTPUT_limit.png."""
+    """Draws OUTPUT_ratio.png and, if the rooflines are known, OUTPUT_roofline.png."""
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
@@ -217,23 +222,23 @@ def pictures(run: dict[str, Any], output: Path) -> None:
     ratios: dict[str, dict[str, dict[str, float]]] = {}
     shares: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
-        name, mode, peer, limit = row["name"], row["mode"], row["peer"], row["limit_ms"]
-        ratios.setdefault(mode, {}).setdefault(peer, {})[name] = row["ratio"]
-        if limit and peer in ("torch", "cudnn"):
+        name, mode, baseline, bound = (row[k] for k in ("name", "mode", "baseline", "roofline_ms"))
+        ratios.setdefault(mode, {}).setdefault(baseline, {})[name] = row["ratio"]
+        if bound and baseline in REFERENCES:
             share = shares.setdefault(mode, {})
-            share.setdefault("fusedrnn", {})[name] = 100 * limit / row["ours_ms"]
-            share.setdefault(peer, {})[name] = 100 * limit / row["peer_ms"]
+            share.setdefault("fusedrnn", {})[name] = 100 * bound / row["ours_ms"]
+            share.setdefault(baseline, {})[name] = 100 * bound / row["baseline_ms"]
     _bars(
         ratios,
-        f"Time of a peer over fusedrnn's: right of 1, fusedrnn is faster\n{where}",
+        f"A baseline's time over fusedrnn's: right of 1, fusedrnn is faster\n{where}",
         picture(output, "ratio"),
         is_ratio=True,
     )
     if shares:
         _bars(
             shares,
-            f"Least time by the machine's measured peaks, % of the time taken\n{where}",
-            picture(output, "limit"),
+            f"Roofline from the machine's measured peaks, in % of the measured time\n{where}",
+            picture(output, "roofline"),
             is_ratio=False,
         )
 
@@ -241,7 +246,7 @@ def pictures(run: dict[str, Any], output: Path) -> None:
 def _bars(
     values: dict[str, dict[str, dict[str, float]]], title: str, path: Path, is_ratio: bool
 ) -> None:
-    """Horizontal bars by mode (a panel), series (a colour) and case (a group, from above)."""
+    """Draws horizontal bars: a panel for each mode, a color for each series, a group for a case."""
     figure_module: Any = importlib.import_module("matplotlib.figure")
     patches_module: Any = importlib.import_module("matplotlib.patches")
     names = list(dict.fromkeys(n for m in values.values() for s in m.values() for n in s))

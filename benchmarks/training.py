@@ -1,8 +1,9 @@
-"""`python -m benchmarks training`: the tagger example, trained with both layers, in some ways.
+"""`python -m benchmarks training`: trains the tagger example with nn's layers and with ours.
 
-Each way is a run of examples/train_tagger.py: forward, backward and the optimizer's step of whole
-batches, in turn. Stored under "training" of the device's results. Arguments after `--` are the
-example's own, as in `python -m benchmarks training -- --cell gru --hidden 256`.
+Each way runs examples/train_tagger.py with other flags. A training step is forward, backward and
+the optimizer's step on a batch; both models take turns. The device's results store the rows under
+"training". Arguments after `--` go to the example:
+`python -m benchmarks training -- --cell gru --hidden 256`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, report
-from benchmarks.peers import CuDnn
+from benchmarks.baselines import CuDnn
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_tagger.py"
 WAYS: dict[str, list[str]] = {
@@ -28,10 +29,10 @@ WAYS: dict[str, list[str]] = {
 
 
 def measure(way: str, device: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """What a run of the example found.
+    """Runs the example; gives its results.
 
     Raises:
-        SystemExit: it failed; what it said has been printed.
+        SystemExit: the example failed, after printing its errors.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(EXAMPLE), *WAYS[way], "--device", device]
@@ -51,7 +52,7 @@ def measure(way: str, device: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line for each way: tokens a second of both layers, the ratios, losses, accuracies."""
+    """A line for each way: tokens per second with both layers, ratios, losses, accuracies."""
     rows = found["rows"]
     theirs, ours = rows[0]["train_loss"]
     head = f"| examples/train_tagger.py {found['arguments']}".rstrip()
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--way", choices=WAYS, action="append", help="default: all")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
-    parser.add_argument("arguments", nargs="*", help="the example's own")
+    parser.add_argument("arguments", nargs="*", help="arguments for the example")
     args = parser.parse_args(argv)
     if args.device == "cuda" and (missing := CuDnn().available()):
         print(missing)

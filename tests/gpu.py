@@ -1,7 +1,7 @@
 """`make gpu`: what needs an NVIDIA GPU, with the torch that is there and without a network.
 
-    python tests/gpu.py [build] [tests] [ecosystem] [sanitize] [bench] [checks] [clusters]
-                        [training] [worst]
+    python tests/gpu.py [build] [tests] [ecosystem] [sanitize] [bench] [step_cost] [clusters]
+                        [training] [profile]
 
 Stages, all by default, each under eight minutes. A stage that fails does not stop those after it;
 the exit status is 1 if any did. Results go to benchmarks/results/<device>.json, the end of what
@@ -227,19 +227,18 @@ def bench(results: Path) -> list[Command]:
     return [Command("bench", [*measure, "--output", str(results)])]
 
 
-def checks(results: Path) -> list[Command]:
-    return [
-        Command("checks", [sys.executable, "-m", "benchmarks", "checks", "--output", str(results)])
-    ]
+def step_cost(results: Path) -> list[Command]:
+    measure = [sys.executable, "-m", "benchmarks", "step_cost"]
+    return [Command("step_cost", [*measure, "--output", str(results)])]
 
 
 def clusters(results: Path) -> list[Command]:
     """By themselves: they run only where they are asked for, and nothing else hangs if they do."""
-    measure = [sys.executable, "-m", "benchmarks", "checks", "--clusters"]
+    measure = [sys.executable, "-m", "benchmarks", "step_cost", "--clusters"]
     of_clusters = [*PYTEST, "-k", "cluster", "tests/test_cuda.py"]
     return [
         Command("CUDA, clusters", of_clusters, share=4, passed=some_passed),
-        Command("checks, clusters", [*measure, "--output", str(results)], share=2),
+        Command("step_cost, clusters", [*measure, "--output", str(results)], share=2),
         *sanitized(of_toolkit("compute-sanitizer"), "cluster"),
     ]
 
@@ -255,11 +254,11 @@ def training(results: Path) -> list[Command]:
     ]
 
 
-def worst(results: Path) -> list[Command]:
-    measure = [sys.executable, "-m", "benchmarks", "worst", "--run", str(results)]
+def profile(results: Path) -> list[Command]:
+    measure = [sys.executable, "-m", "benchmarks", "profile", "--run", str(results)]
     report = [sys.executable, "-m", "benchmarks", "--report", str(results)]
     return [
-        Command("worst", measure, share=5),
+        Command("profile", measure, share=5),
         Command("README", [*report, "--readme", "README.md"]),
     ]
 
@@ -272,10 +271,10 @@ STAGES = {
         ecosystem,
         sanitize,
         bench,
-        checks,
+        step_cost,
         clusters,
         training,
-        worst,
+        profile,
     )
 }
 

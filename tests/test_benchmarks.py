@@ -1,4 +1,4 @@
-"""The benchmark suite: its grid, models of cost, peers and reports. No test looks at a clock."""
+"""The benchmarks: the grid, rooflines, baselines and reports. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-pytest.importorskip("benchmarks")  # there when the tests run in the root of the checkout
+pytest.importorskip("benchmarks")  # importable from the checkout's root only
 
 from benchmarks import (
+    baselines,
     cases,
-    checks,
-    limits,
+    latency,
     measure,
     models,
-    peers,
+    profile,
     report,
-    steady,
+    roofline,
+    step_cost,
     training,
-    worst,
 )
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
+from benchmarks.cells import LAYERS, STEPS
+from benchmarks.models.compare import difference
+from benchmarks.models.job import Job, Model, Results, Swap, weights
 from fusedrnn import _ops
 
-PEAKS = limits.Peaks(
+PEAKS = roofline.Peaks(
     flops={"float32": 1e9, "float64": 5e8, "bfloat16": 2e9, "float16": 1e9},
     bandwidth={1 << 10: 4e9, 1 << 12: 1e9},
 )
 
 
 class FixedPeaks:
-    def measure(self) -> limits.Peaks:
+    def measure(self) -> roofline.Peaks:
         return PEAKS
 
 
@@ -52,15 +55,15 @@ def has(*packages: str) -> bool:
     return all(importlib.util.find_spec(package) for package in packages)
 
 
-def row(name: str, ratio: float, mode: str = "inference", peer: str = "torch") -> dict[str, Any]:
-    times = {"ours_ms": 1.0, "peer_ms": ratio, "limit_ms": 0.5}
-    spreads = {"ours_spread": 0.01, "peer_spread": 0.3}
-    return {"name": name, "mode": mode, "peer": peer, "ratio": ratio, **times, **spreads}
+def row(name: str, ratio: float, mode: str = "inference", over: str = "torch") -> dict[str, Any]:
+    times = {"ours_ms": 1.0, "baseline_ms": ratio, "roofline_ms": 0.5}
+    spreads = {"ours_spread": 0.01, "baseline_spread": 0.3}
+    return {"name": name, "mode": mode, "baseline": over, "ratio": ratio, **times, **spreads}
 
 
 def stored(path: Path, *rows: dict[str, Any]) -> Path:
     header = {"device": "cpu", "processor": "some", "isa": "avx2", "threads": 2, "torch": "2.13"}
-    header |= {"peers": {"onnx": "1", "openvino": "2026"}, "date": "2026-01-02T03:04:05+00:00"}
+    header |= {"baselines": {"onnx": "1", "openvino": "2026"}, "date": "2026-01-02T03:04:05+00:00"}
     path.write_text(json.dumps({"header": header, "rows": rows}))
     return path
 
@@ -68,7 +71,7 @@ def stored(path: Path, *rows: dict[str, Any]) -> Path:
 def test_grid() -> None:
     names = [case.name for case in cases.CASES]
     assert len(set(names)) == len(names) >= 40
-    assert {case.cell for case in cases.CASES} == {"LSTM", "GRU", "LSTMCell", "GRUCell"}
+    assert {case.cell for case in cases.CASES} == {*LAYERS, *STEPS}
     assert {case.layout for case in cases.CASES} == {"padded", "packed", "lengths"}
     for case in cases.CASES:
         assert len(case.lengths) == case.B
@@ -77,6 +80,11 @@ def test_grid() -> None:
         assert case.T == 1 or not case.is_cell
         if case.layout == "packed":
             assert case.lengths == sorted(case.lengths, reverse=True)
+
+
+def test_unknown_cell() -> None:
+    with pytest.raises(ValueError, match="no cell 'nothing'; there are LSTM, GRU, "):
+        Case("a", "nothing")
 
 
 def test_pick() -> None:
@@ -94,19 +102,19 @@ def test_pick() -> None:
 @pytest.mark.parametrize(
     ("case", "inference", "training"),
     [
-        # 2 * positions * gates * H * (I + H); training without the gradient of the input
+        # 2 * tokens * gates * H * (I + H); in training, no gradient for the input
         (Case("a", B=3, T=5, I=2, H=7), 2 * 15 * 28 * 9, 2 * 15 * 28 * (3 * 9 - 2)),
         (Case("b", "GRU", B=3, T=5, I=2, H=7), 2 * 15 * 21 * 9, 2 * 15 * 21 * (3 * 9 - 2)),
         (Case("c", "LSTMCell", B=3, H=7), 2 * 3 * 28 * 14, 2 * 3 * 28 * (3 * 14 - 7)),
         # lengths 10 and 1
         (Case("d", B=2, T=10, H=4, layout="packed"), 2 * 11 * 16 * 8, 2 * 11 * 16 * 20),
-        # the second layer's input is both directions' output, and needs a gradient
+        # the second layer reads both directions' outputs, and its input needs a gradient
         (
             Case("e", T=6, I=3, H=4, layers=2, bidirectional=True),
             2 * 6 * 2 * 16 * (7 + 12),
             2 * 6 * 2 * 16 * (3 * 7 - 3 + 3 * 12),
         ),
-        # 4 gates of 6 from input and h of 2, and the projection
+        # 4 gates with 6 units from input and h (width 2), plus the projection
         (
             Case("f", T=5, I=3, H=6, proj_size=2),
             2 * 5 * (24 * 5 + 12),
@@ -116,74 +124,74 @@ def test_pick() -> None:
     ids=lambda value: value.name if isinstance(value, Case) else "",
 )
 def test_flops(case: Case, inference: int, training: int) -> None:
-    assert limits.flops(case, "inference") == inference
-    assert limits.flops(case, "training") == training
+    assert roofline.flops(case, "inference") == inference
+    assert roofline.flops(case, "training") == training
 
 
-def test_limit() -> None:
-    assert limits.limit_ms(Case("a"), "inference", None) is None
-    # Operations decide: 2 * 64 * 4 * 8 * 16 of them, at the type's peak.
+def test_roofline() -> None:
+    assert roofline.bound_ms(Case("a"), "inference", None) is None
+    # Compute decides: 2 * 64 * 4 * 8 * 16 operations at the type's peak.
     wide = Case("b", B=64, H=8)
-    assert limits.limit_ms(wide, "inference", PEAKS) == pytest.approx(1e3 * 65536 / 1e9)
+    assert roofline.bound_ms(wide, "inference", PEAKS) == pytest.approx(1e3 * 65536 / 1e9)
     half = dataclasses.replace(wide, dtype="bfloat16")
-    assert limits.limit_ms(half, "inference", PEAKS) == pytest.approx(1e3 * 65536 / 2e9)
+    assert roofline.bound_ms(half, "inference", PEAKS) == pytest.approx(1e3 * 65536 / 2e9)
     # Reads decide, with H = 16 and I = 48: 16 KiB of weights once, 4 KiB of W_hh 99 times more.
-    fast = limits.Peaks({"float32": 1e15}, PEAKS.bandwidth)
+    fast = roofline.Peaks({"float32": 1e15}, PEAKS.bandwidth)
     narrow = Case("c", T=100, I=48, H=16)
     expected = 1e3 * (16384 + 99 * 4096) / 1e9
-    assert limits.limit_ms(narrow, "inference", fast) == pytest.approx(expected)
-    assert limits.limit_ms(narrow, "training", fast) == pytest.approx(2 * expected)
-    # Between two sizes that were measured, on the line through them in logarithms.
+    assert roofline.bound_ms(narrow, "inference", fast) == pytest.approx(expected)
+    assert roofline.bound_ms(narrow, "training", fast) == pytest.approx(2 * expected)
+    # Interpolates between measured sizes on a log-log scale.
     assert fast.read_seconds(1000, 1 << 11) == pytest.approx(1000 / 2e9)
     assert fast.read_seconds(1000, 1 << 5) == pytest.approx(1000 / 4e9)
 
 
-def test_limit_of_a_gpu() -> None:
+def test_roofline_of_a_gpu() -> None:
     exchange = {"cta": 1e-7, "cluster 8": 6e-7, "grid 16": 5e-7}
-    peaks = limits.GpuPeaks({"float32": 1e13, "float16": 2e13}, 1e12, exchange, 1 << 18, {})
-    # Steps decide: W_hh, 64 KiB, fits into a multiprocessor; that of twice the width does not.
+    peaks = roofline.GpuPeaks({"float32": 1e13, "float16": 2e13}, 1e12, exchange, 1 << 18, {})
+    # Latency decides: W_hh, 64 KiB, fits into a multiprocessor; with twice the width it does not.
     deep = Case("a", T=1000, I=1, H=64, layers=2, bidirectional=True)
-    assert limits.gpu_limit_ms(deep, "inference", peaks) == pytest.approx(0.2)
-    assert limits.gpu_limit_ms(deep, "training", peaks) == pytest.approx(0.4)
+    assert roofline.gpu_bound_ms(deep, "inference", peaks) == pytest.approx(0.2)
+    assert roofline.gpu_bound_ms(deep, "training", peaks) == pytest.approx(0.4)
     wide = dataclasses.replace(deep, H=129)
     assert peaks.exchange_seconds(4 * 4 * 129**2) == 5e-7
-    assert limits.gpu_limit_ms(wide, "training", peaks) == pytest.approx(2.0)
-    # Memory: 32 KiB of weights, 2 KiB of x and as much of y; again, and the gradients' 32 KiB.
+    assert roofline.gpu_bound_ms(wide, "training", peaks) == pytest.approx(2.0)
+    # Memory decides: 32 KiB weights, 2 KiB x, 2 KiB y; training doubles it and adds 32 KiB.
     one_way = dataclasses.replace(deep, bidirectional=False)
-    assert limits.gpu_limit_ms(one_way, "inference", peaks) == pytest.approx(0.1001)
+    assert roofline.gpu_bound_ms(one_way, "inference", peaks) == pytest.approx(0.1001)
     few = Case("b", B=8, H=64, I=64)
     unknown = dataclasses.replace(peaks, bandwidth=1e9, exchange={})
     moved = 4 * (2 * 4 * 64 * 64 + 8 * 128)
-    assert limits.gpu_limit_ms(few, "inference", unknown) == pytest.approx(1e-6 * moved)
+    assert roofline.gpu_bound_ms(few, "inference", unknown) == pytest.approx(1e-6 * moved)
     moved = 2 * moved + 4 * 2 * 4 * 64 * 64
-    assert limits.gpu_limit_ms(few, "training", unknown) == pytest.approx(1e-6 * moved)
-    # Operations, at the type's rate.
+    assert roofline.gpu_bound_ms(few, "training", unknown) == pytest.approx(1e-6 * moved)
+    # Compute decides, at the type's rate.
     fast = dataclasses.replace(unknown, bandwidth=1e15)
     half = dataclasses.replace(few, dtype="float16")
-    expected = 1e3 * limits.flops(half, "inference") / 2e13
-    assert limits.gpu_limit_ms(half, "inference", fast) == pytest.approx(expected)
+    expected = 1e3 * roofline.flops(half, "inference") / 2e13
+    assert roofline.gpu_bound_ms(half, "inference", fast) == pytest.approx(expected)
 
 
 def test_peaks_of_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peaks.cu needs nvcc and a GPU: without one of them, why."""
+    """Without nvcc or a GPU, the reason is printed."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
-    assert limits._kernel_peaks() == {}
+    assert roofline._kernel_peaks() == {}
     assert "has no bin/nvcc" in capsys.readouterr().err
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     for program, found, said in (
         ("""echo '{"exchange_ns": {"cta": 40}}'""", {"exchange_ns": {"cta": 40}}, ""),
-        ("echo no GPU >&2; exit 1", {}, "without the times of exchanges: no GPU"),
+        ("echo no GPU >&2; exit 1", {}, "without exchange times: no GPU"),
         ("exit 3", {}, "peaks exited 3"),
     ):
         script = '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n'
         script += f"cat > $2 <<'END'\n#!/bin/sh\n{program}\nEND\nchmod +x $2\n"
         nvcc.write_text(script)
         nvcc.chmod(0o755)
-        assert limits._kernel_peaks() == found
+        assert roofline._kernel_peaks() == found
         assert said in capsys.readouterr().err
 
 
@@ -193,7 +201,7 @@ def test_compare(
     monkeypatch.setattr(report, "pictures", lambda run, output: None)
     old = stored(tmp_path / "old.json", row("a", 2.0), row("b", 2.0), row("gone", 9.0))
     new = stored(
-        *(tmp_path / "new.json", row("a", 1.85), row("b", 1.7), row("b", 0.1, peer="openvino")),
+        *(tmp_path / "new.json", row("a", 1.85), row("b", 1.7), row("b", 0.1, over="openvino")),
         *(row("new", 0.5), row("b", 1.0, "training")),
     )
     assert main(["--report", str(new), "--compare", str(old)]) == 1
@@ -207,9 +215,9 @@ def test_table_between_markers(tmp_path: Path) -> None:
     page.write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
     run = stored(
         *(tmp_path / "run.json", row("a", 2.0), row("a", 8.0, "training")),
-        *(row("a", 3.0, peer="openvino"), row("b", 4.5)),
+        *(row("a", 3.0, over="openvino"), row("b", 4.5)),
     )
-    for _ in range(2):  # the second time in place of the first
+    for _ in range(2):  # the second table replaces the first
         assert main(["--report", str(run), "--readme", str(page)]) == 0
         assert page.read_text().splitlines() == [
             "above",
@@ -228,21 +236,24 @@ def test_table_between_markers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks the lines <!-- table --> and"):
         main(["--report", str(run), "--readme", str(page)])
     if has("matplotlib"):
-        for picture in ("run_ratio.png", "run_limit.png"):
+        for picture in ("run_ratio.png", "run_roofline.png"):
             assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the CPU's, with regimes, limits and memory; the training of the example too."""
+    """A GPU's table has regimes, rooflines and memory; the training example has a table too."""
     monkeypatch.setattr(report, "pictures", lambda run, output: None)
-    page, gpu = tmp_path / "page.md", {"regime": "grid", "ours_bytes": 3 << 20, "peer_bytes": 2**21}
+    page, gpu = (
+        tmp_path / "page.md",
+        {"regime": "grid", "ours_bytes": 3 << 20, "baseline_bytes": 2**21},
+    )
     parts = ("table", "table cuda", "training cuda")
     page.write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
-    rows = [row("a", 2.0, peer="cudnn") | gpu, row("a", 4.0, "training", "cudnn") | gpu]
-    rows[1] |= {"limit_ms": None, "ours_bytes": None}
+    rows = [row("a", 2.0, over="cudnn") | gpu, row("a", 4.0, "training", "cudnn") | gpu]
+    rows[1] |= {"roofline_ms": None, "ours_bytes": None}
     path = stored(tmp_path / "run.json", *rows)
     run = json.loads(path.read_text())
-    run["header"] |= {"device": "NVIDIA X", "peers": {"cudnn": "91300"}}
+    run["header"] |= {"device": "NVIDIA X", "baselines": {"cudnn": "91300"}}
     speeds = {"nn.LSTM": 1000.0, "FusedLSTM": 2500.0, "ratio": 2.5}
     both = {"nn.LSTM": 0.25, "FusedLSTM": 0.25}
     way = {"way": "lengths", "tokens_per_second": {"train": speeds, "eval": speeds}}
@@ -251,7 +262,7 @@ def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path.write_text(json.dumps(run))
     assert main(["--report", str(path), "--readme", str(page)]) == 0
     caption = "NVIDIA X; torch 2.13, cuDNN 91300; 2026-01-02."
-    columns = "over cuDNN | of limit | regime | MiB |"
+    columns = "over cuDNN | of roofline | regime | MiB |"
     assert page.read_text().splitlines() == [
         "<!-- table -->",
         "<!-- /table -->",
@@ -316,11 +327,11 @@ Stream 7, Device 0, CC 9.0
 """
 
 
-def test_worst(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row(name, ratio, peer="cudnn") for name, ratio in (("a", 3.0), ("b", 1.0), ("c", 2.0))]
-    rows += [row("b", 0.5, "training", "cudnn"), row("a", 0.1, peer="torch.compile")]
-    assert worst.pick(rows, 3) == [("b", "training"), ("b", "inference"), ("c", "inference")]
-    assert worst.metrics_in(NCU) == [
+def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(name, ratio, over="cudnn") for name, ratio in (("a", 3.0), ("b", 1.0), ("c", 2.0))]
+    rows += [row("b", 0.5, "training", "cudnn"), row("a", 0.1, over="torch.compile")]
+    assert profile.pick(rows, 3) == [("b", "training"), ("b", "inference"), ("c", "inference")]
+    assert profile.metrics_in(NCU) == [
         {
             "kernel": "void fusedrnn::cuda::run<x::StepKernel<Lstm, (int)4>>(T1)",
             "Memory Throughput": "29.69 %",
@@ -330,7 +341,7 @@ def test_worst(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"kernel": "void fusedrnn::cuda::run<Other>(T1)", "Block Size": "1,024"},
     ]
     if not torch.cuda.is_available():
-        assert main(["worst", "--run", str(tmp_path / "none.json")]) == 1
+        assert main(["profile", "--run", str(tmp_path / "none.json")]) == 1
         assert "finds no CUDA device" in capsys.readouterr().out
 
 
@@ -342,7 +353,7 @@ def test_digits(value: float, text: str) -> None:
 
 
 def test_peaks() -> None:
-    probe = limits.probe()
+    probe = roofline.probe()
     if probe is None:
         pytest.skip("no C++ compiler")
     peaks = probe.measure(1e-4)
@@ -352,33 +363,33 @@ def test_peaks() -> None:
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert limits.probe() is None
+    assert roofline.probe() is None
     assert "no-such-compiler" in capsys.readouterr().err
 
 
 def test_measured_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "probe", FixedPeaks)
+    monkeypatch.setattr(roofline, "probe", FixedPeaks)
     monkeypatch.setattr(report, "pictures", lambda run, output: None)
     monkeypatch.setattr(measure, "WARM_SECONDS", 0.002)
     wanted = ["torch"] + (["onnxruntime"] if has("onnx", "onnxruntime") else [])
     output = tmp_path / "run.json"
     chosen = ["tiny", "--seconds", "0.1", "--output", str(output)]
-    assert main([*chosen, *(arg for name in wanted for arg in ("--peer", name))]) == 0
+    assert main([*chosen, *(arg for name in wanted for arg in ("--baseline", name))]) == 0
     run = json.loads(output.read_text())
     assert {"isa", "threads", "torch", "fusedrnn", "commit", "date"} <= set(run["header"])
-    found = [(r["name"], r["mode"], r["peer"]) for r in run["rows"]]
+    found = [(r["name"], r["mode"], r["baseline"]) for r in run["rows"]]
     assert found == [
-        *(("tiny", "inference", peer) for peer in wanted),
+        *(("tiny", "inference", name) for name in wanted),
         ("tiny", "training", "torch"),
     ]
     for r in run["rows"]:
         assert set(r) >= SIZES
         assert r["rounds"] >= 3
-        assert min(r["ours_ms"], r["peer_ms"], r["ratio"]) > 0
-        assert r["limit_ms"] == limits.limit_ms(cases.CASES[0], r["mode"], PEAKS)
-        assert {"ours_spread", "peer_spread", "ours_bytes", "peer_bytes"} <= set(r)
+        assert min(r["ours_ms"], r["baseline_ms"], r["ratio"]) > 0
+        assert r["roofline_ms"] == roofline.bound_ms(cases.CASES[0], r["mode"], PEAKS)
+        assert {"ours_spread", "baseline_spread", "ours_bytes", "baseline_bytes"} <= set(r)
     assert "inference over torch" in capsys.readouterr().out
 
 
@@ -386,45 +397,48 @@ def test_measured_run(
 @pytest.mark.parametrize(
     ("cell", "layout"),
     [
-        *itertools.product(("LSTM", "GRU"), ("padded", "packed", "lengths")),
-        *(("LSTMCell", "padded"), ("GRUCell", "padded")),
+        *itertools.product(LAYERS, ("padded", "packed", "lengths")),
+        *((cell, "padded") for cell in STEPS),
     ],
 )
 def test_ours_is_torchs(cell: str, layout: str, mode: str) -> None:
     case = Case("small", cell, B=3, H=4, T=1 if cell.endswith("Cell") else 7, layout=layout)
-    ours, theirs = peers.Fused().prepare(case, mode)(), peers.Torch().prepare(case, mode)()
+    ours, theirs = baselines.Fused().prepare(case, mode)(), baselines.Torch().prepare(case, mode)()
     assert isinstance(ours, PackedSequence) == (layout == "packed")
-    peers.check("fusedrnn", case, "cpu", ours, theirs)
+    baselines.check("fusedrnn", case, "cpu", ours, theirs)
 
 
-def test_wrong_peer_is_an_error() -> None:
+def test_wrong_output_is_an_error() -> None:
     case = Case("small", B=2, T=3, H=4)
-    output = peers.Torch().prepare(case, "inference")()
+    output = baselines.Torch().prepare(case, "inference")()
     with pytest.raises(AssertionError, match="other is wrong in small"):
-        peers.check("other", case, "cpu", output.numpy() + 0.01, output)
+        baselines.check("other", case, "cpu", output.numpy() + 0.01, output)
 
 
 ONNX_CASES = [
-    Case("cell", "LSTMCell", B=2, I=3, H=4),
-    Case("cell", "GRUCell", B=2, I=3, H=4),
+    *(Case("cell", cell, B=2, I=3, H=4) for cell in STEPS),
     *(
         Case("layers", cell, B=2, T=5, I=3, H=4, layers=2, bidirectional=True, batch_first=first)
-        for cell in ("LSTM", "GRU")
+        for cell in LAYERS
         for first in (False, True)
     ),
-    Case("step", "LSTM", I=3, H=4, layers=2),
-    Case("step", "GRU", I=3, H=4, layers=2),
+    *(Case("step", cell, I=3, H=4, layers=2) for cell in LAYERS),
 ]
 
 
-@pytest.mark.parametrize("peer", [peers.OnnxRuntime(), peers.OpenVino()], ids=lambda p: p.name)
-def test_onnx_models(peer: peers.Peer) -> None:
-    if not has(*peer.packages):
-        pytest.skip(f"needs {' and '.join(peer.packages)}")
+RUNTIMES = [baselines.OnnxRuntime(), baselines.OpenVino()]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda runtime: runtime.name)
+def test_onnx_models(runtime: baselines.Candidate) -> None:
+    if not has(*runtime.packages):
+        pytest.skip(f"needs {' and '.join(runtime.packages)}")
     for case in ONNX_CASES:
-        assert peer.supports(case, "inference")
-        output = peer.prepare(case, "inference")()
-        peers.check(peer.name, case, "cpu", output, peers.Torch().prepare(case, "inference")())
+        assert runtime.supports(case, "inference")
+        output = runtime.prepare(case, "inference")()
+        baselines.check(
+            runtime.name, case, "cpu", output, baselines.Torch().prepare(case, "inference")()
+        )
 
 
 def test_in_turn_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +447,7 @@ def test_in_turn_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     times = measure.in_turn({"a": lambda: None, "b": lambda: None}, 0.0, order.append)
     assert order == ["a", "b"] * 5
     assert [len(found) for found in times.values()] == [5, 5]
-    # The first two rounds are disturbed, and made again.
+    # The first two rounds are disturbed and repeated.
     monkeypatch.setattr(measure, "PATIENCE", 1e12)
     cores = iter([1.0, 1.0, *([0.0] * 5)])
     monkeypatch.setattr(measure.Others, "cores", lambda self: next(cores))
@@ -451,15 +465,15 @@ def test_peak_memory() -> None:
     assert size * 0.9 < found < size * 1.5
 
 
-def test_steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "WARM_SECONDS", 0.002)
-    monkeypatch.setattr(steady, "STEPS", ("tiny",))
-    monkeypatch.setattr(steady, "SCALING", ("tiny",))
-    monkeypatch.setattr(steady.OnnxRuntime, "packages", ("no_such_package",))
-    page, output = tmp_path / "page.md", tmp_path / "steady.json"
-    page.write_text("<!-- steady -->\n<!-- /steady -->\n")
+    monkeypatch.setattr(latency, "STEPS", ("tiny",))
+    monkeypatch.setattr(latency, "SCALING", ("tiny",))
+    monkeypatch.setattr(latency.OnnxRuntime, "packages", ("no_such_package",))
+    page, output = tmp_path / "page.md", tmp_path / "latency.json"
+    page.write_text("<!-- latency -->\n<!-- /latency -->\n")
     chosen = ["--calls", "100", "--seconds", "0.02", "--output", str(output)]
-    assert main(["steady", *chosen, "--readme", str(page)]) == 0
+    assert main(["latency", *chosen, "--readme", str(page)]) == 0
     run = json.loads(output.read_text())
     assert len({r["situation"] for r in run["rows"]}) == 6
     assert all(r["p50_us"] <= r["p99_us"] <= r["max_us"] for r in run["rows"])
@@ -472,13 +486,13 @@ def test_steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_of_its_own(tmp_path: Path) -> None:
     assert report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     output = tmp_path / "new" / "run.json"
-    report.store(output, {"rows": [1], "checks": 2})
+    report.store(output, {"rows": [1], "step_cost": 2})
     report.store(output, {"rows": [3]})
-    assert json.loads(output.read_text()) == {"rows": [3], "checks": 2}
+    assert json.loads(output.read_text()) == {"rows": [3], "step_cost": 2}
     if "cuda" not in _ops.devices():
         with pytest.raises(SystemExit, match="has no kernels for cuda"):
             main(["tiny", "--device", "cuda"])
-        assert main(["checks", "--output", str(output)]) == 1
+        assert main(["step_cost", "--output", str(output)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -493,38 +507,38 @@ def test_a_device_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_regimes_by_kernels(name: str, regime: str | None) -> None:
-    assert checks.regimes_in([name]) == ({regime} if regime else set())
+    assert step_cost.regimes_in([name]) == ({regime} if regime else set())
 
 
 def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the CPU, as a device that has no room for a regime, or fails in another way."""
-    monkeypatch.setattr(checks, "STEPS", (2, 30))
+    """On the CPU, with a device that refuses a regime or fails otherwise."""
+    monkeypatch.setattr(step_cost, "STEPS", (2, 30))
     refusal = "FUSEDRNN_CUDA_REGIME=grid: this device can't run a layer so"
-    call_of = checks.call_of
+    call_of = step_cost.call_of
 
-    def refused(*args: Any) -> peers.Call:
+    def refused(*args: Any) -> baselines.Call:
         if os.environ["FUSEDRNN_CUDA_REGIME"] == "grid":
             raise RuntimeError(refusal)
         return call_of(*args)
 
-    monkeypatch.setattr(checks, "call_of", refused)
-    (row,) = checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
+    monkeypatch.setattr(step_cost, "call_of", refused)
+    (row,) = step_cost.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
     assert list(row) == ["cell", "kind", "H", "B", "cudnn", "step", "alone"]
     assert set(row["alone"]) == {"inference_us", "training_us", "tflops"}
-    (row,) = checks.step_times(["GRU"], ["tf32"], [4], [1], "cpu", checks.CLUSTERS)
+    (row,) = step_cost.step_times(["GRU"], ["tf32"], [4], [1], "cpu", step_cost.CLUSTERS)
     assert list(row) == ["cell", "kind", "H", "B", "cudnn", "cluster"]
     refusal = "out of memory"
     with pytest.raises(RuntimeError, match="out of memory"):
-        checks.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
-    monkeypatch.setattr(checks, "kernels_of", lambda call: [call(), [("other", 3, 6.0)]][1])
-    first, second = checks.cudnn_kernels(["ieee"], [4], [1], "cpu")
-    assert (first["cell"], second["cell"]) == ("LSTM", "GRU")
-    assert first["training"] == ["3 x 2.0 us other"]
-    assert "us a step: cudnn" in capsys.readouterr().out
+        step_cost.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
+    monkeypatch.setattr(step_cost, "kernels_of", lambda call: [call(), [("other", 3, 6.0)]][1])
+    found = step_cost.cudnn_kernels(["ieee"], [4], [1], "cpu")
+    assert tuple(row["cell"] for row in found) == LAYERS
+    assert found[0]["training"] == ["3 x 2.0 us other"]
+    assert "us per step: cudnn" in capsys.readouterr().out
 
 
 class Trainer:
-    """As of a package: a model that it trains a step."""
+    """Stands in for a package: trains its model for one step."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -534,19 +548,19 @@ class Trainer:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.model(torch.ones(5, 2, 3))[0].sum().backward()
         optimizer.step()
-        return models._weights(self.model)
+        return weights(self.model)
 
 
-def stand_in(prepare: Any = None, package: str = "torch") -> models.Model:
-    def one(swap: models.Swap) -> models.Job:
-        def fit() -> models.Results:
+def stand_in(prepare: Any = None, package: str = "torch") -> Model:
+    def one(swap: Swap) -> Job:
+        def fit() -> Results:
             trainer = Trainer()
             swap(trainer.model)
             return {"weights": trainer.fit()}
 
         return fit
 
-    return models.Model("stand-in", {package: package}, "a trainer", "training", prepare or one)
+    return Model("stand-in", {package: package}, "a trainer", "training", prepare or one)
 
 
 def test_models_are_picked() -> None:
@@ -587,16 +601,16 @@ def test_models_are_compared(
     page = output.with_suffix(".md").read_text()
     assert f"| stand-in | torch {importlib.metadata.version('torch')} |" in page
 
-    def wrong(swap: models.Swap) -> models.Job:
+    def wrong(swap: Swap) -> Job:
         model = torch.nn.LSTM(3, 4)
         swap(model)
         return lambda: {"value": model(torch.ones(1, 3))[0].mean() + (swap.kind == "fused")}
 
-    def not_called(swap: models.Swap) -> models.Job:
+    def not_called(swap: Swap) -> Job:
         swap(torch.nn.LSTM(3, 4))
         return lambda: {"value": 1.0}
 
-    def asks(swap: models.Swap) -> models.Job:
+    def asks(swap: Swap) -> Job:
         torch.manual_seed(0)
         model = torch.nn.LSTM(3, 4)
         swap(model)
@@ -618,7 +632,7 @@ def test_what_is_left_is_told() -> None:
         def forward(self, *args: Any) -> Any:
             return torch.nn.LSTM.forward(self, *args)
 
-    swap = models.Swap("fused")
+    swap = Swap("fused")
     swap(torch.nn.ModuleDict({"a": torch.nn.GRU(2, 3), "b": Own(2, 3)}))
     assert swap.swapped == {"a": "GRU"}
     assert swap.left == ["b (Own: forward of its own)"]
@@ -636,5 +650,5 @@ def test_what_is_left_is_told() -> None:
         ({}, {"a": 1.0}, float("inf")),
     ],
 )
-def test_differences(found: models.Results, expected: models.Results, gap: float) -> None:
-    assert models.difference(found, expected) == pytest.approx(gap)
+def test_differences(found: Results, expected: Results, gap: float) -> None:
+    assert difference(found, expected) == pytest.approx(gap)

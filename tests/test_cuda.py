@@ -329,7 +329,7 @@ def test_large_clusters(c: Case) -> None:
 )
 def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) -> None:
     """The regime is asked for in these tests: it must be what runs, or an error."""
-    checks = pytest.importorskip("benchmarks.checks")  # there in the root of the checkout
+    step_cost = pytest.importorskip("benchmarks.step_cost")  # there in the root of the checkout
     module = fusedrnn.FusedLSTM(8, hidden, device=DEVICE, dtype=KINDS[kind])
     x = torch.randn(6, 3, 8, device=DEVICE, dtype=KINDS[kind])
     with running(regime, kind):
@@ -338,10 +338,10 @@ def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) ->
             with pytest.raises(RuntimeError, match=f"FUSEDRNN_CUDA_REGIME={regime}: this device"):
                 module(x)
             return
-        names = [name for name, _, _ in checks.kernels_of(lambda: module(x)[0].sum().backward())]
+        names = [name for name, _, _ in step_cost.kernels_of(lambda: module(x)[0].sum().backward())]
     if not names:
         pytest.skip("torch's profiler tells no kernels here")
-    assert checks.regimes_in(names) == {expected}, names
+    assert step_cost.regimes_in(names) == {expected}, names
 
 
 # ---- modules against cuDNN ----------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""`python -m benchmarks checks`: which kernels run on a GPU, and what a step of each costs.
+"""`python -m benchmarks step_cost`: cuDNN's kernels on a GPU, and microseconds per step.
 
-`--clusters`: instead, what a step costs in clusters, beside the grid and cuDNN.
+torch.profiler names the kernels that cuDNN runs for each cell. Then the benchmark times a step in
+cuDNN and in each of our regimes. `--clusters` measures the cluster regime instead, beside the grid
+and cuDNN.
 
-The kernels that cuDNN runs for nn.LSTM and nn.GRU, by torch.profiler; then microseconds a step of
-each regime of ours and of cuDNN, from the difference between long sequences and short ones, which
-leaves out launches and the loading of weights, but has in it whatever else grows with the steps:
-the products with the input, small here, and in training those of the weights' gradients.
+A step's time is the difference between long and short sequences, over the difference in steps. It
+excludes launches and the loading of weights. It includes all work that grows with the steps: the
+input GEMM, small here, and in training the weight-gradient GEMMs.
 """
 
 from __future__ import annotations
@@ -21,36 +22,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import fusedrnn
 from benchmarks import machine, report
+from benchmarks.baselines import Call, CuDnn
+from benchmarks.cells import CELLS
 from benchmarks.measure import MODES
-from benchmarks.peers import Call, CuDnn
 from fusedrnn import _ops
 
 REGIMES = ("step", "alone", "grid")
-CLUSTERS = ("grid", "cluster")  # what --clusters measures
-# Type and, of float32, the precision of products.
+CLUSTERS = ("grid", "cluster")  # the regimes of --clusters
+# The dtype by kind; float32 has a kind for each GEMM precision.
 KINDS = {"tf32": "float32", "ieee": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 INPUT_SIZE = 8
 STEPS = (200, 1200)
 
-# The sharings of workers.cuh, by which a kernel of recurrent.cuh is named.
+# The traits class from workers.cuh in the name of a recurrent.cuh kernel.
 _SHARING = re.compile(r"\b(Alone|Grid|Cluster)(?:Sharing|Scattering)<(?:\w+::)*\w+Product<")
 
 Kernel = tuple[str, int, float]
 
 
 def kernels_of(call: Call) -> list[Kernel]:
-    """Name, launches and microseconds of each kernel of a warm call, the longest first.
+    """Name, launches and microseconds for each kernel in a warm call, the longest first.
 
-    Empty where the profiler can't tell.
+    Empty if the profiler records no kernels.
     """
     profiler: Any = torch.profiler
     activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.CUDA]
     call()
-    for _ in range(2):  # the first profile of a process may miss its kernels
+    for _ in range(2):  # a process's first profile may miss its kernels
         with profiler.profile(activities=activities) as profile:
             call()
             if torch.cuda.is_available():
@@ -67,7 +67,7 @@ def kernels_of(call: Call) -> list[Kernel]:
 
 
 def regimes_in(names: Sequence[str]) -> set[str]:
-    """The regimes that kernels with these names belong to, by their template arguments."""
+    """The regimes of the kernels with these names, read from their template arguments."""
     found = set()
     for name in names:
         if re.search(r"\b(Forward|Backward)StepKernel<", name):
@@ -78,13 +78,13 @@ def regimes_in(names: Sequence[str]) -> set[str]:
 
 
 def regime_of(call: Call) -> str:
-    """The regime that a warm call runs in; of several, all; "-" where none is known."""
+    """The regime a warm call runs in, or several joined by "+"; "-" if unknown."""
     return "+".join(sorted(regimes_in([name for name, _, _ in kernels_of(call)]))) or "-"
 
 
 @contextlib.contextmanager
 def running(regime: str, kind: str) -> Iterator[None]:
-    """Layers run in this regime and in the precision of this kind."""
+    """Layers use this regime and this kind's precision within the context."""
     rnn: Any = torch.backends.cudnn.rnn
     before, precision = os.environ.get("FUSEDRNN_CUDA_REGIME", ""), rnn.fp32_precision
     os.environ["FUSEDRNN_CUDA_REGIME"] = regime
@@ -97,7 +97,7 @@ def running(regime: str, kind: str) -> Iterator[None]:
 
 
 def call_of(module: Any, steps: int, rows: int, mode: str) -> Call:
-    """A call of a module with a random batch, without gradients or with those of all weights."""
+    """A module's call with a random batch: inference, or training with all weight gradients."""
     weight = next(module.parameters())
     x = torch.randn(steps, rows, module.input_size, device=weight.device, dtype=weight.dtype)
 
@@ -113,34 +113,39 @@ def call_of(module: Any, steps: int, rows: int, mode: str) -> Call:
 
 
 def _modules(cell: str, hidden: int, kind: str, device: str) -> tuple[Any, Any]:
-    """Torch's layer and ours."""
+    """Builds nn's layer and ours."""
     dtype = getattr(torch, KINDS[kind])
-    theirs = getattr(nn, cell)(INPUT_SIZE, hidden).to(device, dtype)
-    ours = getattr(fusedrnn, f"Fused{cell}")(INPUT_SIZE, hidden).to(device, dtype)
+    theirs = CELLS[cell].torch(INPUT_SIZE, hidden).to(device, dtype)
+    ours = CELLS[cell].fused(INPUT_SIZE, hidden).to(device, dtype)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
+
+
+def described(kernels: Sequence[Kernel]) -> list[str]:
+    """A line for each kernel: launches, microseconds per launch, and the name."""
+    return [f"{count} x {us / count:.1f} us {name[:120]}" for name, count, us in kernels]
 
 
 def cudnn_kernels(
     kinds: Sequence[str], sizes: Sequence[int], rows: Sequence[int], device: str = "cuda"
 ) -> list[dict[str, Any]]:
-    """The kernels in which cuDNN spends most of its time, by cell, type, H and B."""
+    """The three longest kernels in cuDNN, by cell, kind, H and B."""
     found = []
-    for cell, kind, H, B in itertools.product(("LSTM", "GRU"), kinds, sizes, rows):
+    for cell, kind, H, B in itertools.product(CELLS, kinds, sizes, rows):
         module, _ = _modules(cell, H, kind, device)
         with running("", kind):
             kernels = {m: kernels_of(call_of(module, 50, B, m)) for m in MODES}
         row: dict[str, Any] = {"cell": cell, "kind": kind, "H": H, "B": B}
-        for mode, of_mode in kernels.items():
-            row[mode] = [f"{n} x {us / n:.1f} us {name[:120]}" for name, n, us in of_mode[:3]]
-            longest = row[mode][0] if of_mode else "unknown"
-            print(f"{cell:5}{kind:9}H{H:<5}B{B:<4}{mode:10} {longest[:110]}", flush=True)
+        for mode, longest_first in kernels.items():
+            row[mode] = described(longest_first[:3])
+            longest = row[mode][0] if longest_first else "unknown"
+            print(f"{cell:9}{kind:9}H{H:<5}B{B:<4}{mode:10} {longest[:110]}", flush=True)
         found.append(row)
     return found
 
 
 def _milliseconds(call: Call, device: str) -> float:
-    """The median of a few calls, each with the wait for its end."""
+    """The median over a few calls, each with the wait for its end."""
     wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
     times = []
@@ -161,14 +166,13 @@ def step_times(
     device: str = "cuda",
     regimes: Sequence[str] = REGIMES,
 ) -> list[dict[str, Any]]:
-    """Microseconds a step of cuDNN and of those of our regimes that the GPU has room for.
+    """Microseconds per step in cuDNN and in each regime that this GPU can run.
 
-    `tflops`: of the products with weight_hh in inference.
+    `tflops` counts the GEMMs with weight_hh in inference.
     """
     found = []
     for cell, kind, H, B in itertools.product(cells, kinds, sizes, rows):
         theirs, ours = _modules(cell, H, kind, device)
-        gates = 4 if cell == "LSTM" else 3
         row: dict[str, Any] = {"cell": cell, "kind": kind, "H": H, "B": B}
         for name in ("cudnn", *regimes):
             module = theirs if name == "cudnn" else ours
@@ -187,10 +191,10 @@ def step_times(
                 continue
             row[name] = {
                 **{f"{mode}_us": round(value, 3) for mode, value in us.items()},
-                "tflops": round(2e-6 * B * gates * H * H / us["inference"], 3),
+                "tflops": round(2e-6 * B * CELLS[cell].gates * H * H / us["inference"], 3),
             }
         found.append(row)
-        print(f"{cell:5}{kind:9}H{H:<5}B{B:<4}{_times(row)}", flush=True)
+        print(f"{cell:9}{kind:9}H{H:<5}B{B:<4}{_times(row)}", flush=True)
     return found
 
 
@@ -200,14 +204,33 @@ def _times(row: dict[str, Any]) -> str:
         for name in ("cudnn", *REGIMES, "cluster")
         if name in row
     )
-    return f"us a step: {', '.join(times)}"
+    return f"us per step: {', '.join(times)}"
+
+
+def _cluster_steps() -> list[dict[str, Any]]:
+    half, rows = ("bfloat16", "float16"), (1, 16, 64, 128)
+    return [
+        *step_times(("LSTM",), ("tf32",), (128, 256), rows, regimes=CLUSTERS),
+        *step_times(("LSTM",), half, (256, 512), rows, regimes=CLUSTERS),
+        *step_times(("GRU",), ("tf32", "float16"), (256,), (1, 64), regimes=CLUSTERS),
+    ]
+
+
+def _steps() -> list[dict[str, Any]]:
+    kinds, sizes = ("tf32", "ieee", "bfloat16"), (64, 128, 256, 512, 1024)
+    return [
+        *step_times(("LSTM",), kinds, sizes, (1, 16, 64, 128)),
+        *step_times(("GRU",), ("tf32", "float16"), (128, 512), (1, 64)),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks, stores under "checks" and reports; gives the exit status."""
-    parser = report.parser("checks", __doc__)
+    """Measures, stores under "step_cost" or "clusters", and reports; gives the exit status."""
+    parser = report.parser("step_cost", __doc__)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
-    parser.add_argument("--clusters", action="store_true", help='stored under "clusters" instead')
+    parser.add_argument(
+        "--clusters", action="store_true", help='measure clusters; stored under "clusters"'
+    )
     args = parser.parse_args(argv)
     missing = CuDnn().available()
     if missing or "cuda" not in _ops.devices():
@@ -217,24 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.caption(header))
     output = args.output or report.results_of(header["device"])
     if args.clusters:
-        steps = [
-            *step_times(("LSTM",), ("tf32",), (128, 256), (1, 16, 64, 128), regimes=CLUSTERS),
-            *step_times(
-                ("LSTM",), ("bfloat16", "float16"), (256, 512), (1, 16, 64, 128), regimes=CLUSTERS
-            ),
-            *step_times(("GRU",), ("tf32", "float16"), (256,), (1, 64), regimes=CLUSTERS),
-        ]
-        report.store(output, {"clusters": {"header": header, "steps": steps}})
+        report.store(output, {"clusters": {"header": header, "steps": _cluster_steps()}})
         return 0
-    kinds, sizes = ("tf32", "ieee", "bfloat16"), (64, 128, 256, 512, 1024)
-    steps = [
-        *step_times(("LSTM",), kinds, sizes, (1, 16, 64, 128)),
-        *step_times(("GRU",), ("tf32", "float16"), (128, 512), (1, 64)),
-    ]
-    checks = {
-        "header": header,
-        "cudnn_kernels": cudnn_kernels(("tf32", "float16", "bfloat16"), (128, 512, 1024), (1, 64)),
-        "steps": steps,
-    }
-    report.store(output, {"checks": checks})
+    steps = _steps()
+    kernels = cudnn_kernels(("tf32", "float16", "bfloat16"), (128, 512, 1024), (1, 64))
+    found = {"header": header, "cudnn_kernels": kernels, "steps": steps}
+    report.store(output, {"step_cost": found})
     return 0

@@ -1,8 +1,8 @@
-"""`python -m benchmarks steady`: single calls in the situations of a service, and more threads.
+"""`python -m benchmarks latency`: single calls in the situations of a service; thread scaling.
 
-Medians hide what a service feels: a call that finds the other core busy, the workers asleep, other
-threads in the same process. Here each call is timed by itself and the 50th and 99th percentile
-and the longest are told. After that, whether all threads are at least as fast as one.
+A service's slow calls find the other core busy, the workers asleep, or other threads in the
+process. Medians hide such calls. So this benchmark times each call by itself and reports the 50th
+and 99th percentiles and the maximum. Then it compares all threads with one thread.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks import machine, report
+from benchmarks.baselines import Call, Candidate, Fused, OnnxRuntime, Torch
 from benchmarks.cases import Case, pick
-from benchmarks.measure import in_turn
-from benchmarks.peers import Call, Fused, OnnxRuntime, Peer, Torch
+from benchmarks.measure import MODES, in_turn
 
-RESULTS = report.RESULTS / "steady.json"
+RESULTS = report.RESULTS / "latency.json"
 STEPS = ("step H64", "step H256 x2")
 SCALING = ("step H256 x2", "B1 T100 H256", "B8 T50 H128", "tagger", "B64 T100 H256")
 CALLS = 10_000
 IDLE_SECONDS = 0.05
 THREADS = 4
 
-Run = Callable[[Peer, Case], list[float]]
+Run = Callable[[Candidate, Case], list[float]]
 
 
 def latencies(call: Call, count: int, seconds: float, idle: float = 0.0) -> list[float]:
-    """Microseconds of each of `count` calls, fewer after `seconds`, each after `idle` seconds."""
+    """Microseconds of each call: up to `count` calls or `seconds`; sleeps `idle` before each."""
     clock = time.perf_counter
     end = clock() + 0.2
-    for _ in range(100):  # first calls compile, pack and start threads
+    for _ in range(100):  # the first calls compile, pack weights and start threads
         call()
         if clock() > end:
             break
@@ -57,19 +57,19 @@ def latencies(call: Call, count: int, seconds: float, idle: float = 0.0) -> list
 
 
 class _Calls(IterableDataset[list[float]]):
-    """A data set whose one sample is the latencies in the process that iterates."""
+    """A data set with one sample: the latencies in the iterating process."""
 
-    def __init__(self, peer: Peer, case: Case, count: int, seconds: float) -> None:
-        self.peer, self.case, self.count, self.seconds = peer, case, count, seconds
+    def __init__(self, candidate: Candidate, case: Case, count: int, seconds: float) -> None:
+        self.candidate, self.case, self.count, self.seconds = candidate, case, count, seconds
 
     def __iter__(self) -> Iterator[list[float]]:
-        call = self.peer.prepare(self.case, "inference")
+        call = self.candidate.prepare(self.case, "inference")
         yield latencies(call, self.count, self.seconds)
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Torch's number of threads, within the context."""
+    """Sets torch's number of threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -79,35 +79,35 @@ def threads(count: int) -> Iterator[None]:
 
 
 def situations(count: int, seconds: float) -> dict[str, Run]:
-    """The situations by name; each gives the microseconds of up to `count` calls of a candidate."""
+    """The situations by name; each gives the microseconds of up to `count` calls."""
 
-    def quiet(peer: Peer, case: Case) -> list[float]:
-        return latencies(peer.prepare(case, "inference"), count, 2 * seconds)
+    def quiet(candidate: Candidate, case: Case) -> list[float]:
+        return latencies(candidate.prepare(case, "inference"), count, 2 * seconds)
 
-    def after_idling(peer: Peer, case: Case) -> list[float]:
+    def after_idling(candidate: Candidate, case: Case) -> list[float]:
         few = max(1, count // 100)
-        return latencies(peer.prepare(case, "inference"), few, 1e3 * seconds, IDLE_SECONDS)
+        return latencies(candidate.prepare(case, "inference"), few, 1e3 * seconds, IDLE_SECONDS)
 
-    def busy_neighbour(peer: Peer, case: Case) -> list[float]:
+    def busy_neighbour(candidate: Candidate, case: Case) -> list[float]:
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
             try:
                 time.sleep(0.1)
-                return latencies(peer.prepare(case, "inference"), count, seconds)
+                return latencies(candidate.prepare(case, "inference"), count, seconds)
             finally:
                 neighbour.kill()
 
-    def one_thread(peer: Peer, case: Case) -> list[float]:
+    def one_thread(candidate: Candidate, case: Case) -> list[float]:
         with threads(1):
-            return latencies(peer.prepare(case, "inference"), count, seconds)
+            return latencies(candidate.prepare(case, "inference"), count, seconds)
 
-    def data_loader_worker(peer: Peer, case: Case) -> list[float]:
-        calls = _Calls(peer, case, count, seconds)
+    def data_loader_worker(candidate: Candidate, case: Case) -> list[float]:
+        calls = _Calls(candidate, case, count, seconds)
         loader = DataLoader(calls, batch_size=None, num_workers=1, timeout=60 + 10 * seconds)
         (found,) = loader
         return list(found)
 
-    def four_threads(peer: Peer, case: Case) -> list[float]:
-        calls = peer.prepare_threads(case, "inference", THREADS)
+    def four_threads(candidate: Candidate, case: Case) -> list[float]:
+        calls = candidate.prepare_threads(case, "inference", THREADS)
         found: list[float] = []
         begin = threading.Barrier(THREADS)
 
@@ -132,18 +132,20 @@ def situations(count: int, seconds: float) -> dict[str, Run]:
     }
 
 
-def steady_rows(candidates: Sequence[Peer], count: int, seconds: float) -> list[dict[str, Any]]:
-    """Percentiles in microseconds of each case, situation and candidate."""
+def latency_rows(
+    candidates: Sequence[Candidate], count: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Percentiles in microseconds for each situation, case and candidate."""
     rows = []
     for name, run in situations(count, seconds).items():
         cases = pick(STEPS) + (pick(["B1 T100 H256"]) if "idle" in name else [])
-        for case, peer in itertools.product(cases, candidates):
-            samples = sorted(run(peer, case))
+        for case, candidate in itertools.product(cases, candidates):
+            samples = sorted(run(candidate, case))
             last = len(samples) - 1
             row = {
                 "name": case.name,
                 "situation": name,
-                "candidate": peer.name,
+                "candidate": candidate.name,
                 "calls": len(samples),
                 "p50_us": samples[round(0.5 * last)],
                 "p99_us": samples[round(0.99 * last)],
@@ -151,7 +153,7 @@ def steady_rows(candidates: Sequence[Peer], count: int, seconds: float) -> list[
             }
             rows.append(row)
             print(
-                f"{case.name:15}{name:25}{peer.name:13}{row['calls']:7}"
+                f"{case.name:15}{name:25}{candidate.name:13}{row['calls']:7}"
                 f"{row['p50_us']:10.1f}{row['p99_us']:10.1f}{row['max_us']:10.1f}",
                 flush=True,
             )
@@ -159,16 +161,16 @@ def steady_rows(candidates: Sequence[Peer], count: int, seconds: float) -> list[
 
 
 def scaling_rows(names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds with one thread and with all, of fusedrnn and torch."""
+    """Milliseconds with one thread and with all threads, for fusedrnn and torch."""
     most = torch.get_num_threads()
     rows = []
-    for case, mode in itertools.product(pick(names), ("inference", "training")):
+    for case, mode in itertools.product(pick(names), MODES):
         calls, counts = {}, {}
-        for peer in (Fused(), Torch()):
-            call = peer.prepare(case, mode)
+        for candidate in (Fused(), Torch()):
+            call = candidate.prepare(case, mode)
             for count in (1, most):
-                calls[f"{peer.name} {count}"] = call
-                counts[f"{peer.name} {count}"] = count
+                calls[f"{candidate.name} {count}"] = call
+                counts[f"{candidate.name} {count}"] = count
         try:
             times = in_turn(calls, seconds, lambda key: torch.set_num_threads(counts[key]))  # noqa: B023
         finally:
@@ -195,46 +197,55 @@ def scaling_rows(names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
 
 
 def table(run: dict[str, Any]) -> str:
-    """The page's two tables."""
-    rows, scaling = run["rows"], run["scaling"]
+    """The page's two tables: latencies, and thread scaling."""
+    tables = (_latency_table(run["rows"]), _scaling_table(run["scaling"]))
+    return "\n".join([report.caption(run["header"]), "", *tables[0], "", *tables[1]])
+
+
+def _latency_table(rows: Sequence[report.Row]) -> list[str]:
     names = list(dict.fromkeys(row["candidate"] for row in rows))
     found = {(r["name"], r["situation"], r["candidate"]): r for r in rows}
-    lines = [
-        ["case", "situation", *(report.TITLES[n] for n in names)],
-        ["---", "---", *("---:" for _ in names)],
-    ]
+    body = []
     for case, situation in dict.fromkeys((r["name"], r["situation"]) for r in rows):
-        cells = [found[case, situation, name] for name in names]
         times = (
-            " / ".join(report.digits(c[key]) for key in ("p50_us", "p99_us", "max_us"))
-            for c in cells
+            " / ".join(
+                report.digits(found[case, situation, name][key])
+                for key in ("p50_us", "p99_us", "max_us")
+            )
+            for name in names
         )
-        lines.append([case, situation, *times])
-    lines.append([])
-    most = scaling[0]["threads"]
-    lines.append(["case", "mode", f"fusedrnn, {most} threads over 1", "torch"])
-    lines.append(["---", "---", "---:", "---:"])
-    speedups = {(r["name"], r["mode"], r["candidate"]): r["speedup"] for r in scaling}
-    for case, mode in dict.fromkeys((r["name"], r["mode"]) for r in scaling):
-        both = (f"{speedups[case, mode, peer]:.2f}" for peer in ("fusedrnn", "torch"))
-        lines.append([case, mode, *both])
-    rendered = [f"| {' | '.join(cells)} |" if cells else "" for cells in lines]
-    return "\n".join([report.caption(run["header"]), "", *rendered])
+        body.append([case, situation, *times])
+    head = ["case", "situation", *(report.TITLES[name] for name in names)]
+    return report.markdown(head, body, text_columns=2)
+
+
+def _scaling_table(rows: Sequence[report.Row]) -> list[str]:
+    head = ["case", "mode", f"fusedrnn, {rows[0]['threads']} threads over 1", "torch"]
+    speedups = {(r["name"], r["mode"], r["candidate"]): r["speedup"] for r in rows}
+    body = [
+        [case, mode, *(f"{speedups[case, mode, name]:.2f}" for name in ("fusedrnn", "torch"))]
+        for case, mode in dict.fromkeys((r["name"], r["mode"]) for r in rows)
+    ]
+    return report.markdown(head, body, text_columns=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, stores and reports; gives the exit status."""
-    parser = report.parser("steady", __doc__)
-    parser.add_argument("--calls", type=int, default=CALLS, help="in a row (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="at most (%(default)s)")
+    parser = report.parser("latency", __doc__)
+    parser.add_argument("--calls", type=int, default=CALLS, help="calls in a row (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="time limit for the calls in a row (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="a JSON file (%(default)s)")
-    parser.add_argument("--readme", type=Path, help="a page whose table to write anew")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="a stored run: no measuring")
+    parser.add_argument("--readme", type=Path, help="a page whose tables to rewrite")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="report a stored run instead of measuring"
+    )
     args = parser.parse_args(argv)
     if args.report:
         run = json.loads(args.report.read_text())
     else:
-        candidates: list[Peer] = [Fused(), Torch()]
+        candidates: list[Candidate] = [Fused(), Torch()]
         missing = OnnxRuntime().available()
         if missing:
             print(f"without onnxruntime: {missing}", file=sys.stderr)
@@ -243,10 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         header = machine.header("cpu", candidates)
         print(f"{'case':15}{'situation':25}{'candidate':13}{'calls':>7}", end="")
         print(f"{'p50 us':>10}{'p99 us':>10}{'max us':>10}")
-        rows = steady_rows(candidates, args.calls, args.seconds)
+        rows = latency_rows(candidates, args.calls, args.seconds)
         run = {"header": header, "rows": rows, "scaling": scaling_rows(SCALING, args.seconds)}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(run, indent=1) + "\n")
+        report.store(args.output, run)
     if args.readme:
-        report.write_between(args.readme, "steady", table(run))
+        report.write_between(args.readme, "latency", table(run))
     return 0

@@ -1,8 +1,8 @@
-"""`python -m benchmarks worst`: what the GPU does in the cases where fusedrnn is worst.
+"""`python -m benchmarks profile`: profiles the cases with the lowest ratios over cuDNN.
 
-Of a stored run, the cases and modes with the lowest ratios over cuDNN: all kernels of a call of
-either, by torch.profiler, and what Nsight Compute (ncu) says of ours, where it is there.
-Stored under "worst" of the run, the lines of ncu in build/ncu/.
+A stored run gives the cases and modes. torch.profiler lists the kernels in a call, ours and
+cuDNN's. Nsight Compute (ncu), if installed, profiles ours. The run stores the results under
+"profile". The output of ncu goes to build/ncu/.
 """
 
 from __future__ import annotations
@@ -20,40 +20,35 @@ from pathlib import Path
 import torch
 
 import setup_cuda
-from benchmarks import cases, checks, report
+from benchmarks import cases, report, step_cost
+from benchmarks.baselines import Candidate, CuDnn, Fused
 from benchmarks.measure import MODES
-from benchmarks.peers import CuDnn, Fused, Peer
 
 ROOT = Path(__file__).parents[1]
-LINES = ROOT / "build" / "ncu"
+NCU_OUTPUT = ROOT / "build" / "ncu"
 SECTIONS = (
     *("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats"),
     *("ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis"),
 )
-# Of ncu's table, what says which resource a kernel waits for.
+# The rows in ncu's table that identify a kernel's bottleneck.
 METRICS = (
-    *(
-        "Duration",
-        "SM Frequency",
-        "Compute (SM) Throughput",
-        "Memory Throughput",
-        "DRAM Throughput",
-    ),
-    *("L2 Cache Throughput", "L2 Hit Rate", "Registers Per Thread", "Achieved Occupancy"),
+    *("Duration", "SM Frequency", "Compute (SM) Throughput", "Memory Throughput"),
+    *("DRAM Throughput", "L2 Cache Throughput", "L2 Hit Rate", "Registers Per Thread"),
+    "Achieved Occupancy",
     *("Grid Size", "Block Size", "Dynamic Shared Memory Per Block"),
     *("Warp Cycles Per Issued Instruction", "Issue Slots Busy"),
 )
 
 
 def pick(rows: Sequence[report.Row], count: int) -> list[tuple[str, str]]:
-    """Names and modes of the lowest ratios over cuDNN."""
-    of_cudnn = [row for row in rows if row["peer"] == "cudnn"]
-    lowest = sorted(of_cudnn, key=lambda row: float(row["ratio"]))[:count]
+    """Names and modes with the lowest ratios over cuDNN."""
+    over_cudnn = [row for row in rows if row["baseline"] == "cudnn"]
+    lowest = sorted(over_cudnn, key=lambda row: float(row["ratio"]))[:count]
     return [(row["name"], row["mode"]) for row in lowest]
 
 
 def metrics_in(text: str) -> list[dict[str, str]]:
-    """Of each kernel that ncu printed details of: its name and METRICS, with their units."""
+    """The name and the METRICS, with units, for each kernel in ncu's output."""
     found: list[dict[str, str]] = []
     for line in text.splitlines():
         # "  name<...> (132, 1, 1)x(256, 1, 1), Context 1, Stream 7, Device 0, CC 9.0"
@@ -68,37 +63,37 @@ def metrics_in(text: str) -> list[dict[str, str]]:
 
 
 def profiled(name: str, mode: str) -> list[dict[str, str]] | str:
-    """What ncu says of our kernels in a call; a sentence where it can't."""
+    """The metrics of our kernels in a call; if ncu fails, a sentence with the reason."""
     try:
         home = setup_cuda.find_home()
     except setup_cuda.MissingError:
         home = None
     ncu = shutil.which("ncu") or (shutil.which(f"{home}/bin/ncu") if home else None)
     if ncu is None:
-        return "ncu is not there"
-    # Clocks and caches stay as they are.
+        return "ncu is not installed"
+    # ncu must not lock the clocks or flush the caches.
     command = [ncu, "--clock-control", "none", "--cache-control", "none"]
     command += ["--target-processes", "all", "--page", "details", "--kernel-name-base", "demangled"]
     for section in SECTIONS:
         command += ["--section", section]
-    LINES.mkdir(parents=True, exist_ok=True)
-    said = ""
-    # The second launch of each kernel, which is warm; else the first launches of any.
+    NCU_OUTPUT.mkdir(parents=True, exist_ok=True)
+    failure = ""
+    # The second launch of each kernel is warm; without one, profile the first twelve launches.
     for chosen in (
         ["--kernel-id", "::regex:fusedrnn:2"],
         ["--kernel-name", "regex:fusedrnn", "--launch-count", "12"],
     ):
-        call = [sys.executable, "-m", "benchmarks", "worst", "--call", name, mode]
+        call = [sys.executable, "-m", "benchmarks", "profile", "--call", name, mode]
         status, text = _run([*command, *chosen, *call], 60)
-        (LINES / f"{report.slug(f'{name} {mode}')}.txt").write_text(text)
+        (NCU_OUTPUT / f"{report.slug(f'{name} {mode}')}.txt").write_text(text)
         if found := metrics_in(text):
             return found
-        said = f"ncu exited {status}: {text.strip()[-200:]}"
-    return said
+        failure = f"ncu exited {status}: {text.strip()[-200:]}"
+    return failure
 
 
 def _run(command: Sequence[str], limit: float) -> tuple[int, str]:
-    """Exit status and output; after `limit` seconds it is killed, with what it has started."""
+    """Exit status and output; after `limit` seconds, kills the command and its children."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -116,25 +111,22 @@ def _run(command: Sequence[str], limit: float) -> tuple[int, str]:
 
 
 def kernels(name: str, mode: str, device: str = "cuda") -> dict[str, list[str]]:
-    """The kernels of a call of ours and of cuDNN's, the longest first."""
+    """The eight longest kernels in a call, ours and cuDNN's."""
     (case,) = cases.pick([name], device)
-    both: tuple[Peer, Peer] = (Fused(device), CuDnn())
+    both: tuple[Candidate, Candidate] = (Fused(device), CuDnn())
     return {
-        peer.name: [
-            f"{count} x {us / count:.1f} us {kernel[:120]}"
-            for kernel, count, us in checks.kernels_of(peer.prepare(case, mode))[:8]
-        ]
-        for peer in both
+        candidate.name: step_cost.described(step_cost.kernels_of(candidate.prepare(case, mode))[:8])
+        for candidate in both
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Profiles, stores and reports; gives the exit status."""
-    parser = report.parser("worst", __doc__)
+    parser = report.parser("profile", __doc__)
     parser.add_argument("--run", type=Path, help="default: benchmarks/results/DEVICE.json")
-    parser.add_argument("--count", type=int, default=3, help="cases (%(default)s)")
+    parser.add_argument("--count", type=int, default=3, help="number of cases (%(default)s)")
     parser.add_argument(
-        "--call", nargs=2, metavar=("CASE", "MODE"), help="only call our layer, three times"
+        "--call", nargs=2, metavar=("CASE", "MODE"), help="only call our layer three times"
     )
     args = parser.parse_args(argv)
     if missing := CuDnn().available():
@@ -160,5 +152,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         ncu = profiled(name, mode)
         found.append({"name": name, "mode": mode, "kernels": kernels(name, mode), "ncu": ncu})
         print(json.dumps(found[-1], indent=1), flush=True)
-    report.store(path, {"worst": found})
+    report.store(path, {"profile": found})
     return 0

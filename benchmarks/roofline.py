@@ -1,4 +1,4 @@
-"""The least time a case can take on this machine or its GPU, from their measured peaks."""
+"""The roofline: a lower bound on a case's time, from measured peaks of the CPU or GPU."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from benchmarks.cases import Case
 
 _SOURCE = Path(__file__).with_name("peaks.cpp")
 _GPU_SOURCE = Path(__file__).with_name("peaks.cu")
-# Working sets of all threads together, in bytes: from the first-level caches to memory.
+# Working sets in bytes, over all threads: from the L1 caches to memory.
 _SETS = tuple(2**k for k in range(15, 28))
-# Bytes of a multiprocessor's registers, on all GPUs that the kernels are for.
+# Register bytes per multiprocessor, on every supported GPU.
 _REGISTERS = 4 << 16
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """What all of torch's threads do together.
+    """Peak rates with all of torch's threads.
 
     Attributes:
-        flops: operations a second of independent multiply-adds, two each, by type.
-        bandwidth: bytes a second read, by the size in bytes of the set that is read repeatedly,
-            each thread its own part.
+        flops: operations per second in independent multiply-adds, two each, by type.
+        bandwidth: bytes read per second, by the working set's size in bytes. Each thread reads its
+            own part repeatedly.
     """
 
     flops: dict[str, float]
     bandwidth: dict[int, float]
 
     def or_better(self, other: Peaks) -> Peaks:
-        """The higher of two measurements each."""
+        """The higher rate from two measurements, each by itself."""
         return Peaks(
             {key: max(rate, other.flops[key]) for key, rate in self.flops.items()},
             {size: max(rate, other.bandwidth[size]) for size, rate in self.bandwidth.items()},
         )
 
     def read_seconds(self, bytes: int, working_set: int) -> float:
-        """Seconds to read so many bytes of a working set, by the next sizes measured."""
+        """Seconds to read bytes from a working set, interpolated between measured sizes."""
         sizes = sorted(self.bandwidth)
         at = bisect.bisect(sizes, working_set)
         if at in (0, len(sizes)):
@@ -63,10 +63,10 @@ class Peaks:
 
 
 class Probe:
-    """Measures the peaks as they are at the moment: a virtual machine's change with its host's.
+    """Measures the current peaks: a virtual machine's peaks vary with its host's load.
 
     Raises:
-        OSError: there is no C++ compiler, or it does not compile peaks.cpp.
+        OSError: no C++ compiler is found, or peaks.cpp does not compile.
     """
 
     def __init__(self) -> None:
@@ -83,14 +83,14 @@ class Probe:
         self._pool = ThreadPoolExecutor(self._threads)
 
     def _rate(self, name: str, seconds: float, size: int | None = None) -> float:
-        """The sum of what the threads reach at once, the better of two tries."""
+        """The rate summed over concurrent threads; the better of two tries."""
         function = getattr(self._library, name)
         function.restype = ctypes.c_double
         part = (size or 0) // self._threads
         first = self._memory.data_ptr()
 
         def run(thread: int) -> float:
-            # ctypes lets go of the interpreter during the call, so the threads run at once.
+            # ctypes releases the GIL during the call, so the threads run concurrently.
             if size is None:
                 return float(function(ctypes.c_double(seconds)))
             address = ctypes.c_void_p(first + thread * part)
@@ -99,10 +99,10 @@ class Probe:
         return max(sum(self._pool.map(run, range(self._threads))) for _ in range(2))
 
     def measure(self, seconds: float = 0.004) -> Peaks:
-        """The peaks; each try of each figure takes so many seconds."""
+        """Measures the peaks; each try takes `seconds`."""
         types = ("float32", "float64", "bfloat16")
         flops = {name: self._rate(f"peak_{name}", seconds) for name in types}
-        # Half types without an instruction of their own are computed in float32.
+        # Without an instruction for a half type, the kernels compute in float32.
         flops["bfloat16"] = flops["bfloat16"] or flops["float32"]
         flops["float16"] = flops["float32"]
         return Peaks(flops, {size: self._rate("peak_read", seconds, size) for size in _SETS})
@@ -113,23 +113,23 @@ def probe() -> Probe | None:
     try:
         return Probe()
     except OSError as error:
-        print(f"without limits: {error}", file=sys.stderr)
+        print(f"without rooflines: {error}", file=sys.stderr)
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuPeaks:
-    """What a GPU does.
+    """Peak rates on a GPU.
 
     Attributes:
-        flops: operations a second of torch's products of large matrices, by type; float32 is TF32.
-        bandwidth: bytes a second of a large copy, those read and those written.
-        exchange: seconds of a step that only hands h on, "cta" to the threads of a CTA, "cluster N"
-            and "grid N" to N CTAs, by a cluster's barrier and by L2, "mail N" as the kernels do it
-            in a cluster; empty where there is no nvcc.
-        on_chip: bytes of registers and shared memory of a multiprocessor.
-        kernels: what peaks.cu tells besides: `tflops` of products whose weights stay in registers,
-            `active_clusters` by their size.
+        flops: operations per second in torch's large GEMMs, by type; float32 is TF32.
+        bandwidth: bytes per second in a large copy, reads plus writes.
+        exchange: seconds per step for the exchange of h alone. "cta": between a CTA's threads.
+            "grid N": between N CTAs through L2. "cluster N": between N CTAs by the cluster barrier.
+            "st_async N": between N CTAs by transaction barriers. Empty without nvcc.
+        on_chip: bytes in a multiprocessor's registers and shared memory.
+        kernels: further results from peaks.cu: `tflops` with the weights in registers, and
+            `active_clusters` by size.
     """
 
     flops: dict[str, float]
@@ -139,20 +139,20 @@ class GpuPeaks:
     kernels: dict[str, dict[str, float]]
 
     def exchange_seconds(self, weights: int) -> float:
-        """Of a step whose recurrent weights have so many bytes: in one CTA where they fit."""
+        """Seconds per step for recurrent weights in bytes: within a CTA if they fit on chip."""
         if weights <= self.on_chip:
             return self.exchange.get("cta", 0.0)
         return min((s for name, s in self.exchange.items() if name != "cta"), default=0.0)
 
 
 def gpu_peaks() -> GpuPeaks:
-    """Measures those of the current device, in about ten seconds with those of peaks.cu."""
+    """Measures the current device, peaks.cu included, in about ten seconds."""
     properties = torch.cuda.get_device_properties()
     on_chip = properties.shared_memory_per_multiprocessor + _REGISTERS
     found = _kernel_peaks()
     exchange = {name: 1e-9 * ns for name, ns in found.pop("exchange_ns", {}).items()}
     return GpuPeaks(
-        {name: _product_rate(getattr(torch, name), "cuda", 8192) for name in _BYTES},
+        {name: _gemm_rate(getattr(torch, name), "cuda", 8192) for name in _BYTES},
         _copy_rate("cuda", 1 << 30),
         exchange,
         on_chip,
@@ -161,11 +161,11 @@ def gpu_peaks() -> GpuPeaks:
 
 
 def _kernel_peaks() -> dict[str, dict[str, float]]:
-    """What peaks.cu prints; empty, and why is said, where it can't be compiled or run."""
+    """The results from peaks.cu; if it fails, prints the reason and gives none."""
     try:
         home = setup_cuda.find_home()
         if home is None:
-            raise OSError("there is no nvcc")
+            raise OSError("no nvcc found")
         with tempfile.TemporaryDirectory() as folder:
             program = f"{folder}/peaks"
             command = [f"{home}/bin/nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
@@ -183,13 +183,13 @@ def _kernel_peaks() -> dict[str, dict[str, float]]:
         setup_cuda.MissingError,
         subprocess.TimeoutExpired,
     ) as error:
-        print(f"without the times of exchanges: {error}", file=sys.stderr)
+        print(f"without exchange times: {error}", file=sys.stderr)
         return {}
     return found
 
 
 def _seconds(run: Any) -> float:
-    """Of one of ten calls that follow each other, the median of a few tries."""
+    """Seconds per call in a run of ten calls; the median over a few tries."""
     times: list[float] = []
     for _ in range(4):
         event: Any = torch.cuda.Event
@@ -203,7 +203,7 @@ def _seconds(run: Any) -> float:
     return statistics.median(times[1:])
 
 
-def _product_rate(dtype: torch.dtype, device: str, size: int) -> float:
+def _gemm_rate(dtype: torch.dtype, device: str, size: int) -> float:
     size = size // 4 if dtype == torch.float64 else size
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
@@ -224,7 +224,7 @@ def _copy_rate(device: str, size: int) -> float:
 
 
 def _layers(case: Case) -> list[tuple[int, int, int]]:
-    """Elements of W_ih, of W_hh and of the projection of each layer, all its directions."""
+    """Elements in each layer's W_ih, W_hh and projection, over all directions."""
     P = case.proj_size or case.H
     sizes = []
     for layer in range(case.layers):
@@ -235,30 +235,29 @@ def _layers(case: Case) -> list[tuple[int, int, int]]:
 
 
 def flops(case: Case, mode: str) -> int:
-    """Operations of the products with the weights, a multiply-add being two.
+    """Operations in the GEMMs with the weights; a multiply-add counts as two.
 
-    Inference: 2 * G * H * (I + P) + 2 * H * proj_size for each layer, direction and position that
-    is no padding; G gates, P the width of h. Training adds as much for the gradients of the
-    weights, and for those of h and of each layer's input but the first, which needs none.
+    Inference: 2 * G * H * (I + P) + 2 * H * proj_size per layer, direction and valid token, with G
+    gates and P the width of h. Training adds the same count for the weight gradients. Training
+    adds it again for the gradients of h and the layer's input. The first layer's input needs none.
     """
-    positions = sum(case.lengths)
+    tokens = sum(case.lengths)
     total = 0
     for layer, (input, hidden, projection) in enumerate(_layers(case)):
         total += input + hidden + projection
         if mode == "training":
             total += 2 * (input + hidden + projection) - (0 if layer else input)
-    return 2 * positions * total
+    return 2 * tokens * total
 
 
-def gpu_limit_ms(case: Case, mode: str, peaks: GpuPeaks) -> float:
-    """Milliseconds below which no call of a case can come on a GPU, by this model.
+def gpu_bound_ms(case: Case, mode: str, peaks: GpuPeaks) -> float:
+    """A lower bound on a GPU call's milliseconds: the largest of three times.
 
-    The largest of three times. Operations: `flops` at the rate of torch's products. Memory: weights
-    and inputs read and outputs written once, in training read again and the gradients written.
-    Steps: each waits for the one before to hand its h on, in both passes. Layers follow each other
-    in both directions, and a step behind each other in one; directions run beside each other. Not
-    counted: what is saved for the backward pass, the products
-    of a step, launches.
+    Compute: `flops` at the rate of torch's GEMMs. Memory: a pass reads weights and inputs and
+    writes outputs once; training has two passes and writes the weight gradients. Latency: each
+    step waits for the exchange of h, in both passes. Bidirectional layers run one after another;
+    in one direction, each layer runs one step behind the layer below. Directions run concurrently.
+    The model omits saved values, the time of a step's GEMM, and launches.
     """
     width, passes = _BYTES[case.dtype], 2 if mode == "training" else 1
     P = case.proj_size or case.H
@@ -267,20 +266,19 @@ def gpu_limit_ms(case: Case, mode: str, peaks: GpuPeaks) -> float:
     moved = width * ((weights + values) * passes + (weights if mode == "training" else 0))
     recurrent = width * (P * case.gates * case.H + case.H * case.proj_size)
     steps = case.T * case.layers if case.bidirectional else case.T + case.layers - 1
-    waiting = steps * passes * peaks.exchange_seconds(recurrent)
+    latency = steps * passes * peaks.exchange_seconds(recurrent)
     compute = flops(case, mode) / peaks.flops[case.dtype]
-    return 1e3 * max(compute, moved / peaks.bandwidth, waiting)
+    return 1e3 * max(compute, moved / peaks.bandwidth, latency)
 
 
-def limit_ms(case: Case, mode: str, peaks: Peaks | None) -> float | None:
-    """Milliseconds below which no call of a case can come by this model; None without peaks.
+def bound_ms(case: Case, mode: str, peaks: Peaks | None) -> float | None:
+    """A lower bound on a CPU call's milliseconds: the larger of two times; None without peaks.
 
-    The larger of two times. Operations: `flops` at the peak rate of the type. Reads: all weights
-    once, from where a set of that size lies, and W_hh (with the projection) again at each of the
-    T - 1 later steps, from where a layer's W_hh lies; in training by both passes. Not counted:
-    inputs, outputs, what is saved for the backward pass, activations, the calls themselves. So
-    short calls are far from it, and for many rows, where a step's weights serve them all, the
-    operations decide.
+    Compute: `flops` at the type's peak rate. Reads: all weights once, at the bandwidth for their
+    size. Each later step reads W_hh and the projection again, at the bandwidth for a layer's W_hh.
+    In training, both passes read. The model omits inputs, outputs, saved values, activations and
+    the overhead of a call. So short calls stay far from the bound. With many rows, one read serves
+    all rows, and compute decides.
     """
     if peaks is None:
         return None

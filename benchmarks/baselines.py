@@ -1,4 +1,4 @@
-"""The candidates: fusedrnn and what it is compared with, each behind the same small interface."""
+"""The candidates: fusedrnn and its baselines, behind one interface."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ from benchmarks.cases import Case
 
 Call = Callable[[], Any]
 
-# Largest difference from nn.LSTM, absolute and relative: rounding over the longest case. CUDA's
-# float32 is TF32 in cuDNN.
+# Largest difference from nn's output, absolute and relative: rounding over the longest case.
 _TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 class Unsupported(Exception):  # noqa: N818
-    """A peer can't run a case after all; the message says why."""
+    """A candidate can't run a case after all; the message gives the reason."""
 
 
 @dataclasses.dataclass
 class Problem:
-    """What all candidates of a case share: nn's module with its weights, and the input."""
+    """The data shared by all candidates: nn's module with its weights, and the input."""
 
     module: nn.Module
     x: Any  # Tensor or PackedSequence, as nn.LSTM takes it
-    states: tuple[Tensor, ...]  # of one step: h, and c; else empty
+    states: tuple[Tensor, ...]  # initial states if T = 1, else empty
     lengths: Tensor  # int64 [B]
 
 
 def problem(case: Case, device: str = "cpu") -> Problem:
-    """The problem of a case; the same numbers at each call."""
+    """The problem for a case; every call gives the same numbers."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    module = getattr(nn, case.cell)(case.I, case.H, **_options(case)).to(device, dtype)
+    module = case.recurrence.torch(case.I, case.H, **_options(case)).to(device, dtype)
     shape = [case.B, case.I]
     if not case.is_cell:
         shape.insert(1 if case.batch_first else 0, case.T)
@@ -49,10 +48,9 @@ def problem(case: Case, device: str = "cpu") -> Problem:
     states: tuple[Tensor, ...] = ()
     if case.T == 1:
         rows = () if case.is_cell else (case.layers * case.directions,)
-        kinds = 2 if case.gates == 4 else 1
         states = tuple(
             0.1 * torch.randn(*rows, case.B, case.H, dtype=dtype, device=device)
-            for _ in range(kinds)
+            for _ in case.recurrence.states
         )
     lengths = torch.tensor(case.lengths)
     if case.layout == "packed":
@@ -62,14 +60,14 @@ def problem(case: Case, device: str = "cpu") -> Problem:
 
 def _options(case: Case) -> dict[str, Any]:
     if case.is_cell:
-        return {}
+        return {"step": True}
     options: dict[str, Any] = {"num_layers": case.layers, "bidirectional": case.bidirectional}
     options["batch_first"] = case.batch_first
     return options | ({"proj_size": case.proj_size} if case.proj_size else {})
 
 
 def _with_mode(module: nn.Module, forward: Call, mode: str) -> Call:
-    """A call of a torch module: without gradients, or with those of all weights."""
+    """Wraps a torch module's forward: without gradients, or with a backward to all weights."""
 
     def inference() -> Any:
         with torch.no_grad():
@@ -85,7 +83,7 @@ def _with_mode(module: nn.Module, forward: Call, mode: str) -> Call:
 
 
 def _forward(module: Any, case: Case, given: Problem) -> Call:
-    """The call of nn's own module, or of one that stands in for it; gives the output alone."""
+    """Calls nn's module, or a replacement; gives the output without the states."""
     x, lengths = given.x, given.lengths
     args: tuple[Any, ...] = ()
     if given.states:
@@ -97,20 +95,20 @@ def _forward(module: Any, case: Case, given: Problem) -> Call:
             return pad_packed_sequence(module(packed)[0], case.batch_first, total_length=case.T)[0]
 
         return packing
-    if case.cell == "GRUCell":
+    if case.is_cell and len(case.recurrence.states) == 1:
         return lambda: module(x, *args)
     return lambda: module(x, *args)[0]
 
 
-class Peer:
-    """A candidate. A peer runs on `device`; results carry `name`."""
+class Candidate:
+    """An implementation under measurement: runs on `device`, is stored under `name`."""
 
     name: str
     device = "cpu"
     packages: tuple[str, ...] = ()
 
     def available(self) -> str | None:
-        """Why the peer is absent from this machine; None if it is there."""
+        """The reason this machine can't run the candidate; None if it can."""
         for package in self.packages:
             try:
                 importlib.import_module(package)
@@ -125,15 +123,15 @@ class Peer:
         raise NotImplementedError
 
     def prepare(self, case: Case, mode: str) -> Call:
-        """A call of no arguments that gives the case's output: Tensor, PackedSequence, ndarray.
+        """A call without arguments; gives a Tensor, a PackedSequence or an array.
 
         Raises:
-            Unsupported: the peer can't run the case.
+            Unsupported: the candidate can't run the case.
         """
         raise NotImplementedError
 
     def prepare_threads(self, case: Case, mode: str, count: int) -> list[Call]:
-        """Calls of one model for so many threads at once."""
+        """Calls of one model for `count` concurrent threads."""
         return [self.prepare(case, mode)] * count
 
 
@@ -144,8 +142,8 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-class _Module(Peer):
-    """A module on a device, which can do every case."""
+class _Module(Candidate):
+    """A torch module on a device; supports every case."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -155,14 +153,14 @@ class _Module(Peer):
 
 
 class Fused(_Module):
-    """fusedrnn itself."""
+    """fusedrnn's own modules."""
 
     name = "fusedrnn"
 
     def prepare(self, case: Case, mode: str) -> Call:
         given = problem(case, self.device)
-        module: Any = getattr(fusedrnn, f"Fused{case.cell}")(case.I, case.H, **_options(case))
-        module.to(given.module.weight_ih_l0 if not case.is_cell else given.module.weight_ih)
+        module = case.recurrence.fused(case.I, case.H, **_options(case))
+        module.to(next(given.module.parameters()))
         module.load_state_dict(given.module.state_dict())
         forward = _forward(module, case, given)
         if case.layout == "lengths":
@@ -171,7 +169,7 @@ class Fused(_Module):
 
 
 class Packing(Fused):
-    """fusedrnn where the caller packs and unpacks rows of different lengths, without lengths=."""
+    """fusedrnn without lengths=: the caller packs and unpacks the rows."""
 
     name = "packing"
 
@@ -194,8 +192,8 @@ class Torch(_Module):
         return _with_mode(given.module, _forward(given.module, case, given), mode)
 
 
-class Compiled(Peer):
-    """torch.compile of torch.nn's module, with the default backend."""
+class Compiled(Candidate):
+    """torch.nn's module under torch.compile, with the default backend."""
 
     name = "torch.compile"
 
@@ -205,10 +203,10 @@ class Compiled(Peer):
     def prepare(self, case: Case, mode: str) -> Call:
         dynamo: Any = importlib.import_module("torch._dynamo")
         inductor: Any = importlib.import_module("torch._inductor.config")
-        inductor.compile_threads = 1  # a pool of compilers would go on beside the timings
+        inductor.compile_threads = 1  # a pool of compilers would disturb the timings
         dynamo.reset()
         given = problem(case, self.device)
-        # Without allow_rnn dynamo leaves nn.LSTM and nn.GRU as they are.
+        # Without allow_rnn, dynamo does not trace nn.LSTM and nn.GRU.
         with dynamo.config.patch(allow_rnn=True):
             forward = _forward(torch.compile(given.module), case, given)
             call = _with_mode(given.module, forward, mode)
@@ -220,10 +218,10 @@ class Compiled(Peer):
         return call
 
 
-class _Onnx(Peer):
-    """What the runtimes of ONNX models share: inference in float32, without a projection.
+class _Onnx(Candidate):
+    """A runtime for ONNX models: inference in float32, without a projection.
 
-    `lengths` is the operators' sequence_lens; they have no packed layout.
+    `lengths` becomes the operator's sequence_lens; ONNX has no packed layout.
     """
 
     def supports(self, case: Case, mode: str) -> bool:
@@ -235,19 +233,19 @@ class _Onnx(Peer):
         )
 
     def _model(self, case: Case) -> tuple[bytes, dict[str, Any]]:
-        """The model and its inputs, as arrays."""
+        """The model, and its inputs as arrays."""
         given = problem(case)
         feed = {"x": given.x.numpy()}
-        for kind, state in zip("hc", given.states, strict=False):
+        for name, state in zip(case.recurrence.states, given.states, strict=False):
             layers = state.view(case.layers, case.directions, case.B, case.H)
-            feed |= {f"{kind}_{i}": layers[i].numpy() for i in range(case.layers)}
+            feed |= {f"{name}_{i}": layers[i].numpy() for i in range(case.layers)}
         if case.layout == "lengths":
             feed["lengths"] = given.lengths.int().numpy()
         return onnx_model.build(given.module, case), feed
 
 
 class OnnxRuntime(_Onnx):
-    """ONNX Runtime's CPU provider, with bound inputs and outputs: 6 us less a call than run()."""
+    """ONNX Runtime's CPU provider. Binding inputs and outputs saves 6 us a call over run()."""
 
     name = "onnxruntime"
     packages = ("onnx", "onnxruntime")
@@ -276,7 +274,7 @@ class OnnxRuntime(_Onnx):
             bound.bind_ortvalue_output(output.name, results[output.name])
         y = results["y"]
 
-        # Holds the inputs: the runtime reads them where they are.
+        # Keeps the inputs alive: the runtime reads them in place.
         def call(_: object = feed) -> Any:
             session.run_with_iobinding(bound)
             return y
@@ -285,7 +283,7 @@ class OnnxRuntime(_Onnx):
 
 
 class OpenVino(_Onnx):
-    """OpenVINO's CPU plugin in float32, for latency."""
+    """OpenVINO's CPU plugin in float32, tuned for latency."""
 
     name = "openvino"
     packages = ("onnx", "openvino")
@@ -301,7 +299,7 @@ class OpenVino(_Onnx):
                 "INFERENCE_PRECISION_HINT": "f32",
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                # Pinning would leave the calling thread, and so torch, on one core.
+                # Pinning would confine the calling thread, and so torch, to one core.
                 "ENABLE_CPU_PINNING": False,
             },
         )
@@ -310,7 +308,7 @@ class OpenVino(_Onnx):
             request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         y = request.get_tensor("y")
 
-        # Holds the inputs, as above.
+        # Keeps the inputs alive, as above.
         def call(_: object = feed) -> Any:
             request.infer()
             return y.data
@@ -319,7 +317,7 @@ class OpenVino(_Onnx):
 
 
 class CuDnn(Torch):
-    """torch.nn on a CUDA device, that is cuDNN."""
+    """torch.nn on a CUDA device: cuDNN."""
 
     name = "cudnn"
 
@@ -334,7 +332,7 @@ class CuDnn(Torch):
         return {"cudnn": str(cudnn.version())}
 
 
-PEERS: tuple[Peer, ...] = (
+BASELINES: tuple[Candidate, ...] = (
     Torch(),
     Compiled(),
     OnnxRuntime(),
@@ -345,7 +343,7 @@ PEERS: tuple[Peer, ...] = (
 
 
 def values(output: Any) -> Tensor:
-    """An output as a float64 tensor on the CPU: [T, B, D*P], or [sum of lengths, D*P] packed."""
+    """An output as float64 on the CPU: [T, B, D*P], or [sum of lengths, D*P] if packed."""
     if isinstance(output, PackedSequence):
         output = output.data
     if not isinstance(output, Tensor):
@@ -354,17 +352,18 @@ def values(output: Any) -> Tensor:
     return output.detach().cpu().double()
 
 
-def check(peer: str, case: Case, device: str, output: Any, expected: Any) -> None:
-    """Compares a peer's output with nn.LSTM's.
+def check(name: str, case: Case, device: str, output: Any, expected: Any) -> None:
+    """Compares a candidate's output with nn's.
 
     Raises:
-        AssertionError: they differ by more than rounding.
+        AssertionError: the difference exceeds rounding.
     """
+    # cuDNN computes float32 in TF32.
     tolerance = 5e-3 if (device, case.dtype) == ("cuda", "float32") else _TOLERANCE[case.dtype]
     torch.testing.assert_close(
         values(output),
         values(expected),
         atol=tolerance,
         rtol=tolerance,
-        msg=lambda text: f"{peer} is wrong in {case.name}: {text}",
+        msg=lambda text: f"{name} is wrong in {case.name}: {text}",
     )

@@ -1,0 +1,179 @@
+"""`python -m benchmarks [case ...]`: times fusedrnn and its baselines in turn, in one process.
+
+Subcommands:
+  latency    single calls in the situations of a service
+  models     models from other packages
+  compiled   networks under torch.compile
+  training   the tagger example
+  step_cost  the cost of a step on a GPU
+  profile    kernels and counters in the slowest cases on a GPU
+
+A run over the whole grid is stored in benchmarks/results/, with pictures. A partial run is stored
+only with --output. On a GPU, a call's time includes the wait for its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import (
+    baselines,
+    cases,
+    machine,
+    measure,
+    report,
+    roofline,
+    step_cost,
+    training,
+)
+from fusedrnn import _ops
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures the cases or reads a stored run, and reports; gives the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.report:
+        run, output = json.loads(args.report.read_text()), args.report
+        report.show(run["rows"])
+    else:
+        try:
+            chosen = cases.pick(args.cases, args.device)
+        except ValueError as error:
+            parser.error(str(error))
+        output = args.output
+        if output is None and not (args.cases or args.mode or args.baseline):
+            name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+            output = report.results_of(name)
+        modes = [args.mode] if args.mode else measure.MODES
+        # On a GPU, store after each case: a borrowed machine may be withdrawn.
+        early = output if args.device == "cuda" else None
+        run = _measure(chosen, modes, args.device, args.baseline, args.seconds, early)
+        if output:
+            report.store(output, run)
+    report.summary(run["rows"])
+    if output:
+        report.pictures(run, output)
+    if args.readme:
+        _write_tables(run, output, args.readme)
+    if args.compare:
+        old = json.loads(args.compare.read_text())
+        worse = report.compare(old["rows"], run["rows"], args.tolerance)
+        print("\n".join(worse) or f"no case is worse than in {args.compare}")
+        return 1 if worse else 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = report.parser("", __doc__)
+    parser.add_argument("cases", nargs="*", metavar="case", help="names or parts of names")
+    parser.add_argument("--mode", choices=measure.MODES, help="default: both")
+    names = sorted({baseline.name for baseline in baselines.BASELINES})
+    parser.add_argument("--baseline", choices=names, action="append", help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="time for a case and mode (%(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="a JSON file for the rows")
+    parser.add_argument("--readme", type=Path, help="a page whose tables to rewrite")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="report a stored run instead of measuring"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD", help="fail if a ratio is lower than in a stored run"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.1, help="how far a ratio may drop (%(default)s)"
+    )
+    return parser
+
+
+def _write_tables(run: dict[str, Any], output: Path | None, readme: Path) -> None:
+    text = report.table(run)
+    on_gpu = run["header"]["device"] != "cpu"
+    if on_gpu and output:
+        picture = os.path.relpath(report.picture(output, "ratio"), readme.parent)
+        text += f"\n\n![Time of cuDNN over fusedrnn's, by case]({picture})"
+    report.write_between(readme, report.marker("table", run), text)
+    if "training" in run and on_gpu:
+        text = training.table(run["training"])
+        report.write_between(readme, report.marker("training", run), text)
+
+
+def _present(device: str, names: Sequence[str] | None) -> list[baselines.Candidate]:
+    """The chosen baselines that this machine can run; says why others are missing."""
+    if device not in _ops.devices():
+        raise SystemExit(f"this build of fusedrnn has no kernels for {device}")
+    present = []
+    for baseline in baselines.BASELINES:
+        if baseline.device == device and (not names or baseline.name in names):
+            missing = baseline.available()
+            if missing:
+                print(f"without {baseline.name}: {missing}", file=sys.stderr)
+            else:
+                present.append(baseline)
+    if not present:
+        raise SystemExit("no baseline to compare with")
+    return present
+
+
+def _measure(
+    chosen: Sequence[cases.Case],
+    modes: Sequence[str],
+    device: str,
+    names: Sequence[str] | None,
+    seconds: float,
+    early: Path | None,
+) -> dict[str, Any]:
+    present = _present(device, names)
+    header = machine.header(device, present)
+    probe = roofline.probe() if device == "cpu" else None
+    gpu_peaks = roofline.gpu_peaks() if device == "cuda" else None
+    header["peaks"] = gpu_peaks and dataclasses.asdict(gpu_peaks)
+    last = best = probe.measure() if probe else None
+    rows: list[dict[str, Any]] = []
+    report.heading()
+    for case in chosen:
+        for mode in modes:
+            supporting = [baseline for baseline in present if baseline.supports(case, mode)]
+            found = measure.measure(case, mode, supporting, device, seconds)
+            bound = None
+            if probe:
+                now = probe.measure()
+                # The better peaks of before and after: a virtual machine's vary with its host.
+                bound = roofline.bound_ms(case, mode, now.or_better(last or now))
+                last, best = now, now.or_better(best or now)
+            if gpu_peaks:
+                bound = roofline.gpu_bound_ms(case, mode, gpu_peaks)
+            for row in found:
+                row["roofline_ms"] = bound
+            report.lines(found)
+            rows += found
+            if early:
+                report.store(early, {"header": header, "rows": rows})
+    if best:
+        header["peaks"] = dataclasses.asdict(best)
+    if gpu_peaks:
+        _add_regimes(rows, chosen, device)
+    return {"header": header, "rows": rows}
+
+
+def _add_regimes(rows: list[dict[str, Any]], chosen: Sequence[cases.Case], device: str) -> None:
+    """Adds the regime to each row; after all times, because a profiler slows later launches."""
+    by_name = {case.name: case for case in chosen}
+    regimes: dict[tuple[str, str], str] = {}
+    for row in rows:
+        key = name, mode = row["name"], row["mode"]
+        if key not in regimes:
+            call = baselines.Fused(device).prepare(by_name[name], mode)
+            regimes[key] = step_cost.regime_of(call)
+        row["regime"] = regimes[key]
