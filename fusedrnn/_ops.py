@@ -76,8 +76,8 @@ _DEVICES = frozenset(
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
     if torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::lstm", key)
 )
-_FORWARD = [getattr(torch.ops.fusedrnn, name).default for name in CELLS]
-_BACKWARD = [getattr(torch.ops.fusedrnn, f"{name}_backward").default for name in CELLS]
+_FORWARD = {name: getattr(torch.ops.fusedrnn, name).default for name in CELLS}
+_BACKWARD = {name: getattr(torch.ops.fusedrnn, f"{name}_backward").default for name in CELLS}
 
 
 def devices() -> frozenset[str]:
@@ -88,7 +88,8 @@ def devices() -> frozenset[str]:
 def _differentiable_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
     """A backward op whose gradients are functions of inputs and grads, for create_graph=True.
 
-    Arguments and results: those of the op in csrc/ops.cpp.
+    Arguments and results: as the op's in csrc/ops.cpp. _functorch.py has the same by torch.func.vjp,
+    which can't run in the kernel of a Batched key.
     """
     n = 1 + cell.states  # output and final states; input and states
     grads, (input, *states), weights = args[:n], args[n : 2 * n], args[2 * n]
@@ -217,10 +218,10 @@ def layer(
         # What a transform below wants a gradient of is not to be seen from here.
         save = TransformType.Grad in transforms or torch.is_grad_enabled()
         call = _functorch.Call(
-            cell, _FORWARD[cell.index], _BACKWARD[cell.index], bidirectional, save
+            cell, _FORWARD[cell.name], _BACKWARD[cell.name], bidirectional, save
         )
         return _functorch.layer(call, input, states, weights, batch_sizes, lengths)
-    result = _FORWARD[cell.index](
+    result = _FORWARD[cell.name](
         input, *states, weights, bidirectional, batch_sizes, lengths, False
     )
     return result[0], result[1:-1]
