@@ -96,7 +96,7 @@ class Build(BuildExtension):
         package = Path(self.get_ext_fullpath("fusedrnn._C")).parent
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.py").write_text(
-            f'"""Written by setup.py: what the binary was built for."""\n\n'
+            f'"""Written by setup.py: the torch and CUDA that the binary was built for."""\n\n'
             f"torch_version = {torch.__version__!r}\n"
             f"cuda: str | None = {toolkit.version if toolkit else None!r}\n"
             f"cuda_archs: list[str] = {toolkit.archs if toolkit else []!r}\n"

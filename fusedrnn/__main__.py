@@ -1,4 +1,4 @@
-"""`python -m fusedrnn`: what this build is, what it can use here, and whether it computes right."""
+"""`python -m fusedrnn`: the build, the devices it can use here, and a self-check."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import _build, _ops
+from fusedrnn.modules import FUSED
 
 
 def self_check() -> list[str]:
-    """Runs every module against torch's own on each device with kernels; returns what differs."""
+    """Runs every layer against torch's own on each device with kernels; returns the differences."""
     rnn: Any = torch.backends.cudnn.rnn
-    precision, rnn.fp32_precision = rnn.fp32_precision, "ieee"  # TF32 differs by more than a bug
+    precision, rnn.fp32_precision = rnn.fp32_precision, "ieee"  # TF32 would hide a bug
     try:
         return _problems()
     finally:
@@ -28,12 +29,14 @@ def _problems() -> list[str]:
     for device in sorted(_ops.devices()):
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        for cell in ("LSTM", "GRU"):
+        for plain, fused in FUSED.items():
+            if not issubclass(plain, nn.RNNBase):
+                continue
             torch.manual_seed(0)
-            theirs = getattr(nn, cell)(17, 33, num_layers=2, bidirectional=True).to(device)
-            ours = getattr(fusedrnn, f"Fused{cell}")(17, 33, num_layers=2, bidirectional=True)
+            theirs, ours = (
+                cls(17, 33, num_layers=2, bidirectional=True).to(device) for cls in (plain, fused)
+            )
             ours.load_state_dict(theirs.state_dict())
-            ours.to(device)
             x = torch.randn(9, 5, 17, device=device)
             results = []
             for module in (theirs, ours):
@@ -44,7 +47,7 @@ def _problems() -> list[str]:
                 )
             for a, b in zip(*results, strict=True):
                 if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
-                    problems.append(f"{cell} on {device} differs from torch.nn.{cell}")
+                    problems.append(f"{plain.__name__} on {device} differs from torch.nn's")
                     break
     return problems
 

@@ -1,8 +1,8 @@
-"""The layers under torch.func's grad and vmap: their derivatives as functions, and rules for vmap.
+"""The layers under torch.func's grad and vmap: derivatives as functions, and rules for vmap.
 
-Where the weights are shared, what vmap maps over is folded into the batch: row b of sample v is row
-b * V + v of V samples, in every layout. Where each sample has weights, or wants a gradient of its
-own for them, the samples run one after the other.
+With shared weights, vmap's samples are folded into the batch: row b of sample v becomes row
+b * V + v of V samples, in every layout. With weights per sample, or gradients per sample for them,
+the samples run one after the other.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fusedrnn._cells import Cell
 Optional = Tensor | None
 Dims = Sequence[int | None]
 
-# Where the rows are in a tensor, counted from its end, by what it is.
+# For each kind of tensor the dimension of its rows, counted from the end.
 ROWS = -2  # [..., rows, features]
 LENGTHS = -1  # [rows]
-SAVED = -3  # [D, positions, values, H]
-SIZES = 0  # batch_sizes, of which each counts rows
+SAVED = -3  # [D, tokens, values, H]
+SIZES = 0  # batch_sizes, each a number of rows
 SHARED = 1  # a weight
 
 
@@ -40,27 +40,27 @@ class Call:
     needed: tuple[bool, ...] = ()  # of input, states and weights: the output_mask
 
 
-def _fold(what: int, t: Optional, dim: int | None, count: int) -> Optional:
+def _fold(kind: int, t: Optional, dim: int | None, count: int) -> Optional:
     """The rows of all samples as one batch."""
-    if t is None or what == SHARED or t.dim() < -what:  # empty, where nothing is wanted
+    if t is None or kind == SHARED or t.dim() < -kind:  # an empty tensor, for no gradient
         return t
-    if what == SIZES:
+    if kind == SIZES:
         return t * count
     if dim is None:
         shape = list(t.shape)
-        t = t.unsqueeze(what)
-        shape.insert(len(shape) + what + 1, count)
+        t = t.unsqueeze(kind)
+        shape.insert(len(shape) + kind + 1, count)
         t = t.expand(shape)
     else:
-        t = t.movedim(dim, what)
-    return t.flatten(what - 1, what)
+        t = t.movedim(dim, kind)
+    return t.flatten(kind - 1, kind)
 
 
-def _unfold(what: int, t: Tensor, count: int) -> tuple[Tensor, int | None]:
-    """Samples apart again, and the dimension that they are in."""
-    if t.dim() < -what:  # empty, as `saved` where nothing was
+def _unfold(kind: int, t: Tensor, count: int) -> tuple[Tensor, int | None]:
+    """The samples apart again, and their dimension."""
+    if t.dim() < -kind:  # an empty tensor, as `saved` without a backward pass
         return t, None
-    return torch.unflatten(t, what, (t.size(what) // count, count)).movedim(what, 0), 0
+    return torch.unflatten(t, kind, (t.size(kind) // count, count)).movedim(kind, 0), 0
 
 
 def _map(
@@ -72,7 +72,7 @@ def _map(
     results: Sequence[int],
     can_fold: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The results of `count` calls, of which each has its sample of what is mapped over."""
+    """The results of `count` calls, one for each sample."""
     if count == 0:
         raise ValueError("fusedrnn: vmap can't map over a dimension of size 0")
     if any(d is not None for d, k in zip(dims, kinds, strict=True) if k == SIZES):
@@ -89,7 +89,7 @@ def _map(
 
 
 class _Backward(torch.autograd.Function):
-    """The gradients that are needed, of: grads, batch_sizes, lengths, output, saved, tensors."""
+    """The needed gradients, from: grads, batch_sizes, lengths, output, saved, tensors."""
 
     @staticmethod
     def forward(call: Call, *args: Optional) -> tuple[Tensor, ...]:
@@ -184,9 +184,9 @@ class _Backward(torch.autograd.Function):
 
 
 class _Layer(torch.autograd.Function):
-    """Output, final states, `saved` and what the backward op wants of the output.
+    """Output, final states, `saved`, and a copy of the output if the backward op needs it.
 
-    Of: batch_sizes, lengths, input, states, weights.
+    Arguments: the call, batch_sizes, lengths, input, states, weights.
     """
 
     @staticmethod
@@ -197,7 +197,7 @@ class _Layer(torch.autograd.Function):
             *tensors[:n], list(tensors[n:]), call.bidirectional, batch_sizes, lengths, call.save
         )
         projected = (len(tensors) - n) // (2 if call.bidirectional else 1) % 2 == 1
-        # A copy, for its owner may change the output in place.
+        # A copy: the caller may change the output in place.
         return output, *rest, output.clone() if projected else output.new_empty(0)
 
     @staticmethod
@@ -209,9 +209,9 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional) -> tuple[Optional, ...]:
-        # None, but for the tensors that are there and want one: the first 3 are no tensors.
+        # The first 3 arguments have no gradient; of the others those that are present and need one.
         needed = ctx.needs_input_grad[3:]
-        saved = ctx.saved_tensors  # once: a checkpoint computes them at each access
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at each access
         needed = tuple(n and t is not None for n, t in zip(needed, saved[4:], strict=True))
         call = replace(ctx.call, needed=needed)
         found = iter(_Backward.apply(call, *grads[:-2], *saved))  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ def cpu_isa() -> str:
 
 
 def _load() -> None:
-    """Loads the binary, or says in one sentence why it can't be and what mends it."""
+    """Loads the binary, or raises an error with the reason and the command to fix it."""
     where = Path(__file__).parent
     binaries = [p for suffix in EXTENSION_SUFFIXES if (p := where / f"_C{suffix}").exists()]
     mend = f"run `{REBUILD}` in a checkout of fusedrnn"
@@ -94,8 +94,8 @@ def _differentiable_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
     n = 1 + cell.states  # output and final states; input and states
     grads, (input, *states), weights = args[:n], args[n : 2 * n], args[2 * n]
     bidirectional, batch_sizes, lengths, _, _, needed = args[2 * n + 1 :]
-    # Each argument as a tensor of its own: a path from one to another, say from a weight to the
-    # state that a step before made with it, belongs to the engine and would be counted twice.
+    # A separate tensor for each argument. A path between two arguments, as from a weight to an
+    # earlier layer's state, is the engine's own and would be counted twice.
     with torch.enable_grad():
         tensors = [
             (t.view_as(t) if t.requires_grad else t.detach().requires_grad_()) if need else t
@@ -125,7 +125,7 @@ _library = torch.library.Library("fusedrnn", "IMPL")  # type: ignore[no-untyped-
 for _cell in CELLS.values():
     for _op, _key in (
         (f"_{_cell.name}_backward_differentiable", "CompositeImplicitAutograd"),
-        # Batches of gradients of one call: torch.autograd.grad's is_grads_batched, or under vmap.
+        # Several gradients for one call: torch.autograd.grad's is_grads_batched, or vmap.
         (f"{_cell.name}_backward", "Batched"),
         (f"{_cell.name}_backward", "FuncTorchBatched"),
     ):
@@ -135,21 +135,21 @@ for _cell in CELLS.values():
 
 
 def _transforms() -> set[TransformType] | None:
-    """The transforms of torch.func that are active; None if one is that only the reference can."""
+    """torch.func's active transforms; None if only the reference supports one of them."""
     if forward_ad._current_level >= 0:
         return None
     if not torch._C._are_functorch_transforms_active():
         return set()
-    if is_dynamo_compiling():  # it can't look into them
+    if is_dynamo_compiling():  # it can't inspect them
         return None
     found = {i.key() for i in retrieve_all_functorch_interpreters()}
     return found if found <= {TransformType.Grad, TransformType.Vmap} else None
 
 
 def can_reshape_in_place() -> bool:
-    """Whether a result may become its own view, which FSDP's hooks stay on, as on no other view."""
+    """Whether results may be reshaped in place. FSDP's hooks survive that, but not a new view."""
     return (
-        forward_ad._current_level < 0  # where torch turns tangents wrongly
+        forward_ad._current_level < 0  # torch transposes tangents wrongly in place
         and not is_dynamo_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -189,7 +189,7 @@ def autocast(
 
 
 def check_lengths(lengths: Tensor, steps: int) -> None:
-    """What the kernels check, of lengths on the host."""
+    """The kernels' check, for lengths on the host."""
     while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
         lengths = torch._C._functorch.get_unwrapped(lengths)
     if lengths.device.type != "cpu":
@@ -215,11 +215,9 @@ def layer(
             check_lengths(lengths, input.size(0))
         return _reference.layer(cell, input, states, weights, bidirectional, batch_sizes, lengths)
     if transforms:
-        # What a transform below wants a gradient of is not to be seen from here.
+        # Gradients that an outer transform wants are invisible here.
         save = TransformType.Grad in transforms or torch.is_grad_enabled()
-        call = _functorch.Call(
-            cell, _FORWARD[cell.name], _BACKWARD[cell.name], bidirectional, save
-        )
+        call = _functorch.Call(cell, _FORWARD[cell.name], _BACKWARD[cell.name], bidirectional, save)
         return _functorch.layer(call, input, states, weights, batch_sizes, lengths)
     result = _FORWARD[cell.name](
         input, *states, weights, bidirectional, batch_sizes, lengths, False
@@ -228,7 +226,7 @@ def layer(
 
 
 def _check_devices(op: str, args: Sequence[Any]) -> None:
-    """Where a meta or fake tensor is among real ones, the fake kernel is called for all."""
+    """Raises if real tensors stand among meta or fake ones: the fake kernel gets them all."""
     tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
     found = {t.device for t in tensors if isinstance(t, Tensor)}
     if len(found) > 1:

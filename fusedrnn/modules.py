@@ -41,14 +41,16 @@ def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
 
 
 def _check_devices(input: Tensor, states: Sequence[Tensor], weight: Tensor) -> None:
-    for what, tensor in (("input", input), *(("hidden", s) for s in states)):
-        if tensor.device != weight.device:
+    if input.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{input.device} and parameter tensor at {weight.device}"
+        )
+    for state in states:
+        if state.device != weight.device:
             raise RuntimeError(
-                f"Input and parameter tensors are not at the same device, found {what} tensor at "
-                f"{tensor.device} and parameter tensor at {weight.device}"
-                if what == "input"
-                else f"Input and hidden tensors are not at the same device, found input tensor at "
-                f"{input.device} and hidden tensor at {tensor.device}"
+                "Input and hidden tensors are not at the same device, found input tensor at "
+                f"{input.device} and hidden tensor at {state.device}"
             )
 
 

@@ -1,8 +1,7 @@
-"""fuse(model) and unfuse(model): the swap in a model that is there already.
+"""fuse(model) and unfuse(model): swap the modules of an existing model.
 
-A module is swapped by changing its class, as torch's own parametrizations do: it stays the same
-object with the same Parameters, so that whatever holds on to either (optimizers, hooks, lists,
-other modules) goes on to.
+A swap changes a module's class, as torch's own parametrizations do. It stays the same object with
+the same Parameters, so optimizers, hooks, lists and other modules keep their references.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _RECURRENT_NAME = re.compile(r"LSTM|GRU|RNN")
 
 _PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
-# What a call of torch's modules goes through: who defines one of these may compute something else.
+# The methods behind a call of torch's modules. A class with its own may compute differently.
 _CALLED = (
     "__call__",
     "__getattr__",
@@ -53,7 +52,7 @@ _CALLED = (
 
 
 class _NoCounterpartError(Exception):
-    """Why a module is left as it is."""
+    """Why a module stays as it is."""
 
 
 def _new(plain: Class) -> nn.Module:
@@ -62,10 +61,10 @@ def _new(plain: Class) -> nn.Module:
 
 
 def _made(name: str, bases: tuple[Class, ...], plain: Class, space: dict[str, Any]) -> Class:
-    """A fused class that `plain` is a base of, and its counterpart."""
+    """A fused class derived from `plain`, its counterpart."""
 
     def reduce(module: nn.Module, protocol: Any) -> str | tuple[Any, ...]:
-        """Pickles with the class that it was made of, for this one has no name to import."""
+        """Pickles as `plain`, because this class has no importable name."""
         if vars(type(module)).get("_unfused_class") is not plain:  # a class derived from it
             return object.__reduce_ex__(module, protocol)
         return _new, (plain,), object.__reduce_ex__(module, 2)[2]
@@ -73,8 +72,8 @@ def _made(name: str, bases: tuple[Class, ...], plain: Class, space: dict[str, An
     return type(name, bases, {**space, "__reduce_ex__": reduce, "_unfused_class": plain})
 
 
-# Classes that are torch's as well, for code that asks isinstance(module, nn.LSTM). The order of
-# resolution is ours before torch's, but for the constructor.
+# Fused classes derived from torch's too, for isinstance(module, nn.LSTM). Ours come before torch's
+# in the method resolution order, but for the constructor.
 _BOTH = {
     plain: _made(
         fused.__name__,
@@ -87,15 +86,15 @@ _BOTH = {
 
 
 def _fused_subclass(plain: Class) -> Class:
-    """The counterpart of a subclass of torch's, or of torch's class itself, that is one of it too.
+    """The fused class derived from `plain`, one of torch's classes or a subclass.
 
-    A subclass keeps its own methods, and its super().forward is fused. The class is kept as an
-    attribute of `plain`, so that it lives as long.
+    A subclass keeps its own methods, and its super().forward is fused. The fused class is an
+    attribute of `plain`, and lives as long.
     """
     if plain in _BOTH:
         return _BOTH[plain]
     found: Class | None = vars(plain).get("_fused_class")
-    # Some copy what they find in one class to another.
+    # Some code copies a class's attributes to another class.
     if found is not None and vars(found)["_unfused_class"] is plain:
         return found
     base = next(c for c in plain.__mro__ if c in FUSED)
@@ -109,7 +108,7 @@ def _fused_subclass(plain: Class) -> Class:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function, and of those inside."""
+    """The code of a function and of its inner functions."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -117,7 +116,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _calls_super(function: object) -> bool:
-    """Whether a forward has a super().forward, and so leaves the computation to torch's."""
+    """Whether a forward calls super().forward, and so leaves the computation to torch's class."""
     code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
     if not isinstance(code, CodeType):
         return False
@@ -152,7 +151,7 @@ def _to_plain(cls: Class) -> Class:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    """Whether it is a recurrent layer in the guise of torch's quantisation or scripting."""
+    """Whether it is a recurrent layer that torch has quantised or scripted."""
     names = {c.__name__ for c in FUSED}
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in names
@@ -162,11 +161,11 @@ def _is_foreign(module: nn.Module) -> bool:
 
 
 def _has_own_weights(module: nn.Module) -> bool:
-    """Whether torch's forward would use others than the named ones, which somebody put there."""
+    """Whether torch's forward would use other weights than the module's named ones."""
     if not isinstance(module, nn.RNNBase) or is_parametrized(module):
         return False
     named = [getattr(module, name, None) for name in module._flat_weights_names]
-    # It finds them changed by comparing with these, and then takes the named ones.
+    # Where these differ from the named weights, torch's forward takes the named ones again.
     noted = [None if ref is None else ref() for ref in module._flat_weight_refs]
     known = all(a is b for a, b in zip(named, noted, strict=True))
     return known and any(a is not b for a, b in zip(named, module._flat_weights, strict=True))
@@ -181,7 +180,7 @@ def _counterpart(module: nn.Module, find: Callable[[Class], Class]) -> Class:
     cls = type(module)
     if not is_parametrized(module):
         return find(cls)
-    # Parametrized modules have a class of their own, which has the weights as properties.
+    # A parametrized module has a class of its own, with its weights as properties.
     base = find(cls.__bases__[0])
     if base is cls.__bases__[0]:
         return cls
@@ -189,12 +188,12 @@ def _counterpart(module: nn.Module, find: Callable[[Class], Class]) -> Class:
     return type(f"Parametrized{base.__name__}", (base,), space)
 
 
-def _swap_all(what: str, model: Model, target: Callable[[nn.Module], Class | None]) -> Model:
+def _swap_all(function: str, model: Model, target: Callable[[nn.Module], Class | None]) -> Model:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{what}: Expected model to be a module, got {type(model).__name__}")
+        raise TypeError(f"{function}: Expected model to be a module, got {type(model).__name__}")
     swaps: list[tuple[nn.Module, Class]] = []
     left: dict[str, str] = {}
-    foreign: list[str] = []  # what begins so is a part of what is listed
+    foreign: list[str] = []  # prefixes of submodules of listed modules
     for name, module in model.named_modules():
         if name.startswith(tuple(foreign)):
             continue
@@ -210,10 +209,12 @@ def _swap_all(what: str, model: Model, target: Callable[[nn.Module], Class | Non
         if cls is type(module):
             continue
         module.__class__ = cls
-        if what == "unfuse" and isinstance(module, nn.RNNBase):
-            module.flatten_parameters()  # which cuDNN wants
+        if function == "unfuse" and isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # cuDNN wants it
     if left:
-        warnings.warn(f"{what} left these as they are: {', '.join(left.values())}", stacklevel=3)
+        warnings.warn(
+            f"{function} left these as they are: {', '.join(left.values())}", stacklevel=3
+        )
     return model
 
 
@@ -237,7 +238,7 @@ def _target_of_unfuse(module: nn.Module) -> Class | None:
 
 
 def _log_others(model: nn.Module) -> None:
-    """Tells of modules that are named as recurrent ones and have no layer of torch's inside."""
+    """Logs modules with a recurrent layer's name that hold none of torch's layers."""
     if not _LOG.isEnabledFor(logging.INFO):
         return
     for name, module in model.named_modules():
@@ -256,19 +257,19 @@ def _log_others(model: nn.Module) -> None:
 
 
 def fuse(model: Model, *, subclass: bool = False) -> Model:
-    """Swaps every nn.LSTM, nn.GRU, nn.LSTMCell and nn.GRUCell inside for its fused counterpart.
+    """Swaps every recurrent layer and cell of torch.nn in a model for its fused counterpart.
 
     In place: the modules change their class and stay the same objects, with the same Parameters,
-    buffers, hooks, parametrizations, names and training flag. An optimizer made before still trains
-    them. Subclasses that don't touch the computation keep their own methods, also a forward of
-    their own that calls super().forward.
+    buffers, hooks, parametrizations, names and training flag. An existing optimizer still trains
+    them. Subclasses keep their own methods, if these leave the computation alone; a forward that
+    calls super().forward is fine.
 
     Args:
         model: any module, also one that is itself a recurrent layer.
-        subclass: whether isinstance(module, nn.LSTM) stays true, for code that asks for it while it
-            runs. torch.compile then breaks its graph at these layers, as at torch's own, unless
-            torch._dynamo.config.allow_rnn is set. Subclasses of torch's layers are swapped so in
-            any case. Layers that are fused already become so too; without it they stay as they are.
+        subclass: whether isinstance(module, nn.LSTM) stays true, for code that checks it at run
+            time. torch.compile then breaks its graph at these layers, as at torch's own, unless
+            torch._dynamo.config.allow_rnn is set. Subclasses of torch's layers always stay
+            instances. Fused layers in the model become instances too; without it they are left.
 
     Returns:
         The model.
@@ -277,9 +278,9 @@ def fuse(model: Model, *, subclass: bool = False) -> Model:
         TypeError: model is no module.
 
     Warns:
-        UserWarning: lists what is left as it was: nn.RNN, subclasses with a computation of their
-            own, quantised and scripted modules. What only looks like a recurrent layer, by its
-            class's name, is told to the logger "fusedrnn" at the level INFO.
+        UserWarning: lists the recurrent modules left alone: classes without a counterpart,
+            subclasses with their own computation, quantised and scripted modules. The logger
+            "fusedrnn" lists, at the level INFO, modules that only have a recurrent layer's name.
     """
     _swap_all("fuse", model, lambda module: _target_of_fuse(module, subclass))
     _log_others(model)
@@ -289,8 +290,8 @@ def fuse(model: Model, *, subclass: bool = False) -> Model:
 def unfuse(model: Model) -> Model:
     """Swaps every fused module inside for torch's own, in place; undoes fuse().
 
-    For what knows only torch's modules: ONNX, quantisation, TorchScript. Modules that were made as
-    fused ones become torch's too.
+    For code that knows only torch's modules: ONNX, quantisation, TorchScript. Modules constructed
+    as fused ones become torch's too.
 
     Args:
         model: any module, also one that is itself a recurrent layer.
@@ -302,6 +303,6 @@ def unfuse(model: Model) -> Model:
         TypeError: model is no module.
 
     Warns:
-        UserWarning: lists what is left as it was: subclasses of fused modules.
+        UserWarning: lists the modules left alone: subclasses of fused modules.
     """
     return _swap_all("unfuse", model, _target_of_unfuse)
