@@ -238,6 +238,20 @@ def _layers(
     return _in_layout(module, output, final, packed, is_batched)
 
 
+def _layers_of_h(
+    module: nn.RNNBase,
+    name: str,
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    lengths: Lengths | None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """_layers for a cell whose only state is h; `name` is torch's, for errors."""
+    if hx is not None and not isinstance(hx, Tensor):
+        raise TypeError(f"{name}: Expected hx to be a tensor, got {type(hx).__name__}")
+    output, (h_n,) = _layers(module, input, None if hx is None else (hx,), lengths)
+    return output, h_n
+
+
 class _FusedRNN(nn.RNNBase):
     """The base of the layers.
 
@@ -424,10 +438,7 @@ class FusedGRU(_FusedRNN):
             result = _ops.fast_layers(self.__dict__, _GRU.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, Tensor]", result)
-        if hx is not None and not isinstance(hx, Tensor):
-            raise TypeError(f"GRU: Expected hx to be a tensor, got {type(hx).__name__}")
-        output, (h_n,) = _layers(self, input, None if hx is None else (hx,), lengths)
-        return output, h_n
+        return _layers_of_h(self, "GRU", input, hx, lengths)
 
     if TYPE_CHECKING:
 
@@ -479,6 +490,21 @@ def _cell(
     if is_batched and _ops.can_reshape_in_place():
         return tuple(s.squeeze_(0) for s in final)
     return tuple(s[0] if is_batched else s[0, 0] for s in final)
+
+
+def _cell_of_h(
+    module: nn.RNNCellBase, name: str, cell: Cell, input: Tensor, hx: Tensor | None
+) -> Tensor:
+    """_cell for a cell whose only state is h; `name` is torch's, for errors."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if hx is not None:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"{name}: Expected hx to be a tensor, got {type(hx).__name__}")
+        if hx.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+    (h,) = _cell(module, cell, input, None if hx is None else (hx,))
+    return h
 
 
 class FusedLSTMCell(nn.RNNCellBase):
@@ -576,17 +602,7 @@ class FusedGRUCell(nn.RNNCellBase):
             result = _ops.fast_cell(self.__dict__, _GRU.index, input, hx)
             if result is not None:
                 return cast(Tensor, result[0])
-        if input.dim() not in (1, 2):
-            raise ValueError(f"GRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        if hx is not None:
-            if not isinstance(hx, Tensor):
-                raise TypeError(f"GRUCell: Expected hx to be a tensor, got {type(hx).__name__}")
-            if hx.dim() not in (1, 2):
-                raise ValueError(
-                    f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead"
-                )
-        (h,) = _cell(self, _GRU, input, None if hx is None else (hx,))
-        return h
+        return _cell_of_h(self, "GRUCell", _GRU, input, hx)
 
     if TYPE_CHECKING:
 
