@@ -1,4 +1,4 @@
-// sigmoid and tanh, once, for float, double and SIMD vectors of either.
+// sigmoid and tanh, once, for float, double and their SIMD vectors.
 #pragma once
 
 #include "target.h"
@@ -91,7 +91,7 @@ FUSEDRNN_INLINE Exp<V> split_exp(V x) {
   return {bit_cast<V>(exponent), p * (r * r) + r};
 }
 
-/// a / b for b from 1 to 2^126. On a GPU this avoids the branches of a general division.
+/// a / b for b from 1 to 2^126. On a GPU this avoids a general division's branches.
 template <class V>
 FUSEDRNN_INLINE V quotient(V a, V b) {
 #ifdef __CUDA_ARCH__

@@ -1,4 +1,4 @@
-// The derivatives of the ops: registers for the Autograd key.
+// The ops' derivatives: registers for the Autograd key.
 //
 // The forward ops save the inputs of their backward op if any argument needs a gradient. The
 // backward ops are differentiable too: with create_graph=True they are the ops
@@ -23,7 +23,7 @@ auto call_below_autograd(const Op& op, const Args& args) {
   return call<Cell>(op, args);
 }
 
-/// Places in the list of tensors saved for the backward pass; the weights come last.
+/// Places among the tensors saved for the backward pass; the weights come last.
 enum Saved : size_t { kBatchSizes, kLengths, kOutput, kSaved, kInput, kH0, kC0, kWeights };
 
 /// One layer with its gradient.
@@ -82,7 +82,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction<Cell>> {
         call<Cell>(backward_op<Cell>(),
                    BackwardArgs{{dy, dh_n, dc_n}, layer, output, tensors[kSaved], needed});
 
-    // In the order of the arguments; those behind the weights have no gradient.
+    // In the arguments' order; arguments behind the weights have no gradient.
     variable_list result;
     const auto give = [&](Tensor& gradient) {
       result.push_back(needed[result.size()] ? std::move(gradient) : Tensor());

@@ -1,10 +1,10 @@
-// The maths of every cell, forward and backward, once, for scalars and SIMD vectors alike.
+// Every cell's maths, forward and backward, once, for scalars and SIMD vectors alike.
 //
-// A cell is constants and functions of one hidden unit. A step's GEMMs sum into kPreacts
+// A cell is constants and functions for one hidden unit. A step's GEMMs sum into kPreacts
 // pre-activations a unit. Row block g of weight_ih contributes to pre-activation input_preact[g],
 // row block g of weight_hh to hidden_preact[g]; a GRU keeps the hidden part of its candidate apart.
-// The backward pass gets kSaved values a unit. output() recomputes h from them, because the owner
-// of the output may have changed it in place. `state` is c for a cell with a cell state, else h.
+// The backward pass gets kSaved values a unit. output() recomputes h from them, because the caller
+// may have changed the output in place. `state` is c for a cell with a cell state, else h.
 //
 // To add a cell: a struct here, its name in Cells, its step in _cells.py. docs/new_cell.md.
 #pragma once
@@ -38,8 +38,8 @@ struct Lstm {
     return saved[3] * tanh(saved[4]);
   }
 
-  /// dh: gradient of this step's output. dc: gradient of this step's c on entry, of the previous
-  /// step's c on return.
+  /// dh: this step's output gradient. dc: gradient of c, this step's on entry, the previous step's
+  /// on return.
   template <class V>
   static FUSEDRNN_INLINE void backward(const V* saved, V c_previous, V dh, V& dc, V* dgates) {
     using Scalar = typename Value<V>::scalar;
@@ -80,7 +80,7 @@ struct Gru {
     return saved[4];
   }
 
-  /// dh: gradient of this step's output. dh_direct: the part that bypasses the gates, from h to h;
+  /// dh: this step's output gradient. dh_direct: the part that bypasses the gates, from h to h;
   /// this step's on entry, the previous step's on return.
   template <class V>
   static FUSEDRNN_INLINE void backward(const V* saved, V h_previous, V dh, V& dh_direct,
@@ -97,7 +97,7 @@ struct Gru {
   }
 };
 
-/// A list of cells. A cell's index in it is its number wherever cells are told apart at run time.
+/// A list of cells. Code that tells cells apart at run time uses their indices in it.
 template <class... Cell>
 struct CellList {
   static constexpr int count = sizeof...(Cell);
@@ -107,7 +107,7 @@ struct CellList {
   static void for_each(F&& f) {
     (f(Cell{}), ...);
   }
-  /// Calls f(Cell{}) for the cell of this index.
+  /// Calls f(Cell{}) for the cell with this index.
   template <class F>
   static void visit(int index, F&& f) {
     int i = 0;
@@ -121,7 +121,7 @@ struct CellList {
   }
 };
 
-/// Every cell of the library.
+/// The library's cells.
 using Cells = CellList<Lstm, Gru>;
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

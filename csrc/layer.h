@@ -1,5 +1,5 @@
-// What every backend shares: the checked arguments of an op, and the gradients that are GEMMs over
-// all steps at once.
+// Shared by the backends: an op's checked arguments, and the gradients that are GEMMs over all
+// steps at once.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +15,7 @@
 
 namespace fusedrnn {
 
-/// The constants of a cell (cells.h) as values.
+/// A cell's constants (cells.h) as values.
 struct CellInfo {
   const char* name;
   int index;  ///< in scalar::Cells
@@ -41,27 +41,27 @@ struct CellInfo {
   }
 };
 
-/// The cell of an index in scalar::Cells.
+/// The cell with this index in scalar::Cells.
 const CellInfo& cell_info(int index);
 
-/// t.to(type), without a call of the dispatcher where there is nothing to convert.
+/// t.to(type), without calling the dispatcher if t has the type already.
 inline Tensor in_type(const Tensor& t, at::ScalarType type) {
   return t.scalar_type() == type ? t : t.to(type);
 }
 
-/// Weights of one direction in the operands' type, contiguous; undefined where absent.
+/// One direction's weights in the operands' type, contiguous; undefined where absent.
 struct DirectionWeights {
   Tensor ih, hh, bias_ih, bias_hh, hr;
 };
 
-/// The arguments of an op, checked, in the kernels' types.
+/// An op's arguments, checked, in the kernels' types.
 struct Layer {
   /// Throws on anything outside the contract in ops.cpp. With keep_type, input and weights keep
   /// their type; else they are converted to compute_type.
   Layer(const CellInfo& cell, const LayerArgs& args, bool keep_type = false);
 
   const CellInfo& cell;
-  at::ScalarType type, compute_type;  ///< of the tensors; float32 for the half types
+  at::ScalarType type, compute_type;  ///< the tensors' type; float32 for the half types
   int64_t T, B, N, I, H, P, D;
   bool packed, has_bias, has_projection;
   Tensor input;   ///< [T, B, I] or [N, I], features contiguous
@@ -83,7 +83,7 @@ struct Layer {
   void read_weights(const Tensor& input, at::TensorList list, at::ScalarType operand_type);
 };
 
-/// Operands of the weight-gradient GEMMs of all directions, filled by the backward steps. They
+/// Operands for the weight-gradient GEMMs, all directions, filled by the backward steps. They
 /// cover M tokens: all N, or those that weight_gradients is given.
 struct GateGradients {
   Tensor dgates;      ///< [D, M, S*H]
@@ -91,7 +91,7 @@ struct GateGradients {
   Tensor dr, h_raw;   ///< [D, M, P], [D, M, H]; with a projection
 };
 
-/// The GEMMs of weight_gradients, which each backend brings. Matrices are row-major.
+/// The GEMMs for layer_gradients, from the backend. Matrices are row-major.
 struct Gemms {
   virtual ~Gemms() = default;
   /// out = a b, or += with add.
@@ -100,7 +100,7 @@ struct Gemms {
   virtual void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const = 0;
 };
 
-/// The arguments of a backward op besides the layer, checked.
+/// A backward op's arguments besides the layer, checked.
 struct OutputGradients {
   OutputGradients(const Layer& layer, const BackwardArgs& args);
 
@@ -111,10 +111,10 @@ struct OutputGradients {
   std::vector<bool> output_mask;  ///< input, states, weights
 };
 
-/// The results of a backward op from what the backward steps leave: GEMMs for the gradients of
-/// input and weights, empty tensors for unwanted ones. dh0 [D, B, P] and dc0 [D, B, H] are of the
-/// steps, dc0 undefined without a cell state. `tokens`: [M] int64, the tokens that `gates` covers,
-/// no gradient comes from others; undefined: all.
+/// A backward op's results: GEMMs for the gradients of input and weights, empty tensors for
+/// unwanted ones. The backward steps leave `gates`, dh0 [D, B, P] and dc0 [D, B, H]; dc0 is
+/// undefined without a cell state. `tokens`: [M] int64, the tokens that `gates` covers, others have
+/// no gradient; undefined: all.
 LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
                                const GateGradients& gates, const Tensor& dh0, const Tensor& dc0,
                                const Gemms& gemms, const Tensor& tokens = {});

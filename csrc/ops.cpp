@@ -1,6 +1,6 @@
-// Every op of the library: its schema and its contract. Backends register the kernels.
+// Every op's schema and contract. Backends register the kernels.
 //
-// Each cell of cells.h has the ops <cell>, <cell>_backward and _<cell>_backward_differentiable.
+// Each cell in cells.h has the ops <cell>, <cell>_backward and _<cell>_backward_differentiable.
 // Shapes: T steps, B batch rows, I input_size, H hidden_size, P = proj_size or H, D directions,
 // G gates of the cell. N = T * B when padded, sum(batch_sizes) when packed.
 //
@@ -15,10 +15,10 @@
 //
 //   output       [T, B, D*P] or [N, D*P]
 //   h_n, c_n     [D, B, P], [D, B, H]: after each row's own last step
-//   saved        for the backward op of the same backend, unchanged
+//   saved        for the same backend's backward op, unchanged
 //
 // float32, float64, bfloat16 and float16; one type and device for all tensors but batch_sizes. Any
-// strides. No op writes to its inputs. The gradient of an unused output is None. The backward ops
+// strides. No op writes to its inputs. An unused output has the gradient None. The backward ops
 // need `output` only with a projection. output_mask has an entry for input, h0, c0 and each weight.
 // A false entry gets an empty tensor, and the GEMMs for it alone are skipped. autograd.cpp has the
 // derivatives. *_backward_differentiable are the backward ops in torch's own ops, in _ops.py.

@@ -1,7 +1,7 @@
-// The ops of every cell in C++: their arguments and results as structs, and as the flat lists that
-// the dispatcher wants. ops.cpp has the contract.
+// The ops in C++: arguments and results as structs, and as the dispatcher's flat lists. ops.cpp has
+// the contract.
 //
-// The arguments are listed once, in FUSEDRNN_LAYER_ARGS. Structs, schemas, types of the ops and
+// The arguments are listed once, in FUSEDRNN_LAYER_ARGS. Structs, schemas, op types and
 // registration follow from it and from the list of cells (cells.h).
 #pragma once
 
@@ -23,7 +23,7 @@ namespace fusedrnn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// A layer's arguments in the order of the schema. CELL_STATE: for cells with a cell state alone.
+/// A layer's arguments in schema order. CELL_STATE: for cells with a cell state alone.
 #define FUSEDRNN_LAYER_ARGS(ARG, CELL_STATE) \
   ARG(const Tensor&, input)                  \
   ARG(const OptionalTensor&, h0)             \
@@ -38,10 +38,10 @@ using OptionalTensor = std::optional<Tensor>;
   ARG(const OptionalTensor&, grad_h_n)                 \
   CELL_STATE(const OptionalTensor&, grad_c_n)
 
-/// Of the forward op, behind a layer's.
+/// The forward op's arguments behind the layer's.
 #define FUSEDRNN_FORWARD_ARGS(ARG) ARG(bool, save)
 
-/// Of the backward op, behind the gradients and a layer's.
+/// The backward op's arguments behind the gradients and the layer's.
 #define FUSEDRNN_BACKWARD_ARGS(ARG)  \
   ARG(const OptionalTensor&, output) \
   ARG(const Tensor&, saved)          \
@@ -62,12 +62,12 @@ struct BackwardArgs : OutputGradientArgs, LayerArgs {
 };
 #undef FUSEDRNN_FIELD
 
-/// Results of a forward op; c_n is undefined for a cell without a cell state.
+/// A forward op's results; c_n is undefined without a cell state.
 struct LayerOutput {
   Tensor output, h_n, c_n, saved;
   Tensor& cell_state() { return c_n; }
 };
-/// Results of a backward op; likewise c0.
+/// A backward op's results; likewise c0.
 struct LayerGradients {
   Tensor input, h0, c0;
   std::vector<Tensor> weights;
@@ -120,7 +120,7 @@ auto flat(LayerGradients&& out) {
                         std::tuple<std::vector<Tensor>>(std::move(out.weights)));
 }
 
-/// The struct of a flat list.
+/// The struct for a flat list.
 template <class Cell, class Args, class... Items>
 Args structured(const Items&... items) {
   static const OptionalTensor absent;
@@ -155,7 +155,7 @@ template <class... Items, class Results>
 struct Signature<std::tuple<Items...>, Results> {
   using type = Results(Items...);
 };
-/// A cell's ops as functions of flat lists, as the dispatcher sees them.
+/// A cell's ops as the dispatcher sees them: functions with flat lists.
 template <class Cell>
 struct OpTypes {
   using Forward = typename Signature<decltype(flat<Cell>(std::declval<const ForwardArgs&>())),

@@ -36,7 +36,7 @@ bool read_flag(PyObject* value, bool& flag) {
   return flag || value == Py_False;
 }
 
-/// The value of an int; -1 for other types and for numbers too large.
+/// An int's value; -1 for other types and for numbers too large.
 int64_t read_number(PyObject* value) {
   int overflow = 0;
   return value && PyLong_CheckExact(value) ? PyLong_AsLongAndOverflow(value, &overflow) : -1;
@@ -67,7 +67,7 @@ struct States {
   OptionalTensor h, c;
 };
 
-/// Reads hx: None, a tensor, or with a cell state a pair of tensors, each of `dim` dimensions.
+/// Reads hx: None, a tensor, or with a cell state two tensors, each with `dim` dimensions.
 bool read_states(PyObject* hx, bool has_cell_state, int64_t dim, States& states) {
   if (hx == Py_None) return true;
   PyObject* item[2] = {hx, nullptr};
@@ -87,7 +87,7 @@ bool read_states(PyObject* hx, bool has_cell_state, int64_t dim, States& states)
   return true;
 }
 
-/// The arguments of `layers` and `cell`: a module's attributes, the index of its cell, input, hx.
+/// The arguments of `layers` and `cell`: a module's attributes, its cell's index, input, hx.
 class Arguments {
  public:
   /// Whether it is the plain case, with an input of `dim` dimensions.
@@ -113,7 +113,7 @@ class Arguments {
     return w;
   }
 
-  /// Whether the module's own checks would pass: types, devices and sizes of input and states, for
+  /// Whether the module's own checks would pass on types, devices and sizes, for
   /// `layers` layers and `rows` rows. They word errors as torch does. The op checks the rest.
   bool fits(int64_t layers, int64_t rows) const {
     const Tensor &ih = weights[0], &hh = weights[1];
@@ -147,7 +147,7 @@ class Arguments {
   PyObject *attributes_ = nullptr, *parameters_ = nullptr;
 };
 
-/// A tuple that takes over the references to its items, where none of them is null.
+/// A tuple that takes over the references to its items; null if an item is.
 template <class... Items>
 PyObject* tuple_of(Items... items) {
   PyObject* const tuple = (items && ...) ? PyTuple_New(sizeof...(items)) : nullptr;
@@ -178,7 +178,7 @@ class WithoutGil {
  public:
   WithoutGil(const Tensor& input, at::TensorList weights) {
     const int64_t rows = input.numel() / std::max<int64_t>(input.size(-1), 1);
-    // On a GPU a call of any size may wait for memory or for room in a queue.
+    // On a GPU even a small call may wait for memory or for room in a queue.
     if (!input.is_cpu() || rows * weights[0].numel() > 1 << 16) state_ = PyEval_SaveThread();
   }
   ~WithoutGil() {
@@ -301,7 +301,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return module.has_cell_state ? tuple_of(h, THPVariable_Wrap(std::move(result.c_n))) : tuple_of(h);
 }
 
-/// cells(): for each cell, in the order of their indices, a dict of its constants.
+/// cells(): a dict of constants for each cell, by index.
 PyObject* cells(PyObject*, PyObject* const*, Py_ssize_t) {
   PyObject* const list = PyList_New(0);
   for (int i = 0; list && i < scalar::Cells::count; ++i) {

@@ -4,8 +4,8 @@
 // G gates, S pre-activations, A saved values of the cell (cells.h). A *token* is one (step, row)
 // pair of a batch; N tokens: t * B + b when padded, step_offset[t] + b when packed.
 //
-// Element is the type of GEMM operands: weights, input and output. Accum is the type that kernels
-// compute in. They differ for bfloat16 where the machine multiplies it into float32.
+// Element is the operands' type: weights, input and output. Accum is the type that kernels compute
+// in. They differ for bfloat16 where the machine multiplies it into float32.
 #pragma once
 
 #include <cstdint>
@@ -22,11 +22,11 @@ struct Float16 {
   uint16_t bits;
 };
 
-/// The type in which products of Elements are summed.
+/// The type for sums of Elements' products.
 template <class Element>
 using Accumulator = std::conditional_t<sizeof(Element) == 2, float, Element>;
 
-/// One direction of one layer over some rows of the batch.
+/// One direction of one layer over some batch rows.
 ///
 /// Rows come longest sequence first, so the rows active at step t are the first active[t]. The
 /// reverse direction starts each row at its own last step.
@@ -42,7 +42,7 @@ struct Sequence {
   Accum* workspace = nullptr;  ///< workspace_size elements, 64-byte aligned
 };
 
-/// Weights of one direction, row-major and contiguous as in torch.nn.LSTM; null where absent.
+/// One direction's weights, row-major and contiguous as in torch.nn.LSTM; null where absent.
 template <class Element>
 struct Weights {
   const Element* ih = nullptr;       ///< [G*H, I]
@@ -99,9 +99,9 @@ struct Backward : Sequence<Accum> {
   /// then by descending length.
   const int64_t* sorted_index = nullptr;    ///< [rows] place among the rows sorted by length
   const int64_t* compact_offset = nullptr;  ///< [steps] compact row of sorted row 0
-  Accum* dgates = nullptr;                  ///< [M, S, H] gradients of the pre-activations
-  Accum* h_previous = nullptr;  ///< [M, P] output of the step before, for weight_hh's gradient
-  Accum* dr = nullptr;          ///< [M, P] gradient of the projected output; projection only
+  Accum* dgates = nullptr;                  ///< [M, S, H] pre-activation gradients
+  Accum* h_previous = nullptr;  ///< [M, P] previous step's output, for weight_hh's gradient
+  Accum* dr = nullptr;          ///< [M, P] the projected output's gradient; projection only
   Accum* h_raw = nullptr;       ///< [M, H] output before the projection; projection only
   Accum* dh0 = nullptr;         ///< [B, P]
   Accum* dc0 = nullptr;         ///< [B, H], cells with a cell state only

@@ -1,4 +1,4 @@
-"""The cells of the library, a row each: constants of csrc/cells.h, and a step in plain torch."""
+"""The library's cells, a row each: constants from csrc/cells.h, and a step in plain torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """The possible numbers of weights of a direction: without and with biases, projected."""
+        """A direction's possible numbers of weights: without and with biases, projected."""
         return (2, 3, 4, 5) if self.has_projection else (2, 4)
 
 
@@ -63,7 +63,7 @@ def gru_step(
     return ((1 - z) * n + z * h,)
 
 
-# What only Python knows of a cell, by name.
+# A cell's Python side, by name.
 _ROWS: dict[str, dict[str, Any]] = {
     "lstm": {"step": lstm_step, "layer_casts_on_cpu": True},
     "gru": {"step": gru_step},
@@ -71,5 +71,5 @@ _ROWS: dict[str, dict[str, Any]] = {
 
 
 def cells(constants: list[Mapping[str, Any]]) -> dict[str, Cell]:
-    """The cells of the compiled kernels by name. constants: from fusedrnn._C.cells()."""
+    """The compiled cells by name. constants: from fusedrnn._C.cells()."""
     return {row["name"]: Cell(**row, **_ROWS[row["name"]]) for row in constants}

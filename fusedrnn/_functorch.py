@@ -20,7 +20,7 @@ from fusedrnn._cells import Cell
 Optional = Tensor | None
 Dims = Sequence[int | None]
 
-# For each kind of tensor the dimension of its rows, counted from the end.
+# The dimension with the rows, counted from the end, for each kind of tensor.
 ROWS = -2  # [..., rows, features]
 LENGTHS = -1  # [rows]
 SAVED = -3  # [D, tokens, values, H]
@@ -30,7 +30,7 @@ SHARED = 1  # a weight
 
 @dataclass(frozen=True)
 class Call:
-    """An op's call but for its tensors: the cell, its ops of csrc/ops.cpp, and the flags."""
+    """An op's call without its tensors: the cell, its ops in csrc/ops.cpp, and the flags."""
 
     cell: Cell
     forward: Callable[..., tuple[Tensor, ...]]
@@ -41,7 +41,7 @@ class Call:
 
 
 def _fold(kind: int, t: Optional, dim: int | None, count: int) -> Optional:
-    """The rows of all samples as one batch."""
+    """All samples' rows as one batch."""
     if t is None or kind == SHARED or t.dim() < -kind:  # an empty tensor, for no gradient
         return t
     if kind == SIZES:
@@ -121,7 +121,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
-        """By the reference, which has derivatives of every order."""
+        """By the reference, which has derivatives to every order."""
         call: Call = ctx.call
         n = call.cell.states + 1
         args = list(ctx.saved_tensors)
@@ -209,7 +209,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional) -> tuple[Optional, ...]:
-        # The first 3 arguments have no gradient; of the others those that are present and need one.
+        # The first 3 arguments have no gradient; the others, if present and needed.
         needed = ctx.needs_input_grad[3:]
         saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at each access
         needed = tuple(n and t is not None for n, t in zip(needed, saved[4:], strict=True))

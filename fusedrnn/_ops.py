@@ -27,7 +27,7 @@ REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels in use: baseline, avx2, avx512 or avx512bf16."""
+    """The CPU kernels' instruction set: baseline, avx2, avx512 or avx512bf16."""
     return str(torch.ops.fusedrnn._cpu_isa())
 
 
@@ -86,10 +86,10 @@ def devices() -> frozenset[str]:
 
 
 def _differentiable_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
-    """A backward op whose gradients are functions of inputs and grads, for create_graph=True.
+    """A backward op with differentiable gradients, for create_graph=True.
 
-    Arguments and results: as the op's in csrc/ops.cpp. _functorch.py has the same by torch.func.vjp,
-    which can't run in the kernel of a Batched key.
+    Arguments and results: see the op in csrc/ops.cpp. _functorch.py does the same by
+    torch.func.vjp, which can't run inside the kernel for a Batched key.
     """
     n = 1 + cell.states  # output and final states; input and states
     grads, (input, *states), weights = args[:n], args[n : 2 * n], args[2 * n]
@@ -247,7 +247,7 @@ def _fake_forward(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     else:
         tokens = input.size(0)
         states = [s for s in args[1 : 1 + n] if s is not None]
-        # The number of rows is data in batch_sizes; hx, if given, has it as a size.
+        # batch_sizes holds the number of rows as data; hx, if given, has it as a size.
         rows = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     shapes = [(directions, rows, out), (directions, rows, hidden)][:n]

@@ -1,6 +1,6 @@
 """The same layers in plain differentiable torch.
 
-The oracle of the tests, the path for second and forward-mode derivatives, and the fallback on
+The tests' oracle, the path for second and forward-mode derivatives, and the fallback on
 devices without a kernel. Arguments and results are as in csrc/ops.cpp, without `save` and `saved`.
 """
 
@@ -18,7 +18,7 @@ from fusedrnn._cells import Cell, States, Step
 # torch 2.11's dynamo can't look into it.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_autocast(device: str) -> bool:
-    """Whether torch.autocast knows this type of device; asked about another it raises."""
+    """Whether torch.autocast knows this device type; for an unknown one torch raises."""
     return torch.amp.is_autocast_available(device)
 
 

@@ -31,10 +31,10 @@ def run(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
-    """All layers of a cell, by its name: the output and the final states, each [L*D, B, ...]."""
-    of = _ops.CELLS[cell]
+    """All layers, for a cell's name: the output and the final states, each [L*D, B, ...]."""
+    row = _ops.CELLS[cell]
     if num_layers == 1:
-        return _ops.layer(of, input, states, weights, bidirectional, batch_sizes, lengths)
+        return _ops.layer(row, input, states, weights, bidirectional, batch_sizes, lengths)
     directions = 2 if bidirectional else 1
     per = len(weights) // num_layers
     finals: list[States] = []
@@ -43,7 +43,7 @@ def run(
             input = F.dropout(input, dropout, True)
         of_layer = [None if s is None else s[i * directions : (i + 1) * directions] for s in states]
         input, final = _ops.layer(
-            of,
+            row,
             input,
             of_layer,
             weights[i * per : (i + 1) * per],
@@ -96,7 +96,7 @@ def lstm(
         training: whether dropout applies.
         bidirectional: whether each layer also runs from the last step to the first.
         batch_sizes: [T] int64 on the CPU, as in PackedSequence.batch_sizes.
-        lengths: [B] int64 on the device of input, in any order, zeros allowed. Positions past a
+        lengths: [B] int64 on the device of input, in any order, zeros allowed. Tokens past a
             row's length are not read, and zero in the output.
 
     Returns:

@@ -69,13 +69,13 @@ def _checked_lengths(lengths: Lengths, input: Tensor, is_batched: bool) -> Tenso
             f"{list(found.shape)}"
         )
     if found.device.type == "cpu" != input.device.type and not is_dynamo_compiling():
-        # Here an error is an exception; on a GPU it would end the process's use of the device.
+        # Here an error is an exception; on a GPU it would end all work there.
         _ops.check_lengths(found, input.size(0))
     return found.to(input.device, torch.int64)
 
 
 def _weight_names(module: nn.RNNBase) -> list[str]:
-    """The names of the active weights: not all, if an attribute was changed after construction."""
+    """The active weights' names: not all, if an attribute was changed after construction."""
     names: list[str] = module._flat_weights_names
     layers = module.num_layers
     if layers < 1:
@@ -157,7 +157,7 @@ def _initial_states(
     packed: PackedSequence | None,
     is_batched: bool,
 ) -> Sequence[Tensor]:
-    """The states as the ops take them, [L*D, B, ...] in the order of the batch."""
+    """The states as the ops take them, [L*D, B, ...] in the batch's order."""
     dims = [s.dim() for s in states]
     if packed is None and any(d != (3 if is_batched else 2) for d in dims):
         kind = "batched 3-D" if is_batched else "unbatched 2-D"
@@ -170,7 +170,7 @@ def _initial_states(
         states = [s.unsqueeze(1) for s in states]
     if packed is None:
         rows = input.size(1)
-    elif is_dynamo_compiling():  # the number of rows is data: the op checks it
+    elif is_dynamo_compiling():  # its value is data: the op checks it
         rows = states[0].size(1)
     else:
         rows = int(packed.batch_sizes[0])
@@ -187,7 +187,7 @@ def _in_layout(
     packed: PackedSequence | None,
     is_batched: bool,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-    """Output and final states in the layout of the module's input."""
+    """Output and final states in the input's layout."""
     if packed is not None:
         if packed.unsorted_indices is not None:
             final = tuple(s.index_select(1, packed.unsorted_indices) for s in final)
@@ -253,9 +253,9 @@ def _layers_of_h(
 
 
 class _FusedRNN(nn.RNNBase):
-    """The base of the layers.
+    """The layers' base class.
 
-    Their other code is in functions: a user's subclass may have attributes and methods of any name.
+    Their other code is in functions: a user's subclass may have attributes and methods with any name.
     """
 
     def flatten_parameters(self) -> None:
@@ -611,7 +611,7 @@ class FusedGRUCell(nn.RNNCellBase):
             """As forward."""
 
 
-# Every module of torch's that has a fused counterpart.
+# torch's modules with their fused counterparts.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: FusedLSTM,
     nn.GRU: FusedGRU,

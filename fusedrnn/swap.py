@@ -108,7 +108,7 @@ def _fused_subclass(plain: Class) -> Class:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function and of its inner functions."""
+    """A function's code and its inner functions'."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -180,7 +180,7 @@ def _counterpart(module: nn.Module, find: Callable[[Class], Class]) -> Class:
     cls = type(module)
     if not is_parametrized(module):
         return find(cls)
-    # A parametrized module has a class of its own, with its weights as properties.
+    # A parametrized module has its own class, with its weights as properties.
     base = find(cls.__bases__[0])
     if base is cls.__bases__[0]:
         return cls
@@ -193,7 +193,7 @@ def _swap_all(function: str, model: Model, target: Callable[[nn.Module], Class |
         raise TypeError(f"{function}: Expected model to be a module, got {type(model).__name__}")
     swaps: list[tuple[nn.Module, Class]] = []
     left: dict[str, str] = {}
-    foreign: list[str] = []  # prefixes of submodules of listed modules
+    foreign: list[str] = []  # prefixes: submodules belong to a listed module
     for name, module in model.named_modules():
         if name.startswith(tuple(foreign)):
             continue
@@ -238,7 +238,7 @@ def _target_of_unfuse(module: nn.Module) -> Class | None:
 
 
 def _log_others(model: nn.Module) -> None:
-    """Logs modules with a recurrent layer's name that hold none of torch's layers."""
+    """Logs modules with a recurrent layer's name and without any layer from torch."""
     if not _LOG.isEnabledFor(logging.INFO):
         return
     for name, module in model.named_modules():

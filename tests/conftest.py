@@ -1,4 +1,4 @@
-"""What several files of tests share."""
+"""Fixtures of several test files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Compare what may run in different kernels; test_cuda.py sets the precision itself.
+# These files compare results of different kernels. test_cuda.py sets the precision itself.
 FLOAT32 = {"test_compile", "test_functorch", "test_swap", "test_works_with"}
 
 
 @pytest.fixture(autouse=True)
 def ieee(request: pytest.FixtureRequest) -> Iterator[None]:
-    """float32 on a GPU without TF32, whose rounding would be the greatest difference."""
+    """Disables TF32 on a GPU: its rounding would hide every other difference."""
     if request.module.__name__ not in FLOAT32 or not torch.cuda.is_available():
         yield
         return
