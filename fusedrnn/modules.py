@@ -255,7 +255,7 @@ def _layers_of_h(
 class _FusedRNN(nn.RNNBase):
     """The layers' base class.
 
-    Their other code is in functions: a user's subclass may have attributes and methods with any name.
+    Their other code is in functions: a user's subclass may use any name for its own members.
     """
 
     def flatten_parameters(self) -> None:
