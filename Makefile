@@ -12,7 +12,7 @@ MODELS_VENV ?= .venv-models
 MODELS_PYTHON := $(MODELS_VENV)/bin/python
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
-SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
+SOURCES := $(shell find csrc $(CPP)) setup.py tools/cuda_toolkit.py pyproject.toml
 
 .PHONY: help demo test test-full lint format bench models sanitize docs dist cuda-check cuda-build gpu clean
 .DEFAULT_GOAL := help
@@ -93,7 +93,7 @@ sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
 	cd tests && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=../build/sanitize \
 	  FUSEDRNN_TEST_EXAMPLES=$${FUSEDRNN_TEST_EXAMPLES:-500} \
-	  ../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_ARGS)
+	  ../$(BIN)/python -m pytest -p no:cacheprovider --ignore=test_benchmarks.py $(SANITIZE_ARGS)
 
 # As for bench.
 $(VENV)/docs: $(VENV)/built
@@ -110,14 +110,14 @@ dist: $(VENV)/torch  ## build an sdist and a wheel into dist/ and check them
 	$(BIN)/pip install -q build
 	rm -rf dist build/dist fusedrnn.egg-info
 	$(BIN)/python -m build --no-isolation
-	$(BIN)/python tests/dist_check.py dist
+	$(BIN)/python -m tools.dist_check dist
 	$(BIN)/pip install -q --no-deps --no-index --target build/dist dist/*.whl
 	cd / && PYTHONPATH=$(CURDIR)/build/dist $(abspath $(BIN))/python -c "import fusedrnn; \
 	  assert fusedrnn.__file__.startswith('$(CURDIR)/build/dist/'), fusedrnn.__file__"
 	cd / && PYTHONPATH=$(CURDIR)/build/dist $(abspath $(BIN))/python -m fusedrnn
 
 cuda-check:  ## compile the CUDA kernels with nvcc alone; check registers and spills
-	$(PYTHON) tests/cuda_check.py $(CUDA_CHECK_ARGS)
+	$(PYTHON) -m tools.cuda_check $(CUDA_CHECK_ARGS)
 
 # From outside the source tree, so that it is the installed package that is imported.
 cuda-build:  ## build for CUDA as pip does, which needs a toolkit but no GPU
@@ -131,7 +131,7 @@ cuda-build:  ## build for CUDA as pip does, which needs a toolkit but no GPU
 
 # With the torch that PYTHON has, in place: a machine with a GPU may have no network.
 gpu:  ## build, test, sanitize and time the CUDA kernels; STAGES="build tests" for some
-	$(PYTHON) tests/gpu.py $(STAGES)
+	$(PYTHON) -m tools.gpu $(STAGES)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info fusedrnn/*.so fusedrnn/_build.py $(VENV)/built $(MODELS_VENV)/built

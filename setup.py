@@ -1,7 +1,7 @@
 """Builds fusedrnn against the torch that is already installed; what is static: pyproject.toml.
 
 Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan, for the CPU only; MAX_JOBS
-limits compilers. CUDA: setup_cuda.py.
+limits compilers. CUDA: tools/cuda_toolkit.py.
 """
 
 import os
@@ -56,10 +56,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 
-import setup_cuda  # noqa: E402
+from tools import cuda_toolkit  # noqa: E402
 
 # Before cpp_extension, which looks for a toolkit on import and may find another, or half of one.
-toolkit = setup_cuda.find(str(torch.__version__), torch.version.cuda)
+toolkit = cuda_toolkit.find(str(torch.__version__), torch.version.cuda)
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 

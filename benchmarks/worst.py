@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-import setup_cuda
 from benchmarks import cases, checks, report
 from benchmarks.measure import MODES
 from benchmarks.peers import CuDnn, Fused, Peer
+from tools import cuda_toolkit
 
 ROOT = Path(__file__).parents[1]
 LINES = ROOT / "build" / "ncu"
@@ -70,8 +70,8 @@ def metrics_in(text: str) -> list[dict[str, str]]:
 def profiled(name: str, mode: str) -> list[dict[str, str]] | str:
     """What ncu says of our kernels in a call; a sentence where it can't."""
     try:
-        home = setup_cuda.find_home()
-    except setup_cuda.MissingError:
+        home = cuda_toolkit.find_home()
+    except cuda_toolkit.MissingError:
         home = None
     ncu = shutil.which("ncu") or (shutil.which(f"{home}/bin/ncu") if home else None)
     if ncu is None:

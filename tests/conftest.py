@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# For tools/. At the end: `make sanitize` imports the fusedrnn that PYTHONPATH names.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Compare what may run in different kernels; test_cuda.py sets the precision itself.
 FLOAT32 = {"test_compile", "test_functorch", "test_swap", "test_works_with"}

@@ -10,16 +10,16 @@ import sys
 from email.message import Message
 from pathlib import Path
 
-import cuda_check
-import dist_check
 import pytest
 import torch
-from cuda_check import Kernel, setup_cuda
 
 import fusedrnn
 from fusedrnn import __main__, _build, _ops
+from tools import cuda_check, cuda_toolkit, dist_check
+from tools.cuda_check import Kernel
 
 PACKAGE = Path(fusedrnn.__file__).parent
+TESTS = Path(__file__).parent
 
 
 def run(code: str, path: Path) -> subprocess.CompletedProcess[str]:
@@ -110,12 +110,11 @@ def test_without_torch(tmp_path: Path) -> None:
 def compiled(tmp_path: Path, compiler: str, *flags: str) -> Path:
     """A program of the kernels alone: that it compiles shows that they need no torch."""
     program = tmp_path / "kernels"
-    source = Path(__file__).parent
     subprocess.run(
         [
             *(compiler, "-std=c++17", "-O1", "-DFUSEDRNN_TILE_ROWS=2", *flags, "-o", str(program)),
-            str(source / "kernels_alone.cpp"),
-            str(source.parent / "csrc/cpu/kernels_baseline.cpp"),
+            str(TESTS / "kernels/kernels_alone.cpp"),
+            str(TESTS.parent / "csrc/cpu/kernels_baseline.cpp"),
         ],
         check=True,
     )
@@ -237,7 +236,7 @@ esac
     )
     nvcc.chmod(0o755)
     (home / "include").mkdir()
-    for header in setup_cuda.LIBRARY_HEADERS:
+    for header in cuda_toolkit.LIBRARY_HEADERS:
         (home / "include" / header).touch()
     return home
 
@@ -250,7 +249,7 @@ def no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPat
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(setup_cuda, "DEFAULT_HOME", tmp_path / "default")
+    monkeypatch.setattr(cuda_toolkit, "DEFAULT_HOME", tmp_path / "default")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return monkeypatch
 
@@ -305,20 +304,20 @@ def test_cuda_cannot_be_built(
     torch_cuda = None if case == "cpu torch" else "13.0"
     if setting:
         with pytest.raises(SystemExit) as error:
-            setup_cuda.find("2.13.0", torch_cuda)
+            cuda_toolkit.find("2.13.0", torch_cuda)
         assert str(error.value) == f"FUSEDRNN_CUDA=1, but {reason}"
     else:
-        assert setup_cuda.find("2.13.0", torch_cuda) is None
+        assert cuda_toolkit.find("2.13.0", torch_cuda) is None
         assert capsys.readouterr().out == f"fusedrnn is built for the CPU only: {reason}\n"
 
 
 def test_cuda_setting(tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
     toolkit(tmp_path / "default")
     no_cuda.setenv("FUSEDRNN_CUDA", "0")
-    assert setup_cuda.find("2.13.0", "13.0") is None
+    assert cuda_toolkit.find("2.13.0", "13.0") is None
     no_cuda.setenv("FUSEDRNN_CUDA", "yes")
     with pytest.raises(SystemExit, match=r"^FUSEDRNN_CUDA=yes is neither 1 .* nor 0 .*: unset it"):
-        setup_cuda.find("2.13.0", "13.0")
+        cuda_toolkit.find("2.13.0", "13.0")
 
 
 @pytest.mark.parametrize("place", ["CUDA_HOME", "CUDA_PATH", "default", "PATH"])
@@ -332,9 +331,9 @@ def test_cuda_toolkit(place: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -
         wrapper.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
         wrapper.chmod(0o755)
         no_cuda.setattr(shutil, "which", lambda name: str(wrapper))
-    found = setup_cuda.find("2.13.0", "13.2")
+    found = cuda_toolkit.find("2.13.0", "13.2")
     archs = ["sm_80", "sm_90", "sm_100", "compute_100"]
-    assert found == setup_cuda.Toolkit(home, "13.0", archs)
+    assert found == cuda_toolkit.Toolkit(home, "13.0", archs)
     assert os.environ["CUDA_HOME"] == str(home)  # where torch looks for it
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;10.0+PTX"
 
@@ -359,10 +358,10 @@ def test_cuda_archs(
     home = toolkit(tmp_path / "default", version="12.6", archs="75 80 86 90")
     no_cuda.setenv("TORCH_CUDA_ARCH_LIST", asked)
     if isinstance(archs, list):
-        assert setup_cuda.find_archs(home, "12.6") == archs
+        assert cuda_toolkit.find_archs(home, "12.6") == archs
     else:  # whether or not CUDA is insisted on
         with pytest.raises(SystemExit) as error:
-            setup_cuda.find("2.13.0", "12.6")
+            cuda_toolkit.find("2.13.0", "12.6")
         mend = "set TORCH_CUDA_ARCH_LIST to some of 8.0;8.6;9.0, +PTX behind the last"
         old = ", or FUSEDRNN_CUDA=0 to build for the CPU only" if "need an arch" in archs else ""
         assert str(error.value) == archs.format(home) + mend + old
@@ -374,7 +373,7 @@ def test_cuda_archs_of_the_gpus_here(tmp_path: Path, no_cuda: pytest.MonkeyPatch
     no_cuda.setattr(torch.cuda, "device_count", lambda: len(gpus))
     no_cuda.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
     no_cuda.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_120"])
-    found = setup_cuda.find_archs(toolkit(tmp_path), "13.0")
+    found = cuda_toolkit.find_archs(toolkit(tmp_path), "13.0")
     assert found == ["sm_86", "sm_90", "compute_90"]
 
 
@@ -385,14 +384,14 @@ def test_cuda_with_a_gpu_that_is_too_old(
     no_cuda.setattr(torch.cuda, "is_available", lambda: True)
     no_cuda.setattr(torch.cuda, "device_count", lambda: 2)
     no_cuda.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 0), (7, 5)][i])
-    assert setup_cuda.find("2.13.0", "13.0") is None
+    assert cuda_toolkit.find("2.13.0", "13.0") is None
     assert capsys.readouterr().out == (
         "fusedrnn is built for the CPU only: a GPU here has compute capability 7.5 and the kernels "
         "need 8.0: set TORCH_CUDA_ARCH_LIST to build for others\n"
     )
     no_cuda.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    found = setup_cuda.find("2.13.0", "13.0")
-    assert found == setup_cuda.Toolkit(home, "13.0", ["sm_80"])
+    found = cuda_toolkit.find("2.13.0", "13.0")
+    assert found == cuda_toolkit.Toolkit(home, "13.0", ["sm_80"])
 
 
 # Where the wheels that torch brings along keep headers of CUDA's libraries.
@@ -411,7 +410,7 @@ WHEELS = {
 def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
     """From the toolkit, or from where torch brought them along: of each library that it wants."""
     home = toolkit(tmp_path / "default", version)
-    for header in setup_cuda.LIBRARY_HEADERS:
+    for header in cuda_toolkit.LIBRARY_HEADERS:
         (home / "include" / header).unlink()
     no_cuda.setattr(torch, "__file__", str(tmp_path / "site/torch/__init__.py"))
     no_cuda.setenv("FUSEDRNN_CUDA", "1")
@@ -423,22 +422,22 @@ def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.Mo
         tmp_path / "site/nvidia" / name / "include": headers
         for name, headers in WHEELS[version].items()
     }
-    for header in setup_cuda.LIBRARY_HEADERS:  # one wheel after the other
+    for header in cuda_toolkit.LIBRARY_HEADERS:  # one wheel after the other
         with pytest.raises(SystemExit, match=rf"default has no {header}: install the whole") as e:
-            setup_cuda.find("2.13.0", version)
+            cuda_toolkit.find("2.13.0", version)
         names = "nvidia-cublas-cu12 nvidia" if version == "12.8" else "nvidia-cublas nvidia"
         assert f"or pip install {names}" in str(e.value)
         for folder, headers in wheels.items():
             if header in headers:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / header).touch()
-    found = setup_cuda.find("2.13.0", version)
+    found = cuda_toolkit.find("2.13.0", version)
     assert found is not None
-    wanted = [f for f, names in wheels.items() if {*names} & {*setup_cuda.LIBRARY_HEADERS}]
+    wanted = [f for f, names in wheels.items() if {*names} & {*cuda_toolkit.LIBRARY_HEADERS}]
     assert list(found.libraries) == wanted
     # The toolkit's own come first.
     (home / "include/cusparse.h").touch()
-    found = setup_cuda.find("2.13.0", version)
+    found = cuda_toolkit.find("2.13.0", version)
     assert found is not None
     assert list(found.libraries) == [f for f in wanted if f.parent.name != "cusparse"]
 

@@ -1,6 +1,6 @@
 """Two processes train as one does: DistributedDataParallel, fully_shard; calls with DTensors.
 
-All is computed by two_processes.py, in one run.
+All is computed by helpers/two_processes.py, in one run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import fusedrnn
 if not torch.distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
 
-from two_processes import DDP, DTENSORS, FORMS, FSDP, META, H
+from helpers.two_processes import DDP, DTENSORS, FORMS, FSDP, META, H
 
 pytestmark = pytest.mark.long  # two processes
 
@@ -37,7 +37,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
     paths = [str(Path(fusedrnn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(HERE / "two_processes.py"), str(folder)],
+        [sys.executable, *launcher, str(HERE / "helpers/two_processes.py"), str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,

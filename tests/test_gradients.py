@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import FUSED, fused_like
+from helpers.parity import FUSED, fused_like
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from parity import FUSED, Nearby, assert_as_exact, autocast_result, double, fused_like
+from helpers.parity import FUSED, Nearby, assert_as_exact, autocast_result, double, fused_like
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import module_db

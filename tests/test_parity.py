@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.parity import Nearby, assert_as_exact, double, fused_like
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity import Nearby, assert_as_exact, double, fused_like
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import fused_like
+from helpers.parity import fused_like
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 

@@ -1,4 +1,4 @@
-"""The systems of systems.py: each the same with a fused layer as with torch's, and as it says."""
+"""The systems of helpers/systems.py: a fused layer gives torch's results, and what it documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from systems import (
+from helpers.systems import (
     ConvolutionalRegressor,
     DocumentClassifier,
     Layer,

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import autocast_result, has_bfloat16_lstm
+from helpers.parity import autocast_result, has_bfloat16_lstm
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jvp, vmap

@@ -2,14 +2,18 @@
 
 A regime that has no room under the tool is an error: nothing else runs in its place.
 
-python tests/sanitized.py [regime ...]: those of some regimes.
+python tests/helpers/sanitized.py [regime ...]: those of some regimes.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 from test_cuda import KINDS, REGIMES, every_kernel, lacks_clusters, run_op, running
 
 

@@ -1,6 +1,6 @@
 """Compiles csrc/cuda/*.cu with nvcc alone; holds kernels to budgets of registers and spills.
 
-Needs neither torch nor a GPU: python tests/cuda_check.py --help
+Needs neither torch nor a GPU: python -m tools.cuda_check --help
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import cuda_toolkit
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import setup_cuda  # noqa: E402
-
 ARCHS = ("sm_80", "sm_90a", "sm_100")
 # What `make gpu` compiles besides: here for one arch, and without a budget.
-OTHERS = ("benchmarks/peaks.cu", "tests/primitives.cu")
+OTHERS = ("benchmarks/peaks.cu", "tests/kernels/primitives.cu")
 # The second line and those after it are what a build through torch passes too.
 FLAGS = (
     *("-std=c++17", "-O3", "-Icsrc", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"),
@@ -149,13 +147,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     try:
-        home = setup_cuda.find_home()
+        home = cuda_toolkit.find_home()
         if home is None:
-            raise setup_cuda.MissingError(
+            raise cuda_toolkit.MissingError(
                 "there is no nvcc: set CUDA_HOME to a CUDA toolkit's root"
             )
-        version = setup_cuda.find_version(home)
-    except setup_cuda.MissingError as why:
+        version = cuda_toolkit.find_version(home)
+    except cuda_toolkit.MissingError as why:
         print(f"the CUDA kernels can't be checked: {why}")
         return 1
     start = time.monotonic()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

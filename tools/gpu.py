@@ -1,6 +1,6 @@
 """`make gpu`: what needs an NVIDIA GPU, with the torch that is there and without a network.
 
-    python tests/gpu.py [build] [tests] [ecosystem] [sanitize] [bench] [checks] [clusters]
+    python -m tools.gpu [build] [tests] [ecosystem] [sanitize] [bench] [checks] [clusters]
                         [training] [worst]
 
 Stages, all by default, each under eight minutes. A stage that fails does not stop those after it;
@@ -26,12 +26,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.report import results_of, store
+from tools import cuda_toolkit
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import setup_cuda  # noqa: E402
-from benchmarks.report import results_of, store  # noqa: E402
-
 BUILD = ROOT / "build" / "gpu"
 LIMIT_SECONDS = 470
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -183,8 +181,8 @@ def clean_but_for_others(status: int, output: str) -> bool:
 
 def of_toolkit(name: str) -> str:
     try:
-        home = setup_cuda.find_home()
-    except setup_cuda.MissingError:
+        home = cuda_toolkit.find_home()
+    except cuda_toolkit.MissingError:
         home = None
     path = f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}"
     return shutil.which(name, path=path) or name
@@ -193,7 +191,7 @@ def of_toolkit(name: str) -> str:
 def sanitize(results: Path) -> list[Command]:
     nvcc, sanitizer = of_toolkit("nvcc"), of_toolkit("compute-sanitizer")
     compiled = [nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-arch=native", "-lineinfo"]
-    compiled += ["-Icsrc", "tests/primitives.cu", "-o", str(PRIMITIVES)]
+    compiled += ["-Icsrc", "tests/kernels/primitives.cu", "-o", str(PRIMITIVES)]
     commands = [Command("nvcc", compiled)]
     for tool in TOOLS:
         check = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
@@ -214,7 +212,7 @@ def sanitized(sanitizer: str, *regimes: str) -> list[Command]:
         commands.append(
             Command(
                 f"{tool}, layers",
-                [*check, *ours, sys.executable, "tests/sanitized.py", *regimes],
+                [*check, *ours, sys.executable, "tests/helpers/sanitized.py", *regimes],
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else bounds are those of torch's blocks
                 passed=clean_but_for_others if tool == "initcheck" else is_zero,
             )

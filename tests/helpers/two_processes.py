@@ -1,6 +1,6 @@
 """Trains small models in several processes at once and measures how far they are from one process.
 
-    torchrun --standalone --nproc-per-node 2 tests/two_processes.py FOLDER
+    torchrun --standalone --nproc-per-node 2 tests/helpers/two_processes.py FOLDER
 
 Writes FOLDER/<rank>.json: for each case what was measured, or the error that it ended with. A
 distance is the largest difference, as a part of the largest value, of the worst of the tensors.
