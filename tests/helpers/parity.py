@@ -11,29 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-import fusedrnn
+from helpers.cells import MODULES, pair_of
 
-FUSED = {
-    nn.LSTM: fusedrnn.FusedLSTM,
-    nn.GRU: fusedrnn.FusedGRU,
-    nn.LSTMCell: fusedrnn.FusedLSTMCell,
-    nn.GRUCell: fusedrnn.FusedGRUCell,
-}
+# For tests of torch's classes without options.
+FUSED = {pair.plain: pair.fused for pair in MODULES}
 
 
 def fused_like(theirs: nn.Module) -> nn.Module:
     """The fused module of the same configuration, with the weights of `theirs` copied."""
-    if isinstance(theirs, nn.RNNCellBase):
-        arguments = {"bias": theirs.bias}
-    else:
-        arguments = {
-            name: getattr(theirs, name)
-            for name in ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
-        }
-        if theirs.proj_size:
-            arguments["proj_size"] = theirs.proj_size
+    pair = pair_of(theirs)
+    names = ["bias"]
+    if pair.is_layer:
+        names += ["num_layers", "batch_first", "dropout", "bidirectional"]
+        names += ["proj_size"] if theirs.proj_size else []
+    arguments = {name: getattr(theirs, name) for name in names}
     weight = next(theirs.parameters())
-    ours = FUSED[type(theirs)](
+    ours = pair.make_fused(
         theirs.input_size,
         theirs.hidden_size,
         dtype=weight.dtype,
