@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import itertools
 import os
 import random
 import resource
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cells import LAYERS
 from helpers.parity import fused_like
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
@@ -81,14 +82,15 @@ def test_any_number_of_threads(threads: int) -> None:
     torch.manual_seed(0)
     before = torch.get_num_threads()
     try:
-        for cell, rows, hidden, bidirectional in [
-            ("LSTM", 1, 256, False),
-            ("GRU", 1, 256, True),
-            ("LSTM", 11, 120, False),
-            ("GRU", 11, 120, True),
-            ("LSTM", 2, 70, True),
-        ]:
-            theirs = getattr(nn, cell)(60, hidden, bidirectional=bidirectional)
+        shapes = [
+            (1, 256, False),
+            (1, 256, True),
+            (11, 120, False),
+            (11, 120, True),
+            (2, 70, True),
+        ]
+        for pair, (rows, hidden, bidirectional) in itertools.product(LAYERS, shapes):
+            theirs = pair.make_plain(60, hidden, bidirectional=bidirectional)
             ours = fused_like(theirs)
             x = torch.randn(12, rows, 60)
             torch.set_num_threads(before)
@@ -108,8 +110,7 @@ def test_memory_is_flat() -> None:
     rng = random.Random(0)
 
     def call() -> None:
-        cell = rng.choice([fusedrnn.FusedLSTM, fusedrnn.FusedGRU])
-        module = cell(
+        module = rng.choice(LAYERS).make_fused(
             rng.randint(1, 40),
             rng.randint(1, 80),
             rng.randint(1, 2),

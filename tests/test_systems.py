@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.cells import CELLS, LAYERS, Pair, cell_named, pair_of
 from helpers.systems import (
     ConvolutionalRegressor,
     DocumentClassifier,
@@ -26,12 +27,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from fusedrnn import FusedGRU, FusedLSTM
-
-Pair = tuple[Layer, Layer]
 Step = Callable[..., tuple[Any, Tensor]]  # (model, *inputs) -> results, loss
 
-PAIRS = {"lstm": (nn.LSTM, FusedLSTM), "gru": (nn.GRU, FusedGRU)}
+LSTM = cell_named("lstm").layer
 FORWARD = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
     torch.float64: {"rtol": 1e-12, "atol": 1e-13},
@@ -57,12 +55,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())
+@pytest.fixture(params=LAYERS, ids=map(str, CELLS))
 def pair(request: pytest.FixtureRequest) -> Pair:
     return request.param
 
 
-@pytest.fixture(params=[FusedLSTM, FusedGRU], ids=PAIRS.keys())
+@pytest.fixture(params=[pair.make_fused for pair in LAYERS], ids=map(str, CELLS))
 def fused(request: pytest.FixtureRequest) -> Layer:
     return request.param
 
@@ -85,7 +83,7 @@ def twins(
     pair: Pair, make: Callable[[Layer], nn.Module], dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module]:
     """The model with torch's layer and with ours, which one seed gives the same weights."""
-    theirs, ours = (seeded(lambda layer=layer: make(layer), dtype) for layer in pair)
+    theirs, ours = (seeded(lambda layer=layer: make(layer), dtype) for layer in pair.makers)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert_close(ours.state_dict(), theirs.state_dict(), **EXACT)
     return theirs, ours
@@ -188,7 +186,7 @@ def test_regressor(
 def test_regressor_as_published() -> None:
     """The scores before training are in print, and 100 epochs of Adam end as with torch's layer."""
     models = []
-    for layer in PAIRS["lstm"]:
+    for layer in LSTM.makers:
         torch.manual_seed(1)
         model = WordRegressor(layer, 8)
         before = model(FIRST).detach().squeeze()
@@ -421,7 +419,7 @@ def test_documents_keep_the_order_of_the_caller(fused: Layer, layers: int) -> No
 
 
 def given_state(layer: nn.RNNBase, *parts: Tensor) -> State:
-    return parts if layer.mode == "LSTM" else parts[0]
+    return pair_of(layer).cell.to_hx(parts)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -436,7 +434,7 @@ def test_convolutional_regressor(pair: Pair, dtype: torch.dtype, layers: int) ->
         pair,
         lambda layer: ConvolutionalRegressor(layer, 12, layers=layers),
         step,
-        [random(4, 1, 7, 12), *states[: 2 if pair[0] is nn.LSTM else 1]],
+        [random(4, 1, 7, 12), *states[: len(pair.cell.states)]],
         dtype,
     )
 
@@ -596,7 +594,7 @@ def test_stream_classifier_goes_on_without_the_past_of_its_state(fused: Layer) -
 # The tutorial on sequence models.
 
 
-@pytest.mark.parametrize("layer", PAIRS["lstm"])
+@pytest.mark.parametrize("layer", LSTM.makers, ids=["torch", "fused"])
 def test_tutorial(layer: Layer) -> None:
     torch.manual_seed(1)
     # The numbers in print take these draws, in this order.
@@ -690,7 +688,7 @@ def test_next_word_shapes(fused: Layer) -> None:
     found = model(BATCH)
     assert found.embedded.shape == (2, 5, 3)
     assert found.output.shape == (2, 5, 4)
-    parts = found.state if fused is FusedLSTM else (found.state,)
+    parts = pair_of(model.layer).cell.from_hx(found.state)
     assert [p.shape for p in parts] == [(2, 2, 4)] * len(parts)  # [L, B, H], not batch first
     assert found.weights.shape == found.probabilities.shape == (2, 5, 8)
     assert torch.equal(found.embedded[1, 1], model.embedding.weight[VOCABULARY.index("went")])
@@ -698,16 +696,16 @@ def test_next_word_shapes(fused: Layer) -> None:
 
 def test_next_word_vectors_that_are_there_twice(fused: Layer) -> None:
     """Two: for each sentence, the last layer's h after its last word."""
-    found = seeded(lambda: NextWord(fused))(BATCH)
-    h = hidden(found.state)
+    model = seeded(lambda: NextWord(fused))
+    found = model(BATCH)
+    h, *others = pair_of(model.layer).cell.from_hx(found.state)
     in_output = [
         [(sentence, layer, t) for t in range(5) if torch.equal(found.output[sentence, t], vector)]
         for layer, states in enumerate(h)
         for sentence, vector in enumerate(states)
     ]
     assert in_output == [[], [], [(0, 1, 4)], [(1, 1, 4)]]
-    if fused is FusedLSTM:
-        _, c = found.state
+    for c in others:
         assert not any(torch.equal(v, w) for v in c.flatten(0, 1) for w in h.flatten(0, 1))
 
 
@@ -740,7 +738,7 @@ def test_next_word_probabilities(fused: Layer) -> None:
 def test_next_word_after_nothing(pair: Pair) -> None:
     """No index is the empty prefix's, and a layer refuses to read nothing: models add a start."""
     messages = []
-    for layer in pair:
+    for layer in pair.makers:
         with pytest.raises(RuntimeError, match="sequence length to be larger than 0") as caught:
             seeded(lambda layer=layer: NextWord(layer))(BATCH[:, :0])
         messages.append(str(caught.value))

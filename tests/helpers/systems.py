@@ -20,6 +20,8 @@ from torch.nn.utils.rnn import (
     pad_sequence,
 )
 
+from helpers.cells import pair_of
+
 Layer = Callable[..., nn.RNNBase]
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -47,7 +49,7 @@ def zero_state(layer: nn.RNNBase, rows: int) -> State:
     h = layer.weight_hh_l0.new_zeros(
         layer.num_layers * (2 if layer.bidirectional else 1), rows, layer.hidden_size
     )
-    return (h, torch.zeros_like(h)) if layer.mode == "LSTM" else h
+    return pair_of(layer).cell.to_hx([h, torch.zeros_like(h)])
 
 
 class WordRegressor(nn.Module):

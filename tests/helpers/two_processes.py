@@ -34,7 +34,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import fusedrnn
+sys.path.append(str(Path(__file__).parents[1]))
+
+from helpers.cells import CELLS, Pair
 
 T, B, I, H, STEPS = 5, 5, 4, 6, 3  # B is odd: one process has more rows than the other
 Batch = tuple[Tensor, Tensor]  # x [T, B, I] and the length of each row [B], on the CPU
@@ -46,27 +48,25 @@ Measured = dict[str, Any]
 class Form:
     """A module and how rows of different lengths come to it, if they do."""
 
-    module: str  # its name in torch.nn
+    pair: Pair
     rows: str = "padded"  # "lengths" or "packed"
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def is_cell(self) -> bool:
-        return self.module.endswith("Cell")
+        return not self.pair.is_layer
 
 
 DEEP = {"num_layers": 2, "bidirectional": True}
-FORMS = {
-    "lstm": Form("LSTM", settings=DEEP),
-    "lstm lengths": Form("LSTM", "lengths", DEEP),
-    "lstm packed": Form("LSTM", "packed", DEEP),
-    "lstm proj": Form("LSTM", settings={**DEEP, "proj_size": 3, "batch_first": True}),
-    "gru": Form("GRU", settings=DEEP),
-    "gru lengths": Form("GRU", "lengths", {**DEEP, "batch_first": True}),
-    "gru packed": Form("GRU", "packed", DEEP),
-    "lstm cell": Form("LSTMCell"),
-    "gru cell": Form("GRUCell"),
-}
+FIRST = {**DEEP, "batch_first": True}
+FORMS: dict[str, Form] = {}
+for cell in CELLS:
+    FORMS[f"{cell}"] = Form(cell.layer, settings=DEEP)
+    FORMS[f"{cell} lengths"] = Form(cell.layer, "lengths", DEEP if cell.projects else FIRST)
+    FORMS[f"{cell} packed"] = Form(cell.layer, "packed", DEEP)
+    if cell.projects:
+        FORMS[f"{cell} proj"] = Form(cell.layer, settings={**FIRST, "proj_size": 3})
+    FORMS[f"{cell} cell"] = Form(cell.step)
 DDP = {
     "plain": {},
     "static graph": {"static_graph": True},
@@ -92,8 +92,8 @@ class Model(nn.Module):
         super().__init__()
         self.form = form
         self.in_place = in_place
-        layer = getattr(fusedrnn, f"Fused{form.module}") if fused else getattr(nn, form.module)
-        self.rnn = layer(I, H, **form.settings, dtype=torch.float64)
+        make = form.pair.make_fused if fused else form.pair.make_plain
+        self.rnn = make(I, H, **form.settings, dtype=torch.float64)
         directions = 2 if form.settings.get("bidirectional") else 1
         width = directions * form.settings.get("proj_size", H)
         self.head = nn.Linear(width, 2, dtype=torch.float64)
