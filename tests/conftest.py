@@ -13,7 +13,14 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 
 # Compare what may run in different kernels; test_cuda.py sets the precision itself.
-FLOAT32 = {"test_compile", "test_functorch", "test_swap", "test_works_with"}
+FLOAT32 = {
+    "test_compile",
+    "test_functorch",
+    "test_swap",
+    "test_swap_left",
+    "test_swap_subclasses",
+    "test_works_with",
+}
 
 
 @pytest.fixture(autouse=True)

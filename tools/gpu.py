@@ -154,7 +154,7 @@ PYTEST += ["--maxfail=25", "-o", "faulthandler_timeout=120"]
 def tests(results: Path) -> list[Command]:
     others = ["tests/test_ops.py"]
     if importlib.util.find_spec("expecttest"):  # which torch's own samples need
-        others.append("tests/test_modules.py")
+        others += [f"tests/test_module{end}.py" for end in ("s", "_attributes", "_errors")]
     return [
         Command("primitives", [*PYTEST, "tests/test_primitives.py"], passed=some_passed),
         Command(
