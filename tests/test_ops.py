@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cells import CELLS, Cell, cell_named
+from helpers.cells import CELLS, NOT_IN_TORCH, Cell, cell_named
 from torch import Tensor
 
-from fusedrnn import _ops, _reference
+import fusedrnn  # noqa: F401  loads the ops
 
 LSTM = cell_named("lstm")
 UNPROJECTED = [cell for cell in CELLS if not cell.projects]
@@ -34,10 +34,6 @@ def batch(cell: Cell) -> dict[str, Any]:
     }
 
 
-def saved_shape(cell: Cell) -> tuple[int, ...]:
-    return 1, T * B, _ops._SAVED[cell.name], H
-
-
 def forward(cell: Cell = LSTM, **changes: Any) -> Any:
     return cell.forward_op()(**{**batch(cell), "save": True, **changes})
 
@@ -48,14 +44,17 @@ def backward(cell: Cell = LSTM, **changes: Any) -> Any:
         **{f"grad_{state}_n": torch.randn(1, B, H) for state in cell.states},
         **batch(cell),
         "output": torch.randn(T, B, H),
-        "saved": torch.rand(saved_shape(cell)),
+        "saved": torch.rand(1, T * B, cell.saved, H),
         "output_mask": [True] * (1 + len(cell.states) + 4),
     }
     return cell.backward_op()(**{**arguments, **changes})
 
 
 def test_the_table_has_every_cell_of_the_library() -> None:
-    assert {cell.name: cell.gates for cell in CELLS} == _reference.GATES
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    ops = {name for library, name in names if library == "fusedrnn"}
+    layers = {name for name in ops if f"{name}_backward" in ops}
+    assert layers == {*NOT_IN_TORCH, *map(str, CELLS)}
 
 
 def test_the_calls_that_the_errors_vary_work() -> None:
@@ -68,7 +67,7 @@ def test_the_calls_that_the_errors_vary_work() -> None:
     for cell in CELLS:
         states = [(1, B, H) for _ in cell.states]
         outputs = forward(cell)
-        assert [tuple(t.shape) for t in outputs] == [(T, B, H), *states, saved_shape(cell)]
+        assert [tuple(t.shape) for t in outputs] == [(T, B, H), *states, (1, T * B, cell.saved, H)]
         *inputs, w = backward(cell)
         assert [tuple(t.shape) for t in inputs] == [(T, B, I), *states]
         assert [tuple(t.shape) for t in w] == cell.weight_shapes(I, H)

@@ -33,6 +33,7 @@ class Cell:
         plain_cell: torch's module for a single step.
         fused_cell: our module for a single step.
         gates: the rows of a weight, in units of hidden_size.
+        saved: the values that the forward op saves of a step and unit for the backward pass.
         states: "h", and "c" if there is a cell state.
         projects: whether the layer takes proj_size.
         options: of all four constructors, for cells that share a class.
@@ -45,6 +46,7 @@ class Cell:
     plain_cell: type[nn.RNNCellBase]
     fused_cell: type[nn.RNNCellBase]
     gates: int
+    saved: int
     states: tuple[str, ...] = ("h",)
     projects: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -140,6 +142,7 @@ CELLS = (
         plain_cell=nn.LSTMCell,
         fused_cell=fusedrnn.FusedLSTMCell,
         gates=4,
+        saved=5,
         states=("h", "c"),
         projects=True,
     ),
@@ -151,8 +154,12 @@ CELLS = (
         plain_cell=nn.GRUCell,
         fused_cell=fusedrnn.FusedGRUCell,
         gates=3,
+        saved=5,
     ),
 )
+# Ops of cells that torch has no module for: they have tests of their own.
+NOT_IN_TORCH: tuple[str, ...] = ()
+
 LAYERS = [cell.layer for cell in CELLS]
 STEPS = [cell.step for cell in CELLS]
 MODULES = [*LAYERS, *STEPS]
