@@ -36,6 +36,7 @@ class Cell:
         saved: the values that the forward op saves of a step and unit for the backward pass.
         states: "h", and "c" if there is a cell state.
         projects: whether the layer takes proj_size.
+        has_dead_units: whether units may stop having gradients, so that small models do not train.
         options: of all four constructors, for cells that share a class.
     """
 
@@ -49,6 +50,7 @@ class Cell:
     saved: int
     states: tuple[str, ...] = ("h",)
     projects: bool = False
+    has_dead_units: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     def __str__(self) -> str:
