@@ -1,4 +1,4 @@
-"""What several files of tests share."""
+"""Fixtures of several test files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-# For tools/. At the end: `make sanitize` imports the fusedrnn that PYTHONPATH names.
+# For tools/. Last on the path, because `make sanitize` tests the fusedrnn of PYTHONPATH.
 sys.path.append(str(Path(__file__).parents[1]))
 
-# Compare what may run in different kernels; test_cuda.py sets the precision itself.
+# These files compare results of different kernels. test_cuda.py sets the precision itself.
 FLOAT32 = {
     "test_compile",
     "test_functorch",
     "test_swap",
-    "test_swap_left",
+    "test_swap_skipped",
     "test_swap_subclasses",
     "test_works_with",
 }
@@ -25,7 +25,7 @@ FLOAT32 = {
 
 @pytest.fixture(autouse=True)
 def ieee(request: pytest.FixtureRequest) -> Iterator[None]:
-    """float32 on a GPU without TF32, whose rounding would be the greatest difference."""
+    """Disables TF32 on a GPU: its rounding would hide every other difference."""
     if request.module.__name__ not in FLOAT32 or not torch.cuda.is_available():
         yield
         return

@@ -44,7 +44,7 @@ def fresh() -> None:
 def arguments(
     cell: Cell, both: bool, layout: str, projected: bool, given: bool, device: str, grad: bool
 ) -> tuple[Any, ...]:
-    """Of the forward op, but save."""
+    """Arguments of the forward op without save."""
     directions, proj_size = 1 + both, 2 if projected else 0
 
     def new(*shape: int) -> Tensor:
@@ -97,7 +97,7 @@ def test_opcheck_of_the_backward_ops(
     mask = [True] * (1 + len(states) + len(weights))
     of_op = (*grads, input, *states, weights, *args[-3:], out[0], out[-1], mask)
     torch.library.opcheck(cell.backward_op().default, of_op)
-    # Made of torch's own ops, for second derivatives, of which torch has no compiled ones.
+    # It consists of torch's ops, for second derivatives, which torch does not compile.
     torch.library.opcheck(
         getattr(torch.ops.fusedrnn, f"_{cell}_backward_differentiable").default,
         of_op,
@@ -107,7 +107,7 @@ def test_opcheck_of_the_backward_ops(
 
 @EACH_CELL
 def test_opcheck_of_second_derivatives(cell: Cell, device: str) -> None:
-    """In eager mode: torch has no compiled ones."""
+    """Only in eager mode: torch does not compile them."""
     args = arguments(cell, False, "padded", False, False, device, True)
     with torch.no_grad():
         out = cell.forward_op()(*args, True)
@@ -161,7 +161,7 @@ def check(module: nn.Module, compiled: Any, *args: Any, **settings: Any) -> None
 def test_two_graphs_for_all_sizes(
     pair: Pair, backend: str, with_lengths: bool, device: str
 ) -> None:
-    """One for the first sizes, one for all others; a size of 1 is torch's own exception."""
+    """One graph for the first sizes and one for all others; torch specialises on a size of 1."""
     model = Model(pair.make_fused).to(device)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -219,7 +219,7 @@ def test_no_graph_break(case: str) -> None:
 
 
 def test_wrong_states_of_a_packed_batch() -> None:
-    """How many rows there should be is not known before the run; the op says it then."""
+    """The number of rows is unknown before the run; then the op checks it."""
     module = deep()
     h, c = states()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -280,7 +280,7 @@ def test_export_of_any_sizes(pair: Pair, strict: bool, tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "model.pt2")
     check_sizes(model, torch.export.load(tmp_path / "model.pt2").module())
     kept = [n for n in program.run_decompositions().graph.nodes if "fusedrnn" in str(n.target)]
-    assert len(kept) == 2  # an op a layer, for every size
+    assert len(kept) == 2  # one op a layer for all sizes
 
 
 RUN = """
@@ -295,7 +295,7 @@ print("same")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.long
 def test_aot_inductor(tmp_path: Path) -> None:
-    """A compiled package runs, for any sizes, in a process that knows nothing of the model."""
+    """A compiled package runs with any sizes in a process without the model."""
     model = BatchFirst(FusedLSTM).eval()
     package = torch._inductor.aoti_compile_and_package(
         exported(model), package_path=str(tmp_path / "model.pt2")

@@ -1,4 +1,4 @@
-"""torch.func: what its transforms give is what a loop of plain calls gives, and by which ops."""
+"""Transforms of torch.func give the results of a loop of plain calls, by the expected ops."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def hx(module: nn.Module, *samples: int, rows: int = B, device: str = "cpu") -> 
 
 
 def looped(function: Callable[..., Any], dims: tuple[Any, ...], *args: Any) -> Any:
-    """vmap by its definition, for a dimension of each argument, all of its tensors or none."""
+    """vmap by its definition: a loop over a dimension of each argument's tensors."""
     leaves, results = torch.utils._pytree, []
     for i in range(V):
         sample = [
@@ -71,7 +71,7 @@ def looped(function: Callable[..., Any], dims: tuple[Any, ...], *args: Any) -> A
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often each op was called, and the reference."""
+    """Counts calls of ops and of the reference."""
     count: Counter[str] = Counter()
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +107,7 @@ def test_vmap_over_inputs_and_states(
     ):
         calls.clear()
         found = vmap(module, in_dims=dims)(*args)
-        assert calls == {"forward": module.num_layers}  # one batch of all samples
+        assert calls == {"forward": module.num_layers}  # all samples as one batch
         assert_close(found, looped(module, dims, *args))
 
 
@@ -218,7 +218,7 @@ def test_per_sample_gradients(pair: Pair, settings: str, device: str, calls: Cou
         flat = torch.utils._pytree.tree_leaves(leaves)
         alone = torch.autograd.grad(loss(*leaves), flat)
         assert_close([g[i] for g in torch.utils._pytree.tree_leaves(found)], list(alone))
-    # Of the inputs alone, one call for all.
+    # Gradients of inputs alone need one call for all samples.
     calls.clear()
     of_input = vmap(grad(loss, argnums=(1, 2)), in_dims=dims)(weights, x, states)
     assert calls == {"forward": module.num_layers, "backward": module.num_layers}
@@ -251,7 +251,7 @@ def test_per_sample_gradients_of_other_layouts(
 
 @EVERY
 def test_jacobians(pair: Pair, settings: str, calls: Counter[str]) -> None:
-    """jacrev maps over the gradients of the outputs, jacfwd over tangents."""
+    """jacrev maps over output gradients, jacfwd over tangents."""
     module = made(pair, settings).requires_grad_(False)
     x = random(2, 2, I)
     expected = torch.autograd.functional.jacobian(lambda x: module(x)[0], x)
@@ -348,7 +348,7 @@ def test_cells(pair: Pair, calls: Counter[str]) -> None:
 
 
 def test_gradients_reach_what_is_outside() -> None:
-    """vmap of a module whose parameters want gradients, by backward() outside of it."""
+    """vmap of a module with trainable parameters, and backward() outside of vmap."""
     module = made(LSTM, "layers-bidirectional")
     x = random(V, T, B, I).requires_grad_()
     leaves = [x, *module.parameters()]
@@ -432,7 +432,7 @@ def test_vmap_over_gradients_of_one_call(pair: Pair, settings: str) -> None:
 
 
 def test_random_dropout() -> None:
-    """vmap wants to be told what a random op does; then it works."""
+    """vmap needs its `randomness` argument for dropout."""
     module = LSTM.make_fused(I, H, 2, dropout=0.5)
     x = random(T, B, I).float().expand(V, -1, -1, -1)
     with pytest.raises(RuntimeError, match="randomness"):

@@ -1,4 +1,4 @@
-"""Derivatives: numerically, of second order, from any subset of outputs, under torch.func."""
+"""Derivatives: numerical checks, second order, any subset of outputs, torch.func."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MODES = [
     )
     if not proj or cell_named(cell).projects
 ]
-# Pairs of every two settings, in a twelfth of the modes.
+# A twelfth of the modes, with every pair of two settings.
 COVERING = MODES[::13] + MODES[5::29]
 
 
 def problem(mode: tuple, device: str = "cpu") -> tuple:
-    """A function of tensors, all of them, and the tensors."""
+    """A layer as a function of all its tensors, and the tensors."""
     name, layers, bidirectional, bias, proj, layout, states = mode
     cell = cell_named(name)
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_frozen_weights_let_the_gradient_through(frozen: str) -> None:
 
 
 def test_only_what_requires_grad_is_computed() -> None:
-    """Frozen weights and a constant input: the backward op is told, and no graph is kept."""
+    """With frozen weights and a constant input no graph is kept."""
     module = fusedrnn.FusedLSTM(3, 5)
     for p in module.parameters():
         p.requires_grad_(False)
@@ -171,7 +171,7 @@ def test_retain_graph_and_accumulation() -> None:
 
 @pytest.mark.parametrize("proj_size", [0, 2])
 def test_outputs_may_be_changed_in_place(proj_size: int) -> None:
-    """As by relu_ or inplace dropout behind the layer: the backward pass does not need them."""
+    """Such as by relu_ or inplace dropout: the backward pass does not need outputs."""
     torch.manual_seed(0)
     modules = []
     for cell in CELLS:
@@ -206,7 +206,7 @@ def test_gradient_penalty() -> None:
 
 
 def unrolled(module: nn.Module, _: Cell) -> Callable[[Tensor], Tensor]:
-    """A loop of a cell: each state depends on the weights that the next step has too."""
+    """A loop over a cell: each state depends on the weights of the next step."""
 
     def call(x: Tensor) -> Tensor:
         hx = None
@@ -257,7 +257,7 @@ def test_arguments_that_depend_on_each_other(make_call: Any, pair: Pair) -> None
 @pytest.mark.parametrize("lengths", [None, [3, 0, 2]])
 @pytest.mark.parametrize(("hidden", "proj"), [(8, 100), (70, 100), (8, 65), (70, 3)])
 def test_projection_of_any_size(hidden: int, proj: int, lengths: list[int] | None) -> None:
-    """nn.LSTM's constructor keeps proj_size below hidden_size; the op need not."""
+    """nn.LSTM requires proj_size < hidden_size; the op does not."""
     torch.manual_seed(0)
     shapes = [(4 * hidden, 5), (4 * hidden, proj), (4 * hidden,), (4 * hidden,), (proj, hidden)]
     weights = [torch.randn(s, dtype=torch.float64).mul(0.1).requires_grad_() for s in shapes]
@@ -316,7 +316,7 @@ def test_torch_func(pair: Pair) -> None:
 
 @EACH_LAYER
 def test_nan_propagates(pair: Pair) -> None:
-    """From the step and row where it enters, and nowhere else; from weights, everywhere."""
+    """NaN in one row spreads from its step in that row; NaN in a weight spreads everywhere."""
     module = pair.make_fused(3, 20)
     x = torch.randn(5, 3, 3)
     x[2, 1, 0] = float("nan")
@@ -336,7 +336,7 @@ def test_nan_propagates(pair: Pair) -> None:
 
 @EACH_LAYER
 def test_same_bits_on_a_second_run(pair: Pair) -> None:
-    """Forward and backward, with threads sharing rows, units or directions."""
+    """Forward and backward, with rows, units or directions shared by threads."""
     torch.manual_seed(0)
     for rows, hidden, bidirectional in [(1, 256, False), (3, 200, False), (40, 96, True)]:
         module = pair.make_fused(50, hidden, bidirectional=bidirectional)

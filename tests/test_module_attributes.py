@@ -1,4 +1,4 @@
-"""Attributes of a module that change after its construction, as torch's modules read them."""
+"""Attributes that change after construction: modules read them as torch's do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 
-# What is true or false, or a number, without being Python's own; and what is neither.
+# Flags and numbers that are not Python's own types, and values that are neither.
 ODD = {
     "1": 1,
     "0": 0,
@@ -39,7 +39,7 @@ READ = (*FLAGS, "dropout", "num_layers")
 @pytest.mark.parametrize("attribute", READ)
 @EACH_LAYER
 def test_attributes_changed_after_construction(attribute: str, value: str, pair: Pair) -> None:
-    """Each that a call reads: torch's result where torch has one, else an exception."""
+    """Every attribute gives torch's result, or an exception where torch has no result."""
     given = ODD[value]
     torch.manual_seed(0)
     a = pair.make_plain(3, 4, 2, bidirectional=True)
@@ -48,9 +48,9 @@ def test_attributes_changed_after_construction(attribute: str, value: str, pair:
     results: list[Any] = []
     for module in (a, b):
         setattr(module, attribute, given)
-        torch.manual_seed(1)  # of dropout
+        torch.manual_seed(1)  # for dropout
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a division
+            warnings.simplefilter("ignore", RuntimeWarning)  # from a division in numpy
             error = raised(lambda m=module: results.append(m(x)))
         if error is not None:
             results.append(error)
@@ -67,13 +67,13 @@ def test_attributes_changed_after_construction(attribute: str, value: str, pair:
 @pytest.mark.parametrize("attribute", SIZES)
 @EACH_LAYER
 def test_sizes_changed_after_construction(attribute: str, pair: Pair) -> None:
-    """They are no longer those of the weights: an error in every layout, as in torch."""
+    """Sizes that do not fit the weights are an error in every layout, as in torch."""
     x, hx = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     module = pair.make_fused(3, 4)
     setattr(module, attribute, 2)
     state = pair.cell.to_hx([hx, hx])
     for given in (x, x[:, 0], pack_sequence([x[:, 0]])):
-        if attribute != "hidden_size":  # which torch compares with a state alone
+        if attribute != "hidden_size":  # torch compares it only with a state
             with pytest.raises(RuntimeError):
                 module(given)
     with pytest.raises(RuntimeError):
@@ -88,7 +88,7 @@ def test_sizes_changed_after_construction(attribute: str, pair: Pair) -> None:
 @EACH_STEP
 @pytest.mark.parametrize("attribute", ["input_size", "hidden_size"])
 def test_sizes_of_a_cell_changed_after_construction(attribute: str, pair: Pair) -> None:
-    """As torch, a cell goes by its weights alone."""
+    """A cell reads only its weights, as torch's does."""
     torch.manual_seed(0)
     a = pair.make_plain(3, 4)
     b = fused_like(a)
@@ -102,10 +102,10 @@ def test_sizes_of_a_cell_changed_after_construction(attribute: str, pair: Pair) 
     assert_same_error(lambda make: modules[make](torch.randn(2, 2)), pair)
 
 
-def test_attributes_that_make_no_sense() -> None:
-    """An exception, and none that was set and forgotten."""
+def test_invalid_attributes() -> None:
+    """An exception is raised, and none is left pending."""
     x = torch.randn(5, 2, 3)
-    for name in ([], 5, None):  # no name, one that can't be looked up among them
+    for name in ([], 5, None):  # not names, and [] cannot even be hashed
         module = fusedrnn.FusedLSTM(3, 4)
         module._flat_weights_names[0] = name
         with pytest.raises((TypeError, AttributeError)):
@@ -128,7 +128,7 @@ def test_attributes_that_make_no_sense() -> None:
 )
 @EACH_LAYER
 def test_attributes_that_leave_weights_out(kept: dict, pair: Pair) -> None:
-    """The layer is the one that would have been made so, with the weights of these names."""
+    """The layer computes as if constructed so, with the weights of these names."""
     torch.manual_seed(0)
     made = {"num_layers": 1 if "bidirectional" in kept else 3, "bias": True, "bidirectional": True}
     module = pair.make_fused(3, 4, **made)
@@ -141,7 +141,7 @@ def test_attributes_that_leave_weights_out(kept: dict, pair: Pair) -> None:
     torch.testing.assert_close(module(x, lengths=[5, 5]), expected(x))
 
 
-def test_attributes_that_want_more_weights() -> None:
+def test_attributes_that_need_more_weights() -> None:
     x = torch.randn(5, 2, 3)
     for name, value in {"num_layers": 2, "bias": True, "bidirectional": True}.items():
         module = fusedrnn.FusedGRU(3, 4, bias=False)
@@ -158,7 +158,7 @@ def test_attributes_that_want_more_weights() -> None:
 @pytest.mark.parametrize("when", ["constructed", "changed"])
 @EACH_STEP
 def test_bias_of_a_cell(when: str, value: str, swap: bool, pair: Pair) -> None:
-    """Whatever `bias` is, the biases that are there take part, as in torch."""
+    """Existing biases are used whatever `bias` is, as in torch."""
     given = ODD.get(value, value == "True")
     modules = []
     for make in (pair.make_plain, pair.make_plain if swap else pair.make_fused):
@@ -181,7 +181,7 @@ def test_bias_of_a_cell(when: str, value: str, swap: bool, pair: Pair) -> None:
 
 @pytest.mark.parametrize("absent", [("bias_ih",), ("bias_hh",), ("bias_ih", "bias_hh")])
 @EACH_STEP
-def test_a_cell_whose_biases_were_taken_away(absent: tuple, pair: Pair) -> None:
+def test_a_cell_whose_biases_were_removed(absent: tuple, pair: Pair) -> None:
     torch.manual_seed(0)
     a = pair.make_plain(3, 4)
     b = fused_like(a)

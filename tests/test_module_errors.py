@@ -1,4 +1,4 @@
-"""Errors of the modules are torch's own: of constructors, inputs, states and lengths."""
+"""Errors of constructors and calls have torch's types and messages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_input_errors(case: str, pair: Pair) -> None:
 
 
 def packed_data(data: Tensor) -> PackedSequence:
-    """What a caller can make by hand, past the checks of the packing functions."""
+    """A PackedSequence made by hand, without the checks of the packing functions."""
     return PackedSequence(data, torch.tensor([2, 1]))
 
 
@@ -198,7 +198,7 @@ def test_hx_errors_of_the_cell_state() -> None:
     ],
 )
 def test_own_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    """Where torch has no clear error: its own form where it has one for a like case."""
+    """Where torch has no clear error, ours follows torch's message for a similar case."""
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call()
 
@@ -241,13 +241,13 @@ def test_cell_errors(case: str, pair: Pair) -> None:
 
 
 @EACH_STEP
-def test_unbatched_cell_wants_unbatched_hx(pair: Pair) -> None:
-    """Torch's words for it changed between releases."""
+def test_unbatched_cell_needs_unbatched_hx(pair: Pair) -> None:
+    """Torch's message for it changed between releases."""
     with pytest.raises(RuntimeError, match="hidden0 has inconsistent hidden_size: got 1, expected"):
         given(pair.make_fused, torch.randn(3), *torch.randn(2, 1, 4))
 
 
-def test_cell_wants_a_pair() -> None:
+def test_cell_needs_a_pair() -> None:
     for state in (torch.randn(2, 4), torch.randn(4), (torch.randn(2, 4),)):
         with pytest.raises(TypeError, match="LSTMCell: Expected hx to be a tuple of two tensors"):
             fusedrnn.FusedLSTMCell(3, 4)(torch.randn(2, 3), state)

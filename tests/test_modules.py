@@ -67,7 +67,7 @@ def test_constructors_name_their_arguments() -> None:
     base.remove("mode")
     for pair in LAYERS:
         names = list(base)
-        names[4:4] = pair.cell.options  # behind num_layers, as in nn.RNN
+        names[4:4] = pair.cell.options  # after num_layers, as in nn.RNN
         assert list(inspect.signature(pair.fused.__init__).parameters) == names
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'hidden_size"):
             pair.make_fused(3)
@@ -149,7 +149,7 @@ def test_copies_pickles_and_moves(pair: Pair) -> None:
 @EACH_MODULE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(pair: Pair, dtype: torch.dtype) -> None:
-    """Output types are torch's own; gradients of the parameters stay float32."""
+    """Output types are torch's; gradients of parameters stay float32."""
     torch.manual_seed(0)
     a = pair.make_plain(3, 4)
     x = torch.randn(5, 3).to(dtype)
@@ -187,11 +187,11 @@ def test_trace() -> None:
         torch.testing.assert_close(theirs.grad, ours.grad)
 
 
-def test_the_short_way_agrees_with_the_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What csrc/python.cpp does and what the modules do without it, and that it is taken."""
+def test_the_fast_path_agrees_with_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """csrc/python.cpp is used, and gives the bits of modules.py alone."""
     calls = {"taken": 0}
 
-    def short(name: str) -> Any:
+    def fast_path(name: str) -> Any:
         function = getattr(fusedrnn._ops, name)
 
         def counted(*arguments: Any) -> Any:
@@ -217,7 +217,7 @@ def test_the_short_way_agrees_with_the_long_one(monkeypatch: pytest.MonkeyPatch)
             functools.partial(unbiased, x[0], hx_of_step),
         ]
     for name in ("fast_layers", "fast_cell"):
-        monkeypatch.setattr(fusedrnn._ops, name, short(name))
+        monkeypatch.setattr(fusedrnn._ops, name, fast_path(name))
     fast = [case() for case in cases]
     with torch.no_grad():
         without_gradient = [case() for case in cases]
@@ -238,17 +238,17 @@ CALLED = pytest.mark.parametrize(
 
 
 class Stopped(BaseException):
-    """What `except Exception` does not see, as torch.utils.checkpoint may raise."""
+    """`except Exception` does not catch it; torch.utils.checkpoint may raise such."""
 
 
 @pytest.mark.parametrize(
     "error", [KeyError, KeyboardInterrupt, Stopped, torch.OutOfMemoryError, MemoryError]
 )
 @CALLED
-def test_what_a_hook_raises_is_the_callers(
+def test_exceptions_of_hooks_reach_the_caller(
     pair: Pair, settings: dict[str, Any], error: type[BaseException]
 ) -> None:
-    """At any of the tensors that a call saves: as it is, and no hook runs again."""
+    """A hook may raise at any saved tensor. Its exception arrives unchanged, and no hook reruns."""
     module = pair.make_fused(3, 4, **settings)
     x = torch.randn((5, 2, 3) if pair.is_layer else (2, 3))
 
@@ -279,7 +279,7 @@ def test_what_a_hook_raises_is_the_callers(
 
 @CALLED
 def test_checkpoints_that_stop_early(pair: Pair, settings: dict[str, Any]) -> None:
-    """torch.utils.checkpoint ends a recomputation by an exception of a hook."""
+    """torch.utils.checkpoint ends a recomputation by raising in a hook."""
     module = pair.make_fused(3, 4, **settings)
     x = torch.randn((5, 2, 3) if pair.is_layer else (2, 3), requires_grad=True)
 
@@ -301,7 +301,7 @@ def test_meta_device_gives_shapes() -> None:
 
 
 def test_weights_are_read_at_each_call() -> None:
-    """weight_norm, parametrizations and assignment change the weights behind nn.LSTM's back."""
+    """weight_norm, parametrizations and assignment change weights without telling the module."""
     torch.manual_seed(0)
     x = torch.randn(5, 2, 3)
     module = fusedrnn.FusedLSTM(3, 4)
@@ -321,9 +321,9 @@ def test_weights_are_read_at_each_call() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @EACH_MODULE
 def test_torchs_own_samples(pair: Pair, dtype: torch.dtype) -> None:
-    """The inputs that torch tests its modules with, values and gradients."""
+    """Values and gradients of the inputs that torch tests its modules with."""
     (info,) = [m for m in module_db if m.module_cls is pair.plain]
-    torch.manual_seed(0)  # of the samples, which are the same in any order of the tests
+    torch.manual_seed(0)  # the samples must not depend on the order of tests
     count = 0
     for training in (True, False):
         for requires_grad in (True, False):
@@ -337,7 +337,7 @@ def test_torchs_own_samples(pair: Pair, dtype: torch.dtype) -> None:
                 torch.manual_seed(0)
                 a = pair.plain(*construct.args, **{**construct.kwargs, "dtype": dtype})
                 a.train(training)
-                if not pair.matches(a):  # of another cell, in torch's class of both
+                if not pair.matches(a):  # another cell with the same class
                     continue
                 nearby = Nearby(dtype)
                 args, kwargs = forward.args, forward.kwargs
@@ -361,7 +361,7 @@ def outputs_and_gradients(
     def cast(t: Any) -> Any:
         return change(t.to(dtype)) if isinstance(t, Tensor) and t.is_floating_point() else t
 
-    torch.manual_seed(1)  # of dropout
+    torch.manual_seed(1)  # for dropout
     out = module(*tree_map(cast, args), **tree_map(cast, kwargs))
     flat = list(tensors(out))
     loss = sum(t.double().square().sum() for t in flat)

@@ -111,12 +111,12 @@ def run(
     dtype: torch.dtype,
     change: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> list[Tensor]:
-    """Output, states and all gradients of a loss of the outputs that are used."""
+    """Output, states and all gradients of a loss that reads the outputs in `used`."""
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(c.seed)
     steps, rows = max(c.lengths), len(c.lengths)
     x = torch.randn(steps, rows, c.input_size, generator=generator) * c.scale
-    # The values that the storage type can hold, in every type.
+    # Every type gets the values that c.dtype can represent.
     x = change(x.to(c.dtype).to(dtype)).to(device)
     if c.strided:
         x = torch.stack((x, x), -1)[..., 0]
@@ -146,7 +146,7 @@ def run(
     loss = sum((y * w).sum() for y, w in zip(used, weights, strict=True))
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
-    # A gradient of nothing may be None or zero.
+    # An unused tensor's gradient may be None or zero.
     filled = [
         torch.zeros_like(p) if g is None else g
         for g, p in zip(gradients, [*leaves, *parameters], strict=True)
@@ -155,7 +155,7 @@ def run(
 
 
 def check(c: Configuration, device: str = "cpu", eps: float | None = None) -> None:
-    """`eps`: as Nearby's."""
+    """`eps`: see Nearby."""
     torch.manual_seed(c.seed)
     arguments = {
         "num_layers": c.num_layers,
@@ -191,7 +191,7 @@ def test_random_configurations(c: Configuration) -> None:
 @EACH_LAYER
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_as_exact_as_torch_on_average(pair: Pair, scale: float) -> None:
-    """Root mean square errors of values and gradients: their mean ratio to torch's."""
+    """The mean ratio of our root mean square errors to torch's."""
     ratios: dict[int, list[float]] = {}
     for seed in range(20):
         torch.manual_seed(seed)
@@ -223,7 +223,7 @@ def test_as_exact_as_torch_on_average(pair: Pair, scale: float) -> None:
 def test_shared_between_threads(
     cell: Cell, bidirectional: bool, rows: int, steps: int, hidden: int
 ) -> None:
-    """Sizes at which a layer is split by rows, by units or by directions over several threads."""
+    """Sizes at which threads share a layer by rows, by units or by directions."""
     for layout in ("padded", "unsorted"):
         check(
             Configuration(
@@ -285,7 +285,7 @@ def test_lengths_are_a_packed_batch(pair: Pair, bidirectional: bool, batch_first
 @EACH_LAYER
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_lengths_of_zero_and_padding(pair: Pair, bidirectional: bool) -> None:
-    """A row of no steps keeps its state, and what stands in the padding changes nothing."""
+    """A row of no steps keeps its state, and padding is not read."""
     torch.manual_seed(0)
     module = pair.make_fused(4, 6, bidirectional=bidirectional)
     x = torch.randn(5, 3, 4)

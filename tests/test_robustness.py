@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def test_eight_threads_on_one_module() -> None:
-    """Each thread has its own input; half of them also run backward."""
+    """Each thread has its own input; half of the threads also run backward."""
     torch.manual_seed(0)
     for hidden, rows in [(256, 1), (40, 9)]:  # steps shared by threads, rows shared by threads
         module = fusedrnn.FusedLSTM(30, hidden)
@@ -72,7 +72,9 @@ class Encoded(Dataset):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_data_loader_workers(context: str) -> None:
     data = Encoded()
-    expected = torch.stack([data[i] for i in range(len(data))])  # the parent's threads have run
+    expected = torch.stack(
+        [data[i] for i in range(len(data))]
+    )  # the parent has started its threads
     loader = DataLoader(data, batch_size=3, num_workers=2, multiprocessing_context=context)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
@@ -128,7 +130,7 @@ def test_memory_is_flat() -> None:
         call()
     gc.collect()
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    growth //= 1024 if sys.platform == "darwin" else 1  # bytes there, KiB elsewhere
+    growth //= 1024 if sys.platform == "darwin" else 1  # macOS counts bytes, Linux KiB
     assert growth < 30_000, f"{growth} KiB more at the peak after 2,000 calls"
 
 
@@ -140,7 +142,7 @@ def available() -> list[str]:
 @pytest.mark.parametrize("isa", available())
 @pytest.mark.long
 def test_every_instruction_set(isa: str) -> None:
-    """The parity tests of a few hundred configurations on each set that this machine has."""
+    """Parity tests of a few hundred configurations on each instruction set of this machine."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "test_parity.py", "-k", "random or shared"],
         cwd=HERE,

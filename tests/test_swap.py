@@ -1,4 +1,4 @@
-"""fuse() and unfuse(): swapped layers, and all that a model keeps."""
+"""fuse() and unfuse() swap layers; weights, hooks, optimizers and references stay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 class Everything(nn.Module):
-    """Each kind of layer, one of them under two names and in a list that torch doesn't know."""
+    """Every kind of layer; one has two names, and a cell is in a list unknown to torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_everything_inside() -> None:
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     torch.manual_seed(1)
     found = model(x)
-    torch.manual_seed(1)  # of the dropout
+    torch.manual_seed(1)  # for dropout
     assert_close(found, plain(x))
     assert fuse(model) is model  # a second time does nothing
     assert type(model.encoder) is FusedLSTM
@@ -112,7 +112,7 @@ def test_an_optimizer_made_before_trains_it() -> None:
 
 
 @EACH_MODULE
-def test_what_is_kept(pair: Pair) -> None:
+def test_attributes_hooks_and_weights_are_kept(pair: Pair) -> None:
     module = made(pair.make_plain).eval()
     module.register_buffer("note", torch.ones(2))
     module.own = "attribute"
@@ -167,8 +167,8 @@ CHANGES: dict[str, Callable[[nn.Module, str], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_changed_weights(change: str, when: str, pair: Pair) -> None:
-    """Parametrized before or after the swap, the weights and their gradients are torch's."""
-    plain = made(pair.make_plain).eval()  # spectral_norm goes on with its powers while training
+    """Weights parametrized before or after the swap, and their gradients, are torch's."""
+    plain = made(pair.make_plain).eval()  # in training, spectral_norm would iterate
     module = copy.deepcopy(plain)
     for m in (plain, module):
         if m is module and when == "after":
@@ -182,7 +182,7 @@ def test_changed_weights(change: str, when: str, pair: Pair) -> None:
     expected, found = results(plain), results(module)
     assert_close(found, expected)
     assert any(g is not None and g.any() for g in found[1].values())
-    # They are computed anew at each call, not kept.
+    # Each call computes them again.
     with torch.no_grad():
         for p, q in zip(plain.parameters(), module.parameters(), strict=True):
             p.mul_(0.9)
@@ -202,7 +202,7 @@ def test_changed_weights(change: str, when: str, pair: Pair) -> None:
 
 
 def test_unfuse_flattens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What moved to a GPU while fused is as cuDNN wants it."""
+    """Weights that moved to a GPU while fused are flattened for cuDNN."""
     module = fuse(nn.ModuleList([nn.LSTM(5, 6), nn.GRUCell(5, 6)]))
     calls: list[nn.Module] = []
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda m: calls.append(m))
@@ -218,7 +218,7 @@ def test_packed_and_hx_after_the_swap() -> None:
     assert_close(module(packed, hx), plain(packed, hx))
 
 
-def test_weights_assigned_while_fused_are_those_of_the_way_back() -> None:
+def test_unfuse_keeps_weights_assigned_while_fused() -> None:
     module = fuse(made(nn.LSTM))
     other = made(nn.LSTM)
     with torch.no_grad():
@@ -275,7 +275,7 @@ class Recogniser(nn.Module):
 
 
 def test_onnx_runtime_runs_what_was_fused(tmp_path: Any) -> None:
-    """Trained fused, exported after unfuse, run elsewhere: the same results for any sizes."""
+    """A model trained fused and exported after unfuse gives the same results for any sizes."""
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_onnx_runtime_runs_what_was_fused(tmp_path: Any) -> None:
         optimizer.step()
     file = str(tmp_path / "model.onnx")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's
+        warnings.simplefilter("ignore")  # from the exporter
         torch.onnx.export(
             unfuse(copy.deepcopy(model)).eval(),
             (torch.randn(3, 4, 5),),

@@ -1,4 +1,4 @@
-"""fuse() of subclasses of torch's layers, and layers that stay instances of torch's classes."""
+"""fuse() of subclasses of torch's layers, and fused layers that are instances of torch's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 
 class Initialised(nn.LSTM):
-    """Overrides nothing that a call goes through."""
+    """Overrides no method that a call uses."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,9 +56,9 @@ def test_subclasses_without_a_forward() -> None:
     assert_close(results(cell), of_cell)
     assert_close(module.last(inputs(module)), expected[0][0][-1])
     assert module.note == "kept"
-    output, _ = module(inputs(module), lengths=[4, 0, 2])  # a call of FusedLSTM's own
+    output, _ = module(inputs(module), lengths=[4, 0, 2])  # an argument only FusedLSTM has
     assert not output[:, 1].any()
-    module.reset_parameters()  # super() finds its way
+    module.reset_parameters()  # its super() still works
     assert type(type(module)(5, 6, 2)) is type(module)
     assert type(type(cell)(5, 6)(torch.zeros(2, 5))) is Tensor
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -71,7 +71,7 @@ def test_subclasses_without_a_forward() -> None:
 
 
 class Rows(abc.ABC, nn.RNNBase):
-    """A forward of its own around torch's, as packages have it: by name, and not in every case."""
+    """A forward around torch's, as packages write it: hx by name, and not in every case."""
 
     @abc.abstractmethod
     def start(self) -> Any: ...
@@ -118,7 +118,7 @@ class AroundCell(nn.LSTMCell):
 
 
 class Stateful(nn.LSTM):
-    """With every name that the modules here might want for themselves."""
+    """Uses every attribute name that the fused modules might use."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -135,7 +135,7 @@ class Stateful(nn.LSTM):
 
 
 def test_names_of_a_subclass_are_its_own() -> None:
-    """Whichever way a call takes."""
+    """On every path of a call."""
     plain = made(Stateful)
     fused = fuse(copy.deepcopy(plain))
     assert isinstance(fused, FusedLSTM)
@@ -154,7 +154,7 @@ AROUND = [RowsLSTM, RowsGRU, Around, AroundCell]
 
 @pytest.mark.parametrize("kind", AROUND)
 def test_a_forward_around_torchs(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own forward goes on, and the kernels run under it."""
+    """Its forward still runs, and calls the kernels."""
     module = made(kind)
     expected = results(module)
     calls: list[int] = []
@@ -203,7 +203,7 @@ def test_layers_that_stay_instances_of_torchs(pair: Pair) -> None:
         assert_close(results(other), expected)
     both = type(module)
     assert type(fuse(module, subclass=True)) is both
-    assert type(fuse(module)) is both  # by whoever fuses the model that it is a part of
+    assert type(fuse(module)) is both  # as when a parent model is fused
     assert type(unfuse(module)) is pair.plain
     assert_close(results(module), expected, rtol=0, atol=0)
     assert type(fuse(module)) is pair.fused
@@ -211,7 +211,7 @@ def test_layers_that_stay_instances_of_torchs(pair: Pair) -> None:
 
 
 def test_a_class_derived_from_one_that_fuse_made() -> None:
-    """Copies keep it, as they do any class."""
+    """Copies and pickles keep the class."""
     module = fuse(made(nn.LSTM), subclass=True)
     module.__class__ = type("Loud", (type(module),), {"__module__": __name__, "loud": True})
     globals()["Loud"] = type(module)  # where pickle finds it
@@ -236,8 +236,8 @@ def test_parametrized_layers_that_stay_instances_of_torchs(pair: Pair) -> None:
     assert_close(results(module), expected, rtol=0, atol=0)
 
 
-def test_what_is_an_instance_of_torchs_under_torch_compile() -> None:
-    """dynamo asks isinstance too: it breaks the graph there, unless it is told not to."""
+def test_instances_of_torchs_classes_under_torch_compile() -> None:
+    """dynamo uses isinstance: it breaks the graph there, unless allow_rnn is set."""
     module = nn.Sequential(nn.LSTM(5, 6))
     x = torch.randn(4, 3, 5)
     expected = module(x)
@@ -254,8 +254,8 @@ def test_what_is_an_instance_of_torchs_under_torch_compile() -> None:
     torch._dynamo.reset()
 
 
-def test_a_class_with_what_another_holds() -> None:
-    """Packages copy attributes of one class to another, what fuse keeps there among them."""
+def test_a_class_with_the_attributes_of_another() -> None:
+    """Packages copy attributes between classes, including those that fuse stores there."""
 
     class First(nn.LSTM):
         pass

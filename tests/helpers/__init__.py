@@ -1,1 +1,1 @@
-"""What several test files use, and the programs that tests start."""
+"""Helpers of several test files, and programs that tests start."""

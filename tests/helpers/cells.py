@@ -1,7 +1,7 @@
-"""The cells that fusedrnn has in common with torch: one table, which the tests run over.
+"""The table of cells that the tests run over: those that both torch and fusedrnn have.
 
-A test takes its cases from here and never asks whether a cell is named "lstm". A new row of CELLS
-then runs in every test, and a cell without a row is an error.
+Tests take their cases from this table and never compare a cell's name. A new row of CELLS then
+runs in every test, and a cell without a row is an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls that fail in torch's module and in ours with the same words."""
+"""Calls whose errors are the same in torch's module and in ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def raised(call: Callable[[], Any]) -> Exception | None:
 
 
 def assert_same_error(call: Callable[[Make], Any], pair: Pair) -> None:
-    """Both raise, with the same type and the same words."""
+    """Both calls raise the same type with the same message."""
     expected, got = (raised(lambda make=make: call(make)) for make in pair.makers)
     assert expected is not None, "torch accepts this"
     assert type(got) is type(expected), (got, expected)
@@ -28,6 +28,6 @@ def assert_same_error(call: Callable[[Make], Any], pair: Pair) -> None:
 
 
 def given(make: Make, x: Tensor | PackedSequence, *states: Tensor, **keywords: Any) -> Any:
-    """A call with as many of the states as the cell has."""
+    """A call with as many states as the cell has."""
     module = make(3, 4, **keywords)
     return module(x, pair_of(module).cell.to_hx(states))

@@ -1,6 +1,6 @@
-"""Every CUDA kernel once, on small layers: what compute-sanitizer runs. Exits 1 without a GPU.
+"""Runs every CUDA kernel once on small layers, for compute-sanitizer. Exits 1 without a GPU.
 
-A regime that has no room under the tool is an error: nothing else runs in its place.
+A regime that has no room under the tool is an error: no other regime takes its place.
 
 python tests/helpers/sanitized.py [regime ...]: those of some regimes.
 """

@@ -1,4 +1,4 @@
-"""Modules that fuse() and unfuse() leave as they are, and how they report them."""
+"""Modules that fuse() and unfuse() skip, and how they report them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Masked(nn.LSTM):
 
 
 class MaskedOnTop(Masked):
-    """Its super().forward is no layer of torch's."""
+    """Its super().forward is not torch's."""
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
         return super().forward(x * 2, hx)
 
 
 class MaskedElsewhere(nn.LSTM):
-    """It asks super() for something else."""
+    """It uses super() for another method."""
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
         assert super().extra_repr()
@@ -99,8 +99,8 @@ class LSTMTagger(nn.Module):
         self.layer = nn.LSTM(5, 6)
 
 
-def test_what_only_looks_recurrent_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing by default; at INFO what is named as a recurrent layer and is none of torch's."""
+def test_other_recurrent_modules_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Only at INFO: a module named like a recurrent layer that is not torch's."""
     model = nn.ModuleDict({"own": OwnLSTM(), "tagger": LSTMTagger(), "head": nn.Linear(2, 2)})
     fuse(copy.deepcopy(model))
     assert not caplog.records
@@ -174,7 +174,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("case", LEFT)
-def test_what_is_left_is_listed(case: str) -> None:
+def test_skipped_modules_are_listed(case: str) -> None:
     make, why = LEFT[case]
     model = Model(make())
     kind = type(model.layer)
@@ -185,12 +185,12 @@ def test_what_is_left_is_listed(case: str) -> None:
     assert type(model.good) is FusedGRU
     with pytest.warns(UserWarning, match=rf"^fuse left these as they are: the model \({why}\)$"):
         assert fuse(model.layer) is model.layer
-    unfuse(model)  # says nothing: there is nothing of ours in it
+    unfuse(model)  # silent: the model has no fused module left but `good`
     assert type(model.good) is nn.GRU
 
 
-def test_what_is_inside_of_what_is_left() -> None:
-    """A layer of a subclass that can't be swapped is swapped, as it is where it is shared."""
+def test_modules_inside_skipped_modules() -> None:
+    """A layer inside a skipped module is swapped, there and where it is shared."""
 
     class Holder(nn.LSTM):
         def forward(self, x: Tensor) -> Tensor:
@@ -218,6 +218,6 @@ def test_unfuse_leaves_subclasses_of_ours() -> None:
 
 @pytest.mark.parametrize("function", [fuse, unfuse])
 @pytest.mark.parametrize("model", [None, nn.LSTM, {"lstm": nn.LSTM(2, 2)}, torch.zeros(2)])
-def test_no_module(function: Callable[[Any], Any], model: Any) -> None:
+def test_models_that_are_no_module(function: Callable[[Any], Any], model: Any) -> None:
     with pytest.raises(TypeError, match=f"^{function.__name__}: Expected model to be a module"):
         function(model)
