@@ -72,9 +72,7 @@ class Encoded(Dataset):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_data_loader_workers(context: str) -> None:
     data = Encoded()
-    expected = torch.stack(
-        [data[i] for i in range(len(data))]
-    )  # the parent has started its threads
+    expected = torch.stack([data[i] for i in range(len(data))])  # starts the parent's threads
     loader = DataLoader(data, batch_size=3, num_workers=2, multiprocessing_context=context)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 

@@ -185,7 +185,7 @@ def test_skipped_modules_are_listed(case: str) -> None:
     assert type(model.good) is FusedGRU
     with pytest.warns(UserWarning, match=rf"^fuse left these as they are: the model \({why}\)$"):
         assert fuse(model.layer) is model.layer
-    unfuse(model)  # silent: the model has no fused module left but `good`
+    unfuse(model)  # no warning: model.layer is not fused
     assert type(model.good) is nn.GRU
 
 

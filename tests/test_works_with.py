@@ -1,7 +1,7 @@
-"""What torch has around modules, with nn's layers and with fused ones: the table in README.
+"""Features of torch with its own layers and with fused layers: the table in README.
 
-`python tests/test_works_with.py` writes that table. Each function does the thing named by its
-docstring with a layer of a class, and fails if that doesn't work.
+`python tests/test_works_with.py` writes the table. Each function tries the feature in its docstring
+with a layer, and fails if the feature does not work.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def made(make: Make, **settings: Any) -> nn.Module:
 
 
 def outcome(module: nn.Module, result: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The result and the gradients that its square has."""
+    """The result, and the gradients of its square."""
     module.zero_grad()
     result.square().sum().backward()
     return result.detach(), {n: p.grad for n, p in module.named_parameters()}
 
 
 def equal_alone(module: nn.Module, result: Tensor, x: Tensor | None = None) -> None:
-    """The result, with gradients, is that of a plain call."""
+    """Checks that the result and its gradients are those of a plain call."""
     found = outcome(module, result)
     expected = outcome(module, module(data() if x is None else x)[0])
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -360,7 +360,7 @@ def quantises(make: Make, device: str) -> None:
     assert "quantized" in type(model[0]).__module__
 
 
-# What works, in nn.LSTM and nn.GRU on the CPU, then what a GPU changes, and in fused layers.
+# Each feature in nn.LSTM and nn.GRU (on the CPU, and the exceptions on a GPU) and in fused layers.
 YES, NO, UNFUSE = "yes", "no", "after `unfuse`"
 NOT_LSTM, NOT_GRU = "`nn.LSTM`: no", "`nn.GRU`: no"
 GROUPS: dict[str, dict[Callable[[Make, str], None], tuple[str, str]]] = {
@@ -400,7 +400,7 @@ GROUPS: dict[str, dict[Callable[[Make, str], None], tuple[str, str]]] = {
     },
 }
 FEATURES = {f: claims for group in GROUPS.values() for f, claims in group.items()}
-# Shown by tests that start processes or compile C++.
+# Features with tests that start processes or compile C++.
 ELSEWHERE = [
     ("AOTInductor package, any number of steps", NO, YES, "test_compile.py::test_aot_inductor"),
     ("two graphs for all sizes", NO, YES, "test_compile.py::test_two_graphs_for_all_sizes"),
@@ -413,7 +413,7 @@ ELSEWHERE = [
 
 
 def table() -> str:
-    """Markdown."""
+    """The table in Markdown."""
     lines = ["| | `nn.LSTM`, `nn.GRU` | fusedrnn | shown by |", "|---|---|---|---|"]
     for function, (theirs, ours) in FEATURES.items():
         test = f"`test_works_with.py -k {function.__name__}`"
@@ -439,7 +439,7 @@ def works(function: Callable[[Make, str], None], make: Make, device: str) -> boo
 @EACH_LAYER
 @pytest.mark.parametrize("function", FEATURES, ids=lambda f: f.__name__)
 def test_works(function: Callable[[Make, str], None], pair: Pair, device: str) -> None:
-    """Fused layers do what the table claims, and after `unfuse` what it says then."""
+    """Fused layers have each feature, some only after `unfuse`."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     torch._dynamo.reset()
@@ -447,7 +447,7 @@ def test_works(function: Callable[[Make, str], None], pair: Pair, device: str) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if claim == YES:
-            # skip_init wants a class.
+            # skip_init needs a class.
             function(pair.fused if function is skips_init else pair.make_fused, device)
             if function is not skips_init:
                 function(lambda *a, **k: fuse(pair.make_plain(*a, **k)), device)
@@ -461,7 +461,7 @@ def test_works(function: Callable[[Make, str], None], pair: Pair, device: str) -
 )
 @pytest.mark.parametrize("function", FEATURES, ids=lambda f: f.__name__)
 def test_the_claims_about_torch(function: Callable[[Make, str], None]) -> None:
-    """What the table says of nn.LSTM and nn.GRU on the CPU, and that `unfuse` is needed."""
+    """The table is right about nn.LSTM and nn.GRU on the CPU, and about `unfuse`."""
     theirs, ours = FEATURES[function]
     if function is amp and not has_bfloat16_lstm():
         pytest.skip("nn.LSTM has no bfloat16 on this CPU")

@@ -20,9 +20,9 @@ from tools import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm_80", "sm_90a", "sm_100")
-# What `make gpu` compiles besides: here for one arch, and without a budget.
+# `make gpu` compiles these too. Here: for one arch, without a budget.
 OTHERS = ("benchmarks/peaks.cu", "tests/kernels/primitives.cu")
-# The second line and those after it are what a build through torch passes too.
+# All but the first line are flags that torch passes in a build.
 FLAGS = (
     *("-std=c++17", "-O3", "-Icsrc", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"),
     "--expt-relaxed-constexpr",
@@ -35,20 +35,20 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a kernel may use: registers a thread, bytes of spill stores or loads."""
+    """The limits of a kernel: registers a thread, bytes of spill stores or loads."""
 
     registers: int = 255
     spill: int = 0
 
 
 DEFAULT = Budget()
-# Exceptions, by name as in the table, with or without template arguments; say why at each.
+# Exceptions by name, with or without template arguments. Each needs a comment with its reason.
 BUDGETS: dict[str, Budget] = {}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of a kernel, or of a function that one calls, which has no registers told."""
+    """The figures of ptxas for a kernel, or for a called function, which has no register count."""
 
     name: str
     arch: str
@@ -99,7 +99,7 @@ def parse(text: str) -> Iterator[Kernel]:
 
 
 def problems(kernel: Kernel) -> list[str]:
-    """Where a kernel breaks its budget."""
+    """The limits that a kernel exceeds."""
     budget = BUDGETS.get(kernel.name) or BUDGETS.get(kernel.name.split("<")[0]) or DEFAULT
     found = []
     if (kernel.registers or 0) > budget.registers:
@@ -113,7 +113,7 @@ def problems(kernel: Kernel) -> list[str]:
 
 
 def table(kernels: Sequence[Kernel]) -> str:
-    """As Markdown; one row a kernel and arch."""
+    """A Markdown table, one row a kernel and arch."""
     lines = [
         "| kernel | arch | registers | spill stores | spill loads | stack | static shared |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -166,7 +166,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda run: compiled(home / "bin/nvcc", *run), runs))
     failed: list[str] = []
-    kernels: dict[Kernel, None] = {}  # a set in order; headers' functions are in many files
+    kernels: dict[Kernel, None] = {}  # an ordered set: functions of headers are in many files
     for (source, arch), (succeeded, output) in zip(runs, results, strict=True):
         if not succeeded:
             print(output)
