@@ -73,8 +73,8 @@ for folder in toolkit.libraries if toolkit else ():
     flags += ["-idirafter", str(folder)]
 link_flags = []
 if sys.platform.startswith("linux"):
-    # Compiled for OpenMP but not linked with it. Calls then go to torch's OpenMP library, so there is
-    # one pool of threads, which torch.set_num_threads controls.
+    # Compiled for OpenMP but not linked with it. Calls then go to torch's OpenMP library, so there
+    # is one pool of threads, which torch.set_num_threads controls.
     flags.append("-fopenmp")
 if os.environ.get("FUSEDRNN_SANITIZE") == "1":
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
