@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -51,7 +50,7 @@ class Cell:
     states: tuple[str, ...] = ("h",)
     projects: bool = False
     has_dead_units: bool = False
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.name
