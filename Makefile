@@ -1,18 +1,18 @@
 # `make help` lists the targets. Each sets up what it needs in .venv.
 PYTHON ?= python3
-# The torch to install where .venv has none; any release from 2.11 on.
+# The torch to install if .venv has none; any release from 2.11 on.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA_VENV ?= .venv-cuda
-# Installed for Linux without more said, a CUDA build.
+# On Linux, PyPI has a CUDA build.
 CUDA_TORCH ?= torch==2.11.0
-# Heavy packages, which might ask for other versions of what .venv has.
+# For heavy packages, which may need other versions than .venv has.
 MODELS_VENV ?= .venv-models
 MODELS_PYTHON := $(MODELS_VENV)/bin/python
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
-SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
+SOURCES := $(shell find csrc $(CPP)) setup.py tools/cuda_toolkit.py pyproject.toml
 
 .PHONY: help demo test test-full lint format bench models sanitize docs dist cuda-check cuda-build gpu clean
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc $(CPP)) setup.py setup_cuda.py pyproject.toml
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-# torch is installed only where there is none, so that a venv with another one can be brought along.
+# torch is installed only if there is none, so that a venv may have another one.
 $(VENV)/torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q '$(TORCH)'
@@ -34,14 +34,14 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 demo: $(VENV)/built  ## train a tagger with nn.LSTM and FusedLSTM side by side
 	$(BIN)/python examples/train_tagger.py
 
-test: $(VENV)/built  ## run the tests, but for those that take long
+test: $(VENV)/built  ## run all tests but the long ones
 	$(BIN)/python -m pytest -m 'not long'
 
-# After the others, where both are asked for.
+# Runs after `test`.
 test-full: test  ## run all tests: many processes, compilers, the emulator, its mutation tests
 	$(BIN)/python -m pytest -m long
 
-# The extra of what is installed, so nothing is built again.
+# Installs an extra of the installed package, so nothing is built again.
 $(VENV)/bench: $(VENV)/built
 	$(BIN)/pip install -q 'fusedrnn[bench]'
 	touch $@
@@ -50,9 +50,9 @@ bench: $(VENV)/bench  ## time fusedrnn and its baselines in turn, in about seven
 	$(BIN)/python -m benchmarks --readme README.md
 	$(BIN)/python -m benchmarks latency --readme README.md
 
-# The constraint keeps the packages from bringing a torch that the extension was not built against.
-# OpenNMT-py asks for an old one, but runs with this. The libraries of torchaudio, which speechbrain
-# brings, load with a CUDA build of torch only; where they are not there it does without.
+# The constraint keeps packages from replacing the torch that the extension is built against.
+# OpenNMT-py requires an old torch, but runs with this one. torchaudio comes with speechbrain. Its
+# libraries need a CUDA build of torch; it works without them.
 $(MODELS_VENV)/built: $(SOURCES)
 	test -x $(MODELS_PYTHON) || $(PYTHON) -m venv $(MODELS_VENV)
 	$(MODELS_PYTHON) -c 'import torch' 2>/dev/null || $(MODELS_PYTHON) -m pip install -q '$(TORCH)'
@@ -68,7 +68,7 @@ $(MODELS_VENV)/built: $(SOURCES)
 models: $(MODELS_VENV)/built  ## fuse models of other packages: the same results, and times
 	$(MODELS_PYTHON) -m benchmarks models $(or $(MODELS_ARGS),--readme README.md)
 
-# The tools alone, which want torch's types: nothing is compiled.
+# Only the tools, which need torch's types: nothing is compiled.
 $(VENV)/lint: $(VENV)/torch pyproject.toml
 	$(BIN)/pip install -q $$(sed -n 's/^lint = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 	touch $@
@@ -84,7 +84,7 @@ format: $(VENV)/lint  ## rewrite to the project's formats
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find benchmarks csrc tests $(CPP))
 
-# Leaks are not looked for: the interpreter and torch keep much on purpose.
+# No leak detection: the interpreter and torch keep memory on purpose.
 sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
 	rm -rf build/sanitize build/temp-sanitize
 	FUSEDRNN_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize \
@@ -93,7 +93,7 @@ sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
 	cd tests && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=../build/sanitize \
 	  FUSEDRNN_TEST_EXAMPLES=$${FUSEDRNN_TEST_EXAMPLES:-500} \
-	  ../$(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_ARGS)
+	  ../$(BIN)/python -m pytest -p no:cacheprovider --ignore=test_benchmarks.py $(SANITIZE_ARGS)
 
 # As for bench.
 $(VENV)/docs: $(VENV)/built
@@ -104,22 +104,22 @@ docs: $(VENV)/docs  ## build the API reference and the pages of docs/ into build
 	rm -rf build/docs
 	$(BIN)/python docs/build.py build/docs
 
-# The wheel is built from the sdist, which shows that nothing is missing there. It is tried from
-# outside the source tree, with the torch of .venv, which is all that it needs.
+# The wheel is built from the sdist, which shows that the sdist is complete. The wheel is tried
+# outside the source tree; it needs only the torch of .venv.
 dist: $(VENV)/torch  ## build an sdist and a wheel into dist/ and check them
 	$(BIN)/pip install -q build
 	rm -rf dist build/dist fusedrnn.egg-info
 	$(BIN)/python -m build --no-isolation
-	$(BIN)/python tests/dist_check.py dist
+	$(BIN)/python -m tools.dist_check dist
 	$(BIN)/pip install -q --no-deps --no-index --target build/dist dist/*.whl
 	cd / && PYTHONPATH=$(CURDIR)/build/dist $(abspath $(BIN))/python -c "import fusedrnn; \
 	  assert fusedrnn.__file__.startswith('$(CURDIR)/build/dist/'), fusedrnn.__file__"
 	cd / && PYTHONPATH=$(CURDIR)/build/dist $(abspath $(BIN))/python -m fusedrnn
 
 cuda-check:  ## compile the CUDA kernels with nvcc alone; check registers and spills
-	$(PYTHON) tests/cuda_check.py $(CUDA_CHECK_ARGS)
+	$(PYTHON) -m tools.cuda_check $(CUDA_CHECK_ARGS)
 
-# From outside the source tree, so that it is the installed package that is imported.
+# Runs outside the source tree, to import the installed package.
 cuda-build:  ## build for CUDA as pip does, which needs a toolkit but no GPU
 	test -x $(CUDA_PYTHON) || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_PYTHON) -c 'import torch' 2>/dev/null || $(CUDA_PYTHON) -m pip install -q '$(CUDA_TORCH)'
@@ -129,9 +129,9 @@ cuda-build:  ## build for CUDA as pip does, which needs a toolkit but no GPU
 	  assert torch._C._dispatch_has_kernel_for_dispatch_key('fusedrnn::lstm', 'CUDA')"
 	cd / && $(CUDA_PYTHON) -m fusedrnn
 
-# With the torch that PYTHON has, in place: a machine with a GPU may have no network.
+# In place, with the torch of PYTHON: a machine with a GPU may have no network.
 gpu:  ## build, test, sanitize and time the CUDA kernels; STAGES="build tests" for some
-	$(PYTHON) tests/gpu.py $(STAGES)
+	$(PYTHON) -m tools.gpu $(STAGES)
 
-clean:  ## remove what was built, but not .venv
+clean:  ## remove build outputs, but not .venv
 	rm -rf build dist *.egg-info fusedrnn/*.so fusedrnn/_build.py $(VENV)/built $(MODELS_VENV)/built

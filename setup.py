@@ -1,7 +1,7 @@
-"""Builds fusedrnn against the torch that is already installed; what is static: pyproject.toml.
+"""Builds fusedrnn against the installed torch. pyproject.toml has the static metadata.
 
 Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan, for the CPU only; MAX_JOBS
-limits compilers. CUDA: setup_cuda.py.
+limits compilers. CUDA: tools/cuda_toolkit.py.
 """
 
 import os
@@ -20,7 +20,7 @@ def find_torch() -> None:
     try:
         import torch
     except ImportError:
-        # Behind the isolated environment's own packages, so that those keep precedence.
+        # Last, so that packages of the isolated environment take precedence.
         sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         sys.path.append(site.getusersitepackages())
         try:
@@ -33,7 +33,7 @@ def find_torch() -> None:
 
 
 def find_compiler() -> None:
-    """Ends with the command that installs a compiler where there is none."""
+    """Exits with the command that installs a compiler if there is none."""
     compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         raise SystemExit(
@@ -42,7 +42,7 @@ def find_compiler() -> None:
         )
     if sys.platform.startswith("linux"):
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-        if "clang" in version:  # its OpenMP calls are to a library that torch does not bring
+        if "clang" in version:  # its OpenMP calls need a library that torch lacks
             raise SystemExit(
                 f"fusedrnn can't be built with {compiler}, Clang: CXX=g++ pip install ."
             )
@@ -51,30 +51,30 @@ def find_compiler() -> None:
 find_torch()
 find_compiler()
 
-# A build backend does not put the source tree there.
+# A build backend does not add the source tree.
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 
-import setup_cuda  # noqa: E402
+from tools import cuda_toolkit  # noqa: E402
 
-# Before cpp_extension, which looks for a toolkit on import and may find another, or half of one.
-toolkit = setup_cuda.find(str(torch.__version__), torch.version.cuda)
+# Before cpp_extension, which on import may find another toolkit or an incomplete one.
+toolkit = cuda_toolkit.find(str(torch.__version__), torch.version.cuda)
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
-# The version is a flag so that objects for another torch are never taken for up to date.
+# The version is a flag, so objects for another torch are never up to date.
 shared_flags = [f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}", "-O3"]
 host_flags = ["-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 nvcc_flags = [*shared_flags, f"-Xcompiler={','.join(host_flags)}"]
 flags = [*shared_flags, *host_flags]
-# After the toolkit's own, of which the folders may hold other versions.
+# After the toolkit's headers: the folders may hold other versions of some.
 for folder in toolkit.libraries if toolkit else ():
     flags += ["-idirafter", str(folder)]
 link_flags = []
 if sys.platform.startswith("linux"):
-    # Compiled for OpenMP but not linked with it: the calls then go to the OpenMP library that torch
-    # has loaded, so that there is one pool of threads and torch.set_num_threads rules it.
+    # Compiled for OpenMP but not linked with it. Calls then go to torch's OpenMP library, so there
+    # is one pool of threads, which torch.set_num_threads controls.
     flags.append("-fopenmp")
 if os.environ.get("FUSEDRNN_SANITIZE") == "1":
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -83,10 +83,10 @@ if os.environ.get("FUSEDRNN_SANITIZE") == "1":
 
 
 class Build(BuildExtension):
-    """Also writes down which torch the binary was built for."""
+    """Also records the torch that the binary was built for."""
 
     def finalize_options(self) -> None:
-        """Never takes an old binary for up to date: that would be labelled anew."""
+        """Always links again: _build.py would give an old binary a new label."""
         super().finalize_options()
         self.force = True
 
@@ -104,7 +104,7 @@ class Build(BuildExtension):
 
 
 def sources(*patterns: str) -> list[str]:
-    """The files of csrc with such names, without those of a backend that is not built."""
+    """The files of csrc with these names, without backends that are not built."""
     found = [path for pattern in patterns for path in Path("csrc").glob(f"**/{pattern}")]
     return sorted(str(p) for p in found if toolkit or Path("csrc/cuda") not in p.parents)
 

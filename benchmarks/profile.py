@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-import setup_cuda
 from benchmarks import cases, report, step_cost
 from benchmarks.baselines import Candidate, CuDnn, Fused
 from benchmarks.measure import MODES
+from tools import cuda_toolkit
 
 ROOT = Path(__file__).parents[1]
 NCU_OUTPUT = ROOT / "build" / "ncu"
@@ -65,8 +65,8 @@ def metrics_in(text: str) -> list[dict[str, str]]:
 def profiled(name: str, mode: str) -> list[dict[str, str]] | str:
     """The metrics of our kernels in a call; if ncu fails, a sentence with the reason."""
     try:
-        home = setup_cuda.find_home()
-    except setup_cuda.MissingError:
+        home = cuda_toolkit.find_home()
+    except cuda_toolkit.MissingError:
         home = None
     ncu = shutil.which("ncu") or (shutil.which(f"{home}/bin/ncu") if home else None)
     if ncu is None:

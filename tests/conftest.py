@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+# For tools/. Last on the path, because `make sanitize` tests the fusedrnn of PYTHONPATH.
+sys.path.append(str(Path(__file__).parents[1]))
+
 # These files compare results of different kernels. test_cuda.py sets the precision itself.
-FLOAT32 = {"test_compile", "test_functorch", "test_swap", "test_works_with"}
+FLOAT32 = {
+    "test_compile",
+    "test_functorch",
+    "test_swap",
+    "test_swap_skipped",
+    "test_swap_subclasses",
+    "test_works_with",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The doctor; what import and build say when something does not fit; the check of CUDA kernels."""
+"""The doctor, messages of import and build, distributions, the check of CUDA kernels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import sys
 from email.message import Message
 from pathlib import Path
 
-import cuda_check
-import dist_check
 import pytest
 import torch
-from cuda_check import Kernel, setup_cuda
 
 import fusedrnn
 from fusedrnn import __main__, _build, _ops
+from tools import cuda_check, cuda_toolkit, dist_check
+from tools.cuda_check import Kernel
 
 PACKAGE = Path(fusedrnn.__file__).parent
+TESTS = Path(__file__).parent
 
 
 def run(code: str, path: Path) -> subprocess.CompletedProcess[str]:
@@ -108,14 +108,13 @@ def test_without_torch(tmp_path: Path) -> None:
 
 
 def compiled(tmp_path: Path, compiler: str, *flags: str) -> Path:
-    """A program of the kernels alone: that it compiles shows that they need no torch."""
+    """Compiles the kernels alone, which shows that they need no torch."""
     program = tmp_path / "kernels"
-    source = Path(__file__).parent
     subprocess.run(
         [
             *(compiler, "-std=c++17", "-O1", "-DFUSEDRNN_TILE_ROWS=2", *flags, "-o", str(program)),
-            str(source / "kernels_alone.cpp"),
-            str(source.parent / "csrc/cpu/kernels_baseline.cpp"),
+            str(TESTS / "kernels/kernels_alone.cpp"),
+            str(TESTS.parent / "csrc/cpu/kernels_baseline.cpp"),
         ],
         check=True,
     )
@@ -137,7 +136,7 @@ def test_kernels_on_arm64(tmp_path: Path) -> None:
     subprocess.run(["qemu-aarch64-static", program], check=True)
 
 
-# A compiler that writes nothing into what it is asked for.
+# A compiler that writes empty files.
 COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -157,7 +156,7 @@ done
     reason="needs the repository, which knows its files",
 )
 def test_sdist_and_wheel(tmp_path: Path) -> None:
-    """All but the compilation, of a copy: setuptools keeps files that an earlier sdist had."""
+    """Builds a copy without compilation. A copy, because setuptools keeps files of older sdists."""
     files = dist_check.tracked()
     for name in files:
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +207,7 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
 
 
 def test_wheel_brings_no_torch() -> None:
-    """Only an extra may ask for a package."""
+    """Only extras may require packages."""
     path, metadata = Path("fusedrnn-0.1.0-cp311-cp311-linux_x86_64.whl"), Message()
     for need in ("torch>=2.11", "numpy", 'gluonts[torch]; extra == "models"'):
         metadata["Requires-Dist"] = need
@@ -222,7 +221,7 @@ def test_wheel_brings_no_torch() -> None:
 def toolkit(
     home: Path, version: str = "13.0", archs: str = "75 80 86 90 100", rest: str = ""
 ) -> Path:
-    """A folder that looks like a CUDA toolkit; `rest`: what its nvcc does when it compiles."""
+    """A folder that looks like a CUDA toolkit. `rest` is run when its nvcc compiles."""
     nvcc = home / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(
@@ -237,20 +236,20 @@ esac
     )
     nvcc.chmod(0o755)
     (home / "include").mkdir()
-    for header in setup_cuda.LIBRARY_HEADERS:
+    for header in cuda_toolkit.LIBRARY_HEADERS:
         (home / "include" / header).touch()
     return home
 
 
 @pytest.fixture
 def no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine without CUDA, and no setting."""
+    """A machine without CUDA, with no variable set."""
     for name in ("CUDA", "SANITIZE"):
         monkeypatch.setenv(f"FUSEDRNN_{name}", "")
     for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(setup_cuda, "DEFAULT_HOME", tmp_path / "default")
+    monkeypatch.setattr(cuda_toolkit, "DEFAULT_HOME", tmp_path / "default")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return monkeypatch
 
@@ -305,20 +304,20 @@ def test_cuda_cannot_be_built(
     torch_cuda = None if case == "cpu torch" else "13.0"
     if setting:
         with pytest.raises(SystemExit) as error:
-            setup_cuda.find("2.13.0", torch_cuda)
+            cuda_toolkit.find("2.13.0", torch_cuda)
         assert str(error.value) == f"FUSEDRNN_CUDA=1, but {reason}"
     else:
-        assert setup_cuda.find("2.13.0", torch_cuda) is None
+        assert cuda_toolkit.find("2.13.0", torch_cuda) is None
         assert capsys.readouterr().out == f"fusedrnn is built for the CPU only: {reason}\n"
 
 
 def test_cuda_setting(tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
     toolkit(tmp_path / "default")
     no_cuda.setenv("FUSEDRNN_CUDA", "0")
-    assert setup_cuda.find("2.13.0", "13.0") is None
+    assert cuda_toolkit.find("2.13.0", "13.0") is None
     no_cuda.setenv("FUSEDRNN_CUDA", "yes")
     with pytest.raises(SystemExit, match=r"^FUSEDRNN_CUDA=yes is neither 1 .* nor 0 .*: unset it"):
-        setup_cuda.find("2.13.0", "13.0")
+        cuda_toolkit.find("2.13.0", "13.0")
 
 
 @pytest.mark.parametrize("place", ["CUDA_HOME", "CUDA_PATH", "default", "PATH"])
@@ -326,23 +325,23 @@ def test_cuda_toolkit(place: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -
     home = toolkit(tmp_path / ("default" if place == "default" else "cuda"))
     if place.startswith("CUDA"):
         no_cuda.setenv(place, str(home))
-    if place == "PATH":  # a script that calls the nvcc of another folder
+    if place == "PATH":  # a script that calls nvcc in another folder
         wrapper = tmp_path / "local/bin/nvcc"
         wrapper.parent.mkdir(parents=True)
         wrapper.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
         wrapper.chmod(0o755)
         no_cuda.setattr(shutil, "which", lambda name: str(wrapper))
-    found = setup_cuda.find("2.13.0", "13.2")
+    found = cuda_toolkit.find("2.13.0", "13.2")
     archs = ["sm_80", "sm_90", "sm_100", "compute_100"]
-    assert found == setup_cuda.Toolkit(home, "13.0", archs)
-    assert os.environ["CUDA_HOME"] == str(home)  # where torch looks for it
+    assert found == cuda_toolkit.Toolkit(home, "13.0", archs)
+    assert os.environ["CUDA_HOME"] == str(home)  # torch reads it
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;10.0+PTX"
 
 
 @pytest.mark.parametrize(
     ("asked", "archs"),
     [
-        ("", ["sm_80", "sm_90", "compute_90"]),  # cut to what the toolkit knows
+        ("", ["sm_80", "sm_90", "compute_90"]),  # the defaults that the toolkit knows
         ("native", ["sm_80", "sm_90", "compute_90"]),
         ("8.0 9.0a+PTX", ["sm_80", "sm_90a", "compute_90a"]),
         ("Ampere;Hopper", ["sm_80", "sm_86", "compute_86", "sm_90", "compute_90"]),
@@ -359,10 +358,10 @@ def test_cuda_archs(
     home = toolkit(tmp_path / "default", version="12.6", archs="75 80 86 90")
     no_cuda.setenv("TORCH_CUDA_ARCH_LIST", asked)
     if isinstance(archs, list):
-        assert setup_cuda.find_archs(home, "12.6") == archs
-    else:  # whether or not CUDA is insisted on
+        assert cuda_toolkit.find_archs(home, "12.6") == archs
+    else:  # also without FUSEDRNN_CUDA=1
         with pytest.raises(SystemExit) as error:
-            setup_cuda.find("2.13.0", "12.6")
+            cuda_toolkit.find("2.13.0", "12.6")
         mend = "set TORCH_CUDA_ARCH_LIST to some of 8.0;8.6;9.0, +PTX behind the last"
         old = ", or FUSEDRNN_CUDA=0 to build for the CPU only" if "need an arch" in archs else ""
         assert str(error.value) == archs.format(home) + mend + old
@@ -374,7 +373,7 @@ def test_cuda_archs_of_the_gpus_here(tmp_path: Path, no_cuda: pytest.MonkeyPatch
     no_cuda.setattr(torch.cuda, "device_count", lambda: len(gpus))
     no_cuda.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
     no_cuda.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_120"])
-    found = setup_cuda.find_archs(toolkit(tmp_path), "13.0")
+    found = cuda_toolkit.find_archs(toolkit(tmp_path), "13.0")
     assert found == ["sm_86", "sm_90", "compute_90"]
 
 
@@ -385,17 +384,17 @@ def test_cuda_with_a_gpu_that_is_too_old(
     no_cuda.setattr(torch.cuda, "is_available", lambda: True)
     no_cuda.setattr(torch.cuda, "device_count", lambda: 2)
     no_cuda.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 0), (7, 5)][i])
-    assert setup_cuda.find("2.13.0", "13.0") is None
+    assert cuda_toolkit.find("2.13.0", "13.0") is None
     assert capsys.readouterr().out == (
         "fusedrnn is built for the CPU only: a GPU here has compute capability 7.5 and the kernels "
         "need 8.0: set TORCH_CUDA_ARCH_LIST to build for others\n"
     )
     no_cuda.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    found = setup_cuda.find("2.13.0", "13.0")
-    assert found == setup_cuda.Toolkit(home, "13.0", ["sm_80"])
+    found = cuda_toolkit.find("2.13.0", "13.0")
+    assert found == cuda_toolkit.Toolkit(home, "13.0", ["sm_80"])
 
 
-# Where the wheels that torch brings along keep headers of CUDA's libraries.
+# Folders with CUDA's headers in the wheels that torch depends on.
 WHEELS = {
     "13.0": {"cu13": ["cublas_v2.h", "cusparse.h", "cusolverDn.h", "cuda_runtime.h"]},
     "12.8": {
@@ -409,13 +408,13 @@ WHEELS = {
 
 @pytest.mark.parametrize("version", WHEELS)
 def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
-    """From the toolkit, or from where torch brought them along: of each library that it wants."""
+    """Headers of each library come from the toolkit, or else from torch's wheels."""
     home = toolkit(tmp_path / "default", version)
-    for header in setup_cuda.LIBRARY_HEADERS:
+    for header in cuda_toolkit.LIBRARY_HEADERS:
         (home / "include" / header).unlink()
     no_cuda.setattr(torch, "__file__", str(tmp_path / "site/torch/__init__.py"))
     no_cuda.setenv("FUSEDRNN_CUDA", "1")
-    # Another CUDA's, left from before.
+    # A wheel of another CUDA, which must not be used.
     other = tmp_path / "site/nvidia" / ("cublas" if version == "13.0" else "cu13") / "include"
     other.mkdir(parents=True)
     (other / "cublas_v2.h").touch()
@@ -423,27 +422,27 @@ def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.Mo
         tmp_path / "site/nvidia" / name / "include": headers
         for name, headers in WHEELS[version].items()
     }
-    for header in setup_cuda.LIBRARY_HEADERS:  # one wheel after the other
+    for header in cuda_toolkit.LIBRARY_HEADERS:  # adds one wheel after the other
         with pytest.raises(SystemExit, match=rf"default has no {header}: install the whole") as e:
-            setup_cuda.find("2.13.0", version)
+            cuda_toolkit.find("2.13.0", version)
         names = "nvidia-cublas-cu12 nvidia" if version == "12.8" else "nvidia-cublas nvidia"
         assert f"or pip install {names}" in str(e.value)
         for folder, headers in wheels.items():
             if header in headers:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / header).touch()
-    found = setup_cuda.find("2.13.0", version)
+    found = cuda_toolkit.find("2.13.0", version)
     assert found is not None
-    wanted = [f for f, names in wheels.items() if {*names} & {*setup_cuda.LIBRARY_HEADERS}]
+    wanted = [f for f, names in wheels.items() if {*names} & {*cuda_toolkit.LIBRARY_HEADERS}]
     assert list(found.libraries) == wanted
-    # The toolkit's own come first.
+    # The toolkit's headers come first.
     (home / "include/cusparse.h").touch()
-    found = setup_cuda.find("2.13.0", version)
+    found = cuda_toolkit.find("2.13.0", version)
     assert found is not None
     assert list(found.libraries) == [f for f in wanted if f.parent.name != "cusparse"]
 
 
-# What nvcc 13.0 -Xptxas -v prints, the spills of the second kernel and the function put in.
+# Output of nvcc 13.0 -Xptxas -v. The spills of the second kernel and of the function are added.
 PTXAS = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN8fusedrnn4cuda3runINS0_4StepINS0_4LstmEfLNS0_4ModeE1E\
@@ -471,7 +470,7 @@ KERNELS = [
 def check(
     argv: list[str], compiling: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch
 ) -> tuple[int, Path]:
-    """cuda_check on one source, with an nvcc that prints PTXAS."""
+    """Runs cuda_check on one source, with an nvcc that prints PTXAS."""
     (tmp_path / "ptxas.txt").write_text(PTXAS)
     (tmp_path / "csrc/cuda").mkdir(parents=True)
     (tmp_path / "csrc/cuda/step.cu").touch()
@@ -511,7 +510,7 @@ def test_cuda_check_budgets(
     ]
 
 
-def test_cuda_check_of_what_does_not_compile(
+def test_cuda_check_of_a_file_that_does_not_compile(
     tmp_path: Path, no_cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check([], "echo 'error: no such thing'; exit 1", tmp_path, no_cuda)[0] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cells import CELLS, EACH_CELL, EACH_LAYER, Cell, Make, Pair
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -17,10 +19,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing import assert_close
 
-from fusedrnn import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell, fuse
+from fusedrnn import FusedLSTM, fuse
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-LAYERS = pytest.mark.parametrize("kind", [FusedLSTM, FusedGRU])
 T, B, I, H = 4, 3, 5, 6
 LENGTHS = [2, 4, 0]
 BATCH_SIZES = [3, 2, 2, 1]
@@ -41,24 +42,22 @@ def fresh() -> None:
 
 
 def arguments(
-    cell: str, both: bool, layout: str, projected: bool, given: bool, device: str, grad: bool
+    cell: Cell, both: bool, layout: str, projected: bool, given: bool, device: str, grad: bool
 ) -> tuple[Any, ...]:
-    """Of the forward op, but save."""
-    gates, directions, out = 4 if cell == "lstm" else 3, 1 + both, 2 if projected else H
+    """Arguments of the forward op without save."""
+    directions, proj_size = 1 + both, 2 if projected else 0
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).mul_(0.3).requires_grad_(grad)
 
     weights: list[Tensor] = []
     for _ in range(directions):
-        weights += [new(gates * H, I), new(gates * H, out), new(gates * H), new(gates * H)]
-        weights += [new(out, H)] if projected else []
-    states: list[Any] = [new(directions, B, out), new(directions, B, H)]
-    states = states if given else [None, None]
+        weights += [new(*shape) for shape in cell.weight_shapes(I, H, proj_size=proj_size)]
+    states = [new(directions, B, width) for width in cell.state_widths(H, proj_size)]
     packed = layout == "packed"
     return (
         new(8, I) if packed else new(T, B, I),
-        *states[: 2 if cell == "lstm" else 1],
+        *(states if given else [None] * len(states)),
         weights,
         both,
         torch.tensor(BATCH_SIZES) if packed else None,
@@ -69,19 +68,19 @@ def arguments(
 CASES = [
     (cell, both, layout, projected)
     for cell, both, layout, projected in itertools.product(
-        ["lstm", "gru"], [False, True], ["padded", "packed", "lengths"], [False, True]
+        CELLS, [False, True], ["padded", "packed", "lengths"], [False, True]
     )
-    if cell == "lstm" or not projected
+    if cell.projects or not projected
 ]
-OPS = pytest.mark.parametrize(("cell", "both", "layout", "projected"), CASES)
+OPS = pytest.mark.parametrize(("cell", "both", "layout", "projected"), CASES, ids=str)
 
 
 @OPS
 @pytest.mark.parametrize("given", [False, True])
 def test_opcheck_of_the_forward_ops(
-    cell: str, both: bool, layout: str, projected: bool, given: bool, device: str
+    cell: Cell, both: bool, layout: str, projected: bool, given: bool, device: str
 ) -> None:
-    op = getattr(torch.ops.fusedrnn, cell).default
+    op = cell.forward_op().default
     for grad in (False, True):
         args = arguments(cell, both, layout, projected, given, device, grad)
         torch.library.opcheck(op, (*args, grad))
@@ -89,16 +88,16 @@ def test_opcheck_of_the_forward_ops(
 
 @OPS
 def test_opcheck_of_the_backward_ops(
-    cell: str, both: bool, layout: str, projected: bool, device: str
+    cell: Cell, both: bool, layout: str, projected: bool, device: str
 ) -> None:
     args = arguments(cell, both, layout, projected, True, device, False)
-    out = getattr(torch.ops.fusedrnn, cell)(*args, True)
-    input, *states, weights = args[: 3 if cell == "gru" else 4]
+    out = cell.forward_op()(*args, True)
+    input, *states, weights = args[: 2 + len(cell.states)]
     grads = [torch.randn_like(y) for y in out[:-1]]
     mask = [True] * (1 + len(states) + len(weights))
     of_op = (*grads, input, *states, weights, *args[-3:], out[0], out[-1], mask)
-    torch.library.opcheck(getattr(torch.ops.fusedrnn, f"{cell}_backward").default, of_op)
-    # Made of torch's own ops, for second derivatives, of which torch has no compiled ones.
+    torch.library.opcheck(cell.backward_op().default, of_op)
+    # It consists of torch's ops, for second derivatives, which torch does not compile.
     torch.library.opcheck(
         getattr(torch.ops.fusedrnn, f"_{cell}_backward_differentiable").default,
         of_op,
@@ -106,15 +105,15 @@ def test_opcheck_of_the_backward_ops(
     )
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_opcheck_of_second_derivatives(cell: str, device: str) -> None:
-    """In eager mode: torch has no compiled ones."""
+@EACH_CELL
+def test_opcheck_of_second_derivatives(cell: Cell, device: str) -> None:
+    """Only in eager mode: torch does not compile them."""
     args = arguments(cell, False, "padded", False, False, device, True)
     with torch.no_grad():
-        out = getattr(torch.ops.fusedrnn, cell)(*args, True)
-    states = len(out) - 2
+        out = cell.forward_op()(*args, True)
+    states = len(cell.states)
     torch.library.opcheck(
-        getattr(torch.ops.fusedrnn, f"{cell}_backward").default,
+        cell.backward_op().default,
         (
             *(torch.randn_like(y, requires_grad=True) for y in out[:-1]),
             *args[: 2 + states],
@@ -133,10 +132,10 @@ def test_opcheck_of_second_derivatives(cell: str, device: str) -> None:
 
 
 class Model(nn.Module):
-    def __init__(self, kind: type[nn.Module], **settings: Any) -> None:
+    def __init__(self, make: Make, **settings: Any) -> None:
         super().__init__()
         self.before = nn.Linear(7, I)
-        self.layers = kind(I, H, 2, bidirectional=True, **settings)
+        self.layers = make(I, H, 2, bidirectional=True, **settings)
         self.after = nn.Linear(2 * H, 3)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -156,14 +155,14 @@ def check(module: nn.Module, compiled: Any, *args: Any, **settings: Any) -> None
     assert_close(gradients(module, found), gradients(module, expected), rtol=1e-4, atol=1e-5)
 
 
-@LAYERS
+@EACH_LAYER
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("with_lengths", [False, True])
 def test_two_graphs_for_all_sizes(
-    kind: type[nn.Module], backend: str, with_lengths: bool, device: str
+    pair: Pair, backend: str, with_lengths: bool, device: str
 ) -> None:
-    """One for the first sizes, one for all others; a size of 1 is torch's own exception."""
-    model = Model(kind).to(device)
+    """One graph for the first sizes and one for all others; torch specialises on a size of 1."""
+    model = Model(pair.make_fused).to(device)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for steps, rows in [(4, 3), (9, 2), (7, 8), (5, 5), (11, 3), (30, 7), (2, 2), (65, 4)]:
@@ -193,14 +192,6 @@ CALLS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "unbatched": (lambda: deep(), lambda: (X[:, 0],), {}),
     "projected": (lambda: FusedLSTM(I, H, proj_size=2, batch_first=True), lambda: (X,), {}),
     "eval": (lambda: FusedLSTM(I, H, 2, dropout=0.5).eval(), lambda: (X,), {}),
-    "GRU": (lambda: FusedGRU(I, H), lambda: (X, torch.randn(1, B, H)), {}),
-    "LSTM cell": (lambda: FusedLSTMCell(I, H), lambda: (X[0],), {}),
-    "LSTM cell, hx": (
-        lambda: FusedLSTMCell(I, H),
-        lambda: (X[0], (torch.randn(B, H), torch.randn(B, H))),
-        {},
-    ),
-    "GRU cell": (lambda: FusedGRUCell(I, H), lambda: (X[0], torch.randn(B, H)), {}),
     "swapped": (lambda: fuse(nn.LSTM(I, H)), lambda: (X,), {}),
     "parametrized": (
         lambda: fuse(parametrizations.weight_norm(nn.LSTM(I, H), "weight_hh_l0")),
@@ -208,6 +199,12 @@ CALLS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {},
     ),
 }
+for cell in CELLS:
+    layer = functools.partial(cell.layer.make_fused, I, H)
+    step = functools.partial(cell.step.make_fused, I, H)
+    CALLS[f"{cell}, hx"] = layer, lambda c=cell: (X, c.to_hx(torch.randn(2, 1, B, H))), {}
+    CALLS[f"{cell} cell"] = step, lambda: (X[0],), {}
+    CALLS[f"{cell} cell, hx"] = step, lambda c=cell: (X[0], c.to_hx(torch.randn(2, B, H))), {}
 
 
 def deep() -> nn.Module:
@@ -222,7 +219,7 @@ def test_no_graph_break(case: str) -> None:
 
 
 def test_wrong_states_of_a_packed_batch() -> None:
-    """How many rows there should be is not known before the run; the op says it then."""
+    """The number of rows is unknown before the run; then the op checks it."""
     module = deep()
     h, c = states()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -252,8 +249,8 @@ def test_compiled_training_step_with_dropout() -> None:
 
 
 class BatchFirst(Model):
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__(kind, batch_first=True)
+    def __init__(self, make: Make) -> None:
+        super().__init__(make, batch_first=True)
 
 
 def exported(model: nn.Module, *, strict: bool = False) -> torch.export.ExportedProgram:
@@ -273,17 +270,17 @@ def check_sizes(model: nn.Module, found: Any) -> None:
             assert_close(found(x, lengths), model(x, lengths))
 
 
-@LAYERS
+@EACH_LAYER
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_export_of_any_sizes(kind: type[nn.Module], strict: bool, tmp_path: Path) -> None:
-    model = BatchFirst(kind).eval()
+def test_export_of_any_sizes(pair: Pair, strict: bool, tmp_path: Path) -> None:
+    model = BatchFirst(pair.make_fused).eval()
     program = exported(model, strict=strict)
     check_sizes(model, program.module())
     torch.export.save(program, tmp_path / "model.pt2")
     check_sizes(model, torch.export.load(tmp_path / "model.pt2").module())
     kept = [n for n in program.run_decompositions().graph.nodes if "fusedrnn" in str(n.target)]
-    assert len(kept) == 2  # an op a layer, for every size
+    assert len(kept) == 2  # one op a layer for all sizes
 
 
 RUN = """
@@ -298,7 +295,7 @@ print("same")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.long
 def test_aot_inductor(tmp_path: Path) -> None:
-    """A compiled package runs, for any sizes, in a process that knows nothing of the model."""
+    """A compiled package runs with any sizes in a process without the model."""
     model = BatchFirst(FusedLSTM).eval()
     package = torch._inductor.aoti_compile_and_package(
         exported(model), package_path=str(tmp_path / "model.pt2")

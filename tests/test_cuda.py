@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.parity import FUSED, Nearby, assert_as_exact, double, fused_like
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
-from parity import FUSED, Nearby, assert_as_exact, double, fused_like
 from test_gradients import COVERING, problem
 from test_parity import Configuration, check, configurations
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
-"""Two processes train as one does: DistributedDataParallel, fully_shard; calls with DTensors.
+"""Two processes train as one: DistributedDataParallel, fully_shard, calls with DTensors.
 
-All is computed by two_processes.py, in one run.
+helpers/two_processes.py computes everything in one run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import fusedrnn
 if not torch.distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
 
-from two_processes import DDP, DTENSORS, FORMS, FSDP, META, H
+from helpers.two_processes import DDP, DTENSORS, FORMS, FSDP, META, H
 
 pytestmark = pytest.mark.long  # two processes
 
 HERE = Path(__file__).parent
-GRADIENT, TRAINED = 1e-12, 1e-10  # of float64; every update feeds on the rounding before it
-Measured = list[dict[str, Any]]  # of each process
+GRADIENT, TRAINED = 1e-12, 1e-10  # in float64; updates add to earlier rounding
+Measured = list[dict[str, Any]]  # one a process
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
     paths = [str(Path(fusedrnn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(HERE / "two_processes.py"), str(folder)],
+        [sys.executable, *launcher, str(HERE / "helpers/two_processes.py"), str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
@@ -49,7 +49,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
 
 
 def check(measured: Measured, *, trained: bool = True) -> None:
-    """No error, and one process's gradients and what comes of them, in each process."""
+    """Each process has no error, and the gradients, weights and scores of one process."""
     for found in measured:
         assert "error" not in found, found["error"]
         assert found["gradients"] <= GRADIENT
@@ -67,7 +67,7 @@ def test_ddp(measured: dict[str, Measured], mode: str, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", FSDP)
 def test_fsdp(measured: dict[str, Measured], mode: str, form: str) -> None:
-    """Gathered weights load into torch's module, which then gives the same scores."""
+    """Gathered weights load into torch's module, with the same scores."""
     check(measured[f"fsdp {mode}: {form}"])
 
 
@@ -81,7 +81,7 @@ def test_fsdp_bfloat16(measured: dict[str, Measured], form: str) -> None:
     for found in measured[f"fsdp bfloat16: {form}"]:
         assert "error" not in found, found["error"]
         assert found["types"] == ["torch.float32"]
-        # Rounding differs, for each process sums over its own rows.
+        # Rounding differs, because each process sums its own rows.
         assert found["two"] <= 2 * found["one"] + torch.finfo(torch.bfloat16).eps / 2
 
 
@@ -100,7 +100,7 @@ def test_fsdp_of_a_model_on_meta(measured: dict[str, Measured], mode: str, form:
 @pytest.mark.parametrize("mode", DTENSORS)
 @pytest.mark.parametrize("grad", ["grad", "no grad"])
 def test_dtensors(measured: dict[str, Measured], mode: str, form: str, grad: str) -> None:
-    """They are right or an error of torch's that names them, never wrong."""
+    """Results are right, or torch raises an error that names DTensors."""
     for of_process in measured[f"dtensors {mode}: {form}"]:
         found = of_process[grad]
         if "error" in found:

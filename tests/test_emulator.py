@@ -8,10 +8,10 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import emulated
 import pytest
 import test_cuda
 import torch
+from helpers import emulated
 from torch import Tensor
 
 from fusedrnn import _ops

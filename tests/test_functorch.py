@@ -1,4 +1,4 @@
-"""torch.func: what its transforms give is what a loop of plain calls gives, and by which ops."""
+"""Transforms of torch.func give the results of a loop of plain calls, by the expected ops."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cells import EACH_LAYER, EACH_STEP, LAYERS, Pair, cell_named, pair_of
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 
 import fusedrnn
-from fusedrnn import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell, _ops
+from fusedrnn import _ops
 
 V, T, B, I, H = 4, 5, 3, 2, 4
-LAYERS = [FusedLSTM, FusedGRU]
+LSTM = cell_named("lstm").layer
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layers-bidirectional": {"num_layers": 2, "bidirectional": True},
@@ -26,11 +27,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "projected": {"proj_size": 2, "bidirectional": True},
 }
 CASES = [
-    (kind, name)
-    for kind, name in itertools.product(LAYERS, SETTINGS)
-    if kind is FusedLSTM or name != "projected"
+    (pair, name)
+    for pair, name in itertools.product(LAYERS, SETTINGS)
+    if pair.cell.projects or name != "projected"
 ]
-EVERY = pytest.mark.parametrize(("kind", "settings"), CASES)
+EVERY = pytest.mark.parametrize(("pair", "settings"), CASES, ids=str)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -39,9 +40,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def made(kind: type[nn.Module], settings: str, device: str = "cpu") -> nn.Module:
+def made(pair: Pair, settings: str, device: str = "cpu") -> nn.Module:
     torch.manual_seed(0)
-    return kind(I, H, dtype=torch.float64, device=device, **SETTINGS[settings])
+    return pair.make_fused(I, H, dtype=torch.float64, device=device, **SETTINGS[settings])
 
 
 def random(*shape: int, seed: int = 1, device: str = "cpu") -> Tensor:
@@ -53,11 +54,11 @@ def hx(module: nn.Module, *samples: int, rows: int = B, device: str = "cpu") -> 
     layers = module.num_layers * (2 if module.bidirectional else 1)
     h = random(*samples, layers, rows, module.proj_size or H, seed=2, device=device)
     c = random(*samples, layers, rows, H, seed=3, device=device)
-    return (h, c) if module.mode == "LSTM" else h
+    return pair_of(module).cell.to_hx([h, c])
 
 
 def looped(function: Callable[..., Any], dims: tuple[Any, ...], *args: Any) -> Any:
-    """vmap by its definition, for a dimension of each argument, all of its tensors or none."""
+    """vmap by its definition: a loop over a dimension of each argument's tensors."""
     leaves, results = torch.utils._pytree, []
     for i in range(V):
         sample = [
@@ -70,7 +71,7 @@ def looped(function: Callable[..., Any], dims: tuple[Any, ...], *args: Any) -> A
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often each op was called, and the reference."""
+    """Counts calls of ops and of the reference."""
     count: Counter[str] = Counter()
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,9 +91,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 @EVERY
 def test_vmap_over_inputs_and_states(
-    kind: type[nn.Module], settings: str, device: str, calls: Counter[str]
+    pair: Pair, settings: str, device: str, calls: Counter[str]
 ) -> None:
-    module = made(kind, settings, device).requires_grad_(False)
+    module = made(pair, settings, device).requires_grad_(False)
     first = module.batch_first
     x = random(V, B if first else T, T if first else B, I, device=device)
     states = hx(module, V, device=device)
@@ -106,13 +107,13 @@ def test_vmap_over_inputs_and_states(
     ):
         calls.clear()
         found = vmap(module, in_dims=dims)(*args)
-        assert calls == {"forward": module.num_layers}  # one batch of all samples
+        assert calls == {"forward": module.num_layers}  # all samples as one batch
         assert_close(found, looped(module, dims, *args))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_vmap_over_lengths(kind: type[nn.Module], device: str, calls: Counter[str]) -> None:
-    module = made(kind, "layers-bidirectional", device).requires_grad_(False)
+@EACH_LAYER
+def test_vmap_over_lengths(pair: Pair, device: str, calls: Counter[str]) -> None:
+    module = made(pair, "layers-bidirectional", device).requires_grad_(False)
     x = random(V, T, B, I, device=device)
     lengths = torch.tensor([[5, 0, 2], [1, 1, 5], [0, 0, 0], [3, 4, 5]], device=device)
 
@@ -132,9 +133,9 @@ def test_vmap_over_lengths(kind: type[nn.Module], device: str, calls: Counter[st
             vmap(run)(x, lengths + 1)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_vmap_over_packed(kind: type[nn.Module], device: str, calls: Counter[str]) -> None:
-    module = made(kind, "layers-bidirectional", device).requires_grad_(False)
+@EACH_LAYER
+def test_vmap_over_packed(pair: Pair, device: str, calls: Counter[str]) -> None:
+    module = made(pair, "layers-bidirectional", device).requires_grad_(False)
     sizes = torch.tensor([3, 2, 2, 1])
     data = random(V, 8, I, device=device)
 
@@ -154,7 +155,7 @@ def test_vmap_over_packed(kind: type[nn.Module], device: str, calls: Counter[str
 
 
 def test_vmap_of_vmap(calls: Counter[str]) -> None:
-    module = made(FusedLSTM, "plain").requires_grad_(False)
+    module = made(LSTM, "plain").requires_grad_(False)
     x, h, c = random(V, 2, T, B, I), random(2, V, 1, B, H), random(1, B, H)
 
     def inner(x: Tensor, h: Tensor) -> Any:
@@ -167,9 +168,9 @@ def test_vmap_of_vmap(calls: Counter[str]) -> None:
 
 
 @EVERY
-def test_ensemble(kind: type[nn.Module], settings: str, device: str, calls: Counter[str]) -> None:
+def test_ensemble(pair: Pair, settings: str, device: str, calls: Counter[str]) -> None:
     """Each sample has weights of its own."""
-    modules = [made(kind, settings, device) for _ in range(V)]
+    modules = [made(pair, settings, device) for _ in range(V)]
     for i, m in enumerate(modules):
         for p in m.parameters():
             p.data.mul_(1 - 0.1 * i)
@@ -192,17 +193,15 @@ def test_ensemble(kind: type[nn.Module], settings: str, device: str, calls: Coun
 
 
 @EVERY
-def test_per_sample_gradients(
-    kind: type[nn.Module], settings: str, device: str, calls: Counter[str]
-) -> None:
-    module = made(kind, settings, device)
+def test_per_sample_gradients(pair: Pair, settings: str, device: str, calls: Counter[str]) -> None:
+    module = made(pair, settings, device)
     x = random(V, *((B, T) if module.batch_first else (T, B)), I, device=device)
     weights = {k: v.detach() for k, v in module.named_parameters()}
     states = hx(module, V, device=device)
 
     def loss(w: dict[str, Tensor], x: Tensor, s: Any) -> Tensor:
         output, final = functional_call(module, w, (x, s))
-        final = final if isinstance(final, tuple) else (final,)
+        final = pair.cell.from_hx(final)
         return output.square().sum() + sum((f * f.cos()).sum() for f in final)
 
     dims = (None, 0, 0)
@@ -219,7 +218,7 @@ def test_per_sample_gradients(
         flat = torch.utils._pytree.tree_leaves(leaves)
         alone = torch.autograd.grad(loss(*leaves), flat)
         assert_close([g[i] for g in torch.utils._pytree.tree_leaves(found)], list(alone))
-    # Of the inputs alone, one call for all.
+    # Gradients of inputs alone need one call for all samples.
     calls.clear()
     of_input = vmap(grad(loss, argnums=(1, 2)), in_dims=dims)(weights, x, states)
     assert calls == {"forward": module.num_layers, "backward": module.num_layers}
@@ -227,11 +226,11 @@ def test_per_sample_gradients(
 
 
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
-@pytest.mark.parametrize("kind", LAYERS)
+@EACH_LAYER
 def test_per_sample_gradients_of_other_layouts(
-    kind: type[nn.Module], layout: str, calls: Counter[str]
+    pair: Pair, layout: str, calls: Counter[str]
 ) -> None:
-    module = made(kind, "layers-bidirectional")
+    module = made(pair, "layers-bidirectional")
     x = random(V, 8, I) if layout == "packed" else random(V, T, B, I)
 
     def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -251,9 +250,9 @@ def test_per_sample_gradients_of_other_layouts(
 
 
 @EVERY
-def test_jacobians(kind: type[nn.Module], settings: str, calls: Counter[str]) -> None:
-    """jacrev maps over the gradients of the outputs, jacfwd over tangents."""
-    module = made(kind, settings).requires_grad_(False)
+def test_jacobians(pair: Pair, settings: str, calls: Counter[str]) -> None:
+    """jacrev maps over output gradients, jacfwd over tangents."""
+    module = made(pair, settings).requires_grad_(False)
     x = random(2, 2, I)
     expected = torch.autograd.functional.jacobian(lambda x: module(x)[0], x)
     calls.clear()
@@ -268,11 +267,11 @@ def test_jacobians(kind: type[nn.Module], settings: str, calls: Counter[str]) ->
     assert_close(jacrev(of_weights)(weights), jacfwd(of_weights)(weights))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_higher_derivatives(kind: type[nn.Module]) -> None:
+@EACH_LAYER
+def test_higher_derivatives(pair: Pair) -> None:
     """grad(grad), hessian and three levels, each against torch's own layer."""
-    module = made(kind, "layers-bidirectional")
-    theirs = fusedrnn.unfuse(made(kind, "layers-bidirectional"))
+    module = made(pair, "layers-bidirectional")
+    theirs = fusedrnn.unfuse(made(pair, "layers-bidirectional"))
     weights = {k: v.detach() for k, v in module.named_parameters()}
     x = random(3, 2, I)
 
@@ -305,7 +304,7 @@ def test_higher_derivatives(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("lengths", [[6, 0, 1], [2, -1, 1]])
 def test_lengths_out_of_range_on_the_reference(lengths: list[int]) -> None:
-    module = made(FusedLSTM, "plain").requires_grad_(False)
+    module = made(LSTM, "plain").requires_grad_(False)
     x = random(T, B, I)
     with pytest.raises(RuntimeError, match=r"lengths must be from 0 to the sequence length 5"):
         jvp(lambda x: module(x, lengths=lengths)[0], (x,), (x,))
@@ -315,9 +314,9 @@ def test_lengths_out_of_range_on_the_reference(lengths: list[int]) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_jvp_and_vjp(kind: type[nn.Module]) -> None:
-    module = made(kind, "layers-bidirectional").requires_grad_(False)
+@EACH_LAYER
+def test_jvp_and_vjp(pair: Pair) -> None:
+    module = made(pair, "layers-bidirectional").requires_grad_(False)
     x, dx = random(T, B, I), random(T, B, I, seed=5)
     output, tangent = jvp(lambda x: module(x)[0], (x,), (dx,))
     found, pull = vjp(lambda x: module(x)[0], x)
@@ -329,15 +328,16 @@ def test_jvp_and_vjp(kind: type[nn.Module]) -> None:
     assert_close(tangent, finite, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", [FusedLSTMCell, FusedGRUCell])
-def test_cells(kind: type[nn.Module], calls: Counter[str]) -> None:
+@EACH_STEP
+def test_cells(pair: Pair, calls: Counter[str]) -> None:
     torch.manual_seed(0)
-    module = kind(I, H, dtype=torch.float64)
+    module = pair.make_fused(I, H, dtype=torch.float64)
     x = random(V, B, I)
     weights = {k: v.detach() for k, v in module.named_parameters()}
 
     def loss(w: dict[str, Tensor], x: Tensor) -> Tensor:
-        return sum(s.square().sum() for s in functional_call(module, w, (x,)))
+        states = pair.cell.from_hx(functional_call(module, w, (x,)))
+        return sum(s.square().sum() for s in states)
 
     found = vmap(module)(x)
     assert_close(found, looped(module, (0,), x))
@@ -348,8 +348,8 @@ def test_cells(kind: type[nn.Module], calls: Counter[str]) -> None:
 
 
 def test_gradients_reach_what_is_outside() -> None:
-    """vmap of a module whose parameters want gradients, by backward() outside of it."""
-    module = made(FusedLSTM, "layers-bidirectional")
+    """vmap of a module with trainable parameters, and backward() outside of vmap."""
+    module = made(LSTM, "layers-bidirectional")
     x = random(V, T, B, I).requires_grad_()
     leaves = [x, *module.parameters()]
     found = torch.autograd.grad(vmap(module)(x)[0].square().sum(), leaves)
@@ -360,9 +360,9 @@ def test_gradients_reach_what_is_outside() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_other_types(kind: type[nn.Module], dtype: torch.dtype) -> None:
-    module = made(kind, "plain").to(dtype)
+@EACH_LAYER
+def test_other_types(pair: Pair, dtype: torch.dtype) -> None:
+    module = made(pair, "plain").to(dtype)
     x = random(V, T, B, I).to(dtype)
 
     def loss(x: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ def test_other_types(kind: type[nn.Module], dtype: torch.dtype) -> None:
 
 
 def test_per_sample_gradients_compiled() -> None:
-    module = made(FusedLSTM, "plain")
+    module = made(LSTM, "plain")
     weights = {k: v.detach() for k, v in module.named_parameters()}
 
     def each(w: dict[str, Tensor], x: Tensor) -> Any:
@@ -388,12 +388,12 @@ def test_per_sample_gradients_compiled() -> None:
 
 def test_vmap_of_nothing() -> None:
     with pytest.raises(ValueError, match=r"^fusedrnn: vmap can't map over a dimension of size 0$"):
-        vmap(made(FusedLSTM, "plain"))(torch.zeros(0, T, B, I, dtype=torch.float64))
+        vmap(made(LSTM, "plain"))(torch.zeros(0, T, B, I, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("settings", ["plain", "projected"])
 def test_output_changed_in_place(settings: str) -> None:
-    module = made(FusedLSTM, settings)
+    module = made(LSTM, settings)
     x = random(T, B, I)
 
     def loss(w: dict[str, Tensor], change: bool) -> Tensor:
@@ -405,7 +405,7 @@ def test_output_changed_in_place(settings: str) -> None:
 
 
 def test_vmap_in_a_checkpoint() -> None:
-    module = made(FusedLSTM, "projected")
+    module = made(LSTM, "projected")
     x = random(V, T, B, I).requires_grad_()
     leaves = [x, *module.parameters()]
 
@@ -416,10 +416,10 @@ def test_vmap_in_a_checkpoint() -> None:
     assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(run(x), leaves))
 
 
-@pytest.mark.parametrize("kind", [FusedLSTM, FusedGRU])
+@EACH_LAYER
 @pytest.mark.parametrize("settings", ["plain", "layers-bidirectional"])
-def test_vmap_over_gradients_of_one_call(kind: type[nn.Module], settings: str) -> None:
-    module = made(kind, settings)
+def test_vmap_over_gradients_of_one_call(pair: Pair, settings: str) -> None:
+    module = made(pair, settings)
     x = random(T, B, I).requires_grad_()
     y = module(x, lengths=[5, 0, 2])[0]
     leaves = [x, *module.parameters()]
@@ -432,8 +432,8 @@ def test_vmap_over_gradients_of_one_call(kind: type[nn.Module], settings: str) -
 
 
 def test_random_dropout() -> None:
-    """vmap wants to be told what a random op does; then it works."""
-    module = FusedLSTM(I, H, 2, dropout=0.5)
+    """vmap needs its `randomness` argument for dropout."""
+    module = LSTM.make_fused(I, H, 2, dropout=0.5)
     x = random(T, B, I).float().expand(V, -1, -1, -1)
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(module)(x)

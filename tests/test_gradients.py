@@ -1,16 +1,19 @@
-"""Derivatives: numerically, of second order, from any subset of outputs, under torch.func."""
+"""Derivatives: numerical checks, second order, any subset of outputs, torch.func."""
 
 from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from parity import FUSED, fused_like
+from helpers.cells import CELLS, EACH_LAYER, EACH_MODULE, LAYERS, STEPS, Cell, Pair, cell_named
+from helpers.parity import fused_like
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 from fusedrnn import _ops, _reference, functional
@@ -18,7 +21,7 @@ from fusedrnn import _ops, _reference, functional
 MODES = [
     (cell, layers, bidirectional, bias, proj, layout, states)
     for cell, layers, bidirectional, bias, proj, layout, states in itertools.product(
-        ["lstm", "gru"],
+        map(str, CELLS),
         [1, 2],
         [False, True],
         [False, True],
@@ -26,18 +29,19 @@ MODES = [
         ["padded", "packed", "lengths"],
         [False, True],
     )
-    if not (cell == "gru" and proj)
+    if not proj or cell_named(cell).projects
 ]
-# Pairs of every two settings, in a twelfth of the modes.
+# A twelfth of the modes, with every pair of two settings.
 COVERING = MODES[::13] + MODES[5::29]
 
 
 def problem(mode: tuple, device: str = "cpu") -> tuple:
-    """A function of tensors, all of them, and the tensors."""
-    cell, layers, bidirectional, bias, proj, layout, states = mode
+    """A layer as a function of all its tensors, and the tensors."""
+    name, layers, bidirectional, bias, proj, layout, states = mode
+    cell = cell_named(name)
     torch.manual_seed(0)
     T, B, I, H = 3, 3, 2, 3
-    P, D, G = proj or H, 2 if bidirectional else 1, 4 if cell == "lstm" else 3
+    P, D = proj or H, 2 if bidirectional else 1
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64).to(device).requires_grad_()
@@ -45,19 +49,17 @@ def problem(mode: tuple, device: str = "cpu") -> tuple:
     batch_sizes = torch.tensor([3, 2, 1]) if layout == "packed" else None
     lengths = torch.tensor([2, 0, 3], device=device) if layout == "lengths" else None
     x = tensor(6, I) if layout == "packed" else tensor(T, B, I)
-    hx = [tensor(layers * D, B, P), tensor(layers * D, B, H)][: 2 if cell == "lstm" else 1]
+    hx = [tensor(layers * D, B, width) for width in cell.state_widths(H, proj)]
     weights = []
     for layer, _ in itertools.product(range(layers), range(D)):
-        weights += [tensor(G * H, I if layer == 0 else D * P), tensor(G * H, P)]
-        weights += [tensor(G * H), tensor(G * H)] if bias else []
-        weights += [tensor(P, H)] if proj else []
+        shapes = cell.weight_shapes(I if layer == 0 else D * P, H, bias=bias, proj_size=proj)
+        weights += [tensor(*shape) for shape in shapes]
     n = len(hx) if states else 0
 
     def call(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        given = None if not n else rest[0] if cell == "gru" else (rest[0], rest[1])
-        return getattr(functional, cell)(
+        return cell.function(
             x,
-            given,
+            cell.to_hx(rest) if n else None,
             rest[n:],
             num_layers=layers,
             bidirectional=bidirectional,
@@ -84,22 +86,25 @@ def test_gradgradcheck(mode: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "used"),
+    ("pair", "used"),
     [
-        *(("LSTM", used) for used in itertools.product((0, 1), repeat=3) if any(used)),
-        *(("GRU", used) for used in itertools.product((0, 1), repeat=2) if any(used)),
+        (cell.layer, used)
+        for cell in CELLS
+        for used in itertools.product((0, 1), repeat=1 + len(cell.states))
+        if any(used)
     ],
+    ids=str,
 )
-def test_any_subset_of_outputs_in_eval_mode(cell: str, used: tuple[int, ...]) -> None:
+def test_any_subset_of_outputs_in_eval_mode(pair: Pair, used: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    theirs = getattr(nn, cell)(3, 5, num_layers=2, bidirectional=True).double().eval()
+    theirs = pair.make_plain(3, 5, num_layers=2, bidirectional=True).double().eval()
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     results = []
     for module in (theirs, fused_like(theirs)):
         leaf = x.clone().requires_grad_()
         y, final = module(leaf)
-        outputs = [y, *(final if cell == "LSTM" else [final])]
-        loss = sum(t.square().sum() for t, use in zip(outputs, used, strict=False) if use)
+        outputs = [y, *pair.cell.from_hx(final)]
+        loss = sum(t.square().sum() for t, use in zip(outputs, used, strict=True) if use)
         results.append(
             torch.autograd.grad(loss, [leaf, *module.parameters()], materialize_grads=True)
         )
@@ -126,7 +131,7 @@ def test_frozen_weights_let_the_gradient_through(frozen: str) -> None:
 
 
 def test_only_what_requires_grad_is_computed() -> None:
-    """Frozen weights and a constant input: the backward op is told, and no graph is kept."""
+    """With frozen weights and a constant input no graph is kept."""
     module = fusedrnn.FusedLSTM(3, 5)
     for p in module.parameters():
         p.requires_grad_(False)
@@ -136,18 +141,15 @@ def test_only_what_requires_grad_is_computed() -> None:
         assert fusedrnn.FusedLSTM(3, 5)(torch.randn(4, 2, 3))[0].grad_fn is None
 
 
-@pytest.mark.parametrize("kind", list(FUSED))
-def test_batch_of_zero(kind: type[nn.Module]) -> None:
-    theirs = kind(4, 6)
+@EACH_MODULE
+def test_batch_of_zero(pair: Pair) -> None:
+    theirs = pair.make_plain(4, 6)
     ours = fused_like(theirs)
     for module in (theirs, ours):
-        is_cell = isinstance(module, nn.RNNCellBase)
-        x = torch.randn((0, 4) if is_cell else (5, 0, 4), requires_grad=True)
-        result = module(x)
-        flat = [t for r in result for t in (r if isinstance(r, tuple) else (r,))]
-        if kind is nn.GRUCell:
-            flat = [result]
-        assert all(t.shape == ((0, 6) if is_cell else (t.size(0), 0, 6)) for t in flat)
+        x = torch.randn((5, 0, 4) if pair.is_layer else (0, 4), requires_grad=True)
+        flat = tree_leaves(module(x))
+        assert len(flat) == len(pair.cell.states) + pair.is_layer
+        assert all(t.shape == ((t.size(0), 0, 6) if pair.is_layer else (0, 6)) for t in flat)
         sum(t.sum() for t in flat).backward()
         for p in (x, *module.parameters()):
             assert p.grad is not None
@@ -169,13 +171,14 @@ def test_retain_graph_and_accumulation() -> None:
 
 @pytest.mark.parametrize("proj_size", [0, 2])
 def test_outputs_may_be_changed_in_place(proj_size: int) -> None:
-    """As by relu_ or inplace dropout behind the layer: the backward pass does not need them."""
+    """Such as by relu_ or inplace dropout: the backward pass does not need outputs."""
     torch.manual_seed(0)
-    for module in (
-        fusedrnn.FusedLSTM(3, 5, proj_size=proj_size),
-        fusedrnn.FusedLSTM(3, 5, num_layers=2, bidirectional=True, proj_size=proj_size),
-        fusedrnn.FusedGRU(3, 5, num_layers=2),
-    ):
+    modules = []
+    for cell in CELLS:
+        settings = {"proj_size": proj_size} if cell.projects else {}
+        modules.append(cell.layer.make_fused(3, 5, **settings))
+        modules.append(cell.layer.make_fused(3, 5, num_layers=2, bidirectional=True, **settings))
+    for module in modules:
         x = torch.randn(4, 2, 3)
         results = []
         for in_place in (False, True):
@@ -202,52 +205,49 @@ def test_gradient_penalty() -> None:
         torch.testing.assert_close(a, b)
 
 
-def unrolled(kind: type[nn.Module]) -> Any:
-    """A loop of a cell: each state depends on the weights that the next step has too."""
+def unrolled(module: nn.Module, _: Cell) -> Callable[[Tensor], Tensor]:
+    """A loop over a cell: each state depends on the weights of the next step."""
 
-    def call(module: nn.Module, x: Tensor) -> Tensor:
+    def call(x: Tensor) -> Tensor:
         hx = None
         for t in range(3):
             hx = module(x[t], hx)
         return hx[0] if isinstance(hx, tuple) else hx
 
-    return kind(3, 3).double(), call
+    return call
 
 
-def state_from_input(kind: type[nn.Module]) -> Any:
-    def call(module: nn.Module, x: Tensor) -> Tensor:
+def state_from_input(module: nn.Module, cell: Cell) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
         h = x[:1] * 2
-        return module(x, (h, h) if isinstance(module, nn.LSTM | fusedrnn.FusedLSTM) else h)[0]
+        return module(x, cell.to_hx([h, h]))[0]
 
-    return kind(3, 3).double(), call
+    return call
 
 
-def tied(kind: type[nn.Module]) -> Any:
-    module = kind(3, 3).double()
+def tied(module: nn.Module, _: Cell) -> Callable[[Tensor], Tensor]:
     module.weight_hh_l0 = module.weight_ih_l0
-    return module, lambda m, x: m(x)[0]
+    return lambda x: module(x)[0]
 
 
 @pytest.mark.parametrize(
-    ("make", "kind"),
+    ("make_call", "pair"),
     [
-        (unrolled, nn.LSTMCell),
-        (unrolled, nn.GRUCell),
-        (state_from_input, nn.LSTM),
-        (state_from_input, nn.GRU),
-        (tied, nn.LSTM),
-        (tied, nn.GRU),
+        *((unrolled, pair) for pair in STEPS),
+        *itertools.product((state_from_input, tied), LAYERS),
     ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
-def test_arguments_that_depend_on_each_other(make: Any, kind: type[nn.Module]) -> None:
+def test_arguments_that_depend_on_each_other(make_call: Any, pair: Pair) -> None:
     """First and second derivatives with create_graph count every path once."""
     results = []
-    for k in (kind, FUSED[kind]):
+    for make in pair.makers:
         torch.manual_seed(0)
-        module, call = make(k)
+        module = make(3, 3).double()
+        call = make_call(module, pair.cell)
         x = torch.randn(3, 2, 3, dtype=torch.float64).requires_grad_()
         leaves = [x, *module.parameters()]
-        first = torch.autograd.grad(call(module, x).square().sum(), leaves, create_graph=True)
+        first = torch.autograd.grad(call(x).square().sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         results.append([*first, *second])
     for a, b in zip(*results, strict=True):
@@ -257,7 +257,7 @@ def test_arguments_that_depend_on_each_other(make: Any, kind: type[nn.Module]) -
 @pytest.mark.parametrize("lengths", [None, [3, 0, 2]])
 @pytest.mark.parametrize(("hidden", "proj"), [(8, 100), (70, 100), (8, 65), (70, 3)])
 def test_projection_of_any_size(hidden: int, proj: int, lengths: list[int] | None) -> None:
-    """nn.LSTM's constructor keeps proj_size below hidden_size; the op need not."""
+    """nn.LSTM requires proj_size < hidden_size; the op does not."""
     torch.manual_seed(0)
     shapes = [(4 * hidden, 5), (4 * hidden, proj), (4 * hidden,), (4 * hidden,), (proj, hidden)]
     weights = [torch.randn(s, dtype=torch.float64).mul(0.1).requires_grad_() for s in shapes]
@@ -289,11 +289,11 @@ def test_padding_is_not_read_by_higher_derivatives() -> None:
     assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-def test_torch_func(cell: str) -> None:
-    """functional_call, grad, vmap(grad), jvp and hessian give what the plain calls give."""
+@EACH_LAYER
+def test_torch_func(pair: Pair) -> None:
+    """functional_call, grad, vmap(grad), jvp and hessian agree with plain calls."""
     torch.manual_seed(0)
-    module = FUSED[getattr(nn, cell)](3, 4).double()
+    module = pair.make_fused(3, 4).double()
     parameters = {k: v.detach() for k, v in module.named_parameters()}
     x = torch.randn(6, 5, 3, dtype=torch.float64)  # [samples, T, I]
 
@@ -316,10 +316,10 @@ def test_torch_func(cell: str) -> None:
     torch.testing.assert_close(hessian, hessian.permute(2, 3, 0, 1))
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-def test_nan_propagates(cell: str) -> None:
-    """From the step and row where it enters, and nowhere else; from weights, everywhere."""
-    module = FUSED[getattr(nn, cell)](3, 20)
+@EACH_LAYER
+def test_nan_propagates(pair: Pair) -> None:
+    """NaN in one row spreads from its step in that row; NaN in a weight spreads everywhere."""
+    module = pair.make_fused(3, 20)
     x = torch.randn(5, 3, 3)
     x[2, 1, 0] = float("nan")
     y = module(x)[0]
@@ -327,7 +327,7 @@ def test_nan_propagates(cell: str) -> None:
     assert y[:2].isfinite().all()
     assert y[:, ::2].isfinite().all()
     for name, p in module.named_parameters():
-        changed = FUSED[getattr(nn, cell)](3, 20)
+        changed = pair.make_fused(3, 20)
         changed.load_state_dict(module.state_dict())
         with torch.no_grad():
             dict(changed.named_parameters())[name].fill_(float("nan"))
@@ -336,12 +336,12 @@ def test_nan_propagates(cell: str) -> None:
     assert huge.isfinite().all()
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-def test_same_bits_on_a_second_run(cell: str) -> None:
-    """Forward and backward, with threads sharing rows, units or directions."""
+@EACH_LAYER
+def test_same_bits_on_a_second_run(pair: Pair) -> None:
+    """Forward and backward, with rows, units or directions shared by threads."""
     torch.manual_seed(0)
     for rows, hidden, bidirectional in [(1, 256, False), (3, 200, False), (40, 96, True)]:
-        module = FUSED[getattr(nn, cell)](50, hidden, bidirectional=bidirectional)
+        module = pair.make_fused(50, hidden, bidirectional=bidirectional)
         x = torch.randn(30, rows, 50)
         runs = []
         for _ in range(4):
@@ -349,7 +349,7 @@ def test_same_bits_on_a_second_run(cell: str) -> None:
             leaf = x.clone().requires_grad_()
             y, final = module(leaf)
             y.square().sum().backward()
-            final = final if cell == "LSTM" else (final,)
+            final = pair.cell.from_hx(final)
             runs.append([y, *final, leaf.grad, *(p.grad.clone() for p in module.parameters())])
         for other in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))

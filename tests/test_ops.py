@@ -1,4 +1,4 @@
-"""Direct calls of torch.ops.fusedrnn.*: whatever they are given, a result or a clear error."""
+"""Direct calls of torch.ops.fusedrnn.* with any arguments: a result or a clear error."""
 
 from __future__ import annotations
 
@@ -8,66 +8,53 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cells import CELLS, NOT_IN_TORCH, Cell, cell_named
 from torch import Tensor
 
 import fusedrnn  # noqa: F401  loads the ops
 
-ops = torch.ops.fusedrnn
+LSTM = cell_named("lstm")
+UNPROJECTED = [cell for cell in CELLS if not cell.projects]
 T, B, I, H = 4, 3, 2, 5
 
 
-def weights(gates: int = 4, **keywords: Any) -> list[Tensor]:
-    shapes = [(gates * H, I), (gates * H, H), (gates * H,), (gates * H,)]
-    return [torch.randn(s, **keywords) for s in shapes]
+def weights(gates: int = LSTM.gates) -> list[Tensor]:
+    return [torch.randn(s) for s in [(gates * H, I), (gates * H, H), (gates * H,), (gates * H,)]]
 
 
-def forward(**changes: Any) -> Any:
-    arguments: dict[str, Any] = {
+def batch(cell: Cell) -> dict[str, Any]:
+    """The arguments that a forward op and its backward op share."""
+    return {
         "input": torch.randn(T, B, I),
-        "h0": torch.randn(1, B, H),
-        "c0": torch.randn(1, B, H),
-        "weights": weights(),
+        **{f"{state}0": torch.randn(1, B, H) for state in cell.states},
+        "weights": weights(cell.gates),
         "bidirectional": False,
         "batch_sizes": None,
         "lengths": None,
-        "save": True,
-        **changes,
     }
-    return ops.lstm(**arguments)
 
 
-def gru(**changes: Any) -> Any:
-    arguments: dict[str, Any] = {
-        "input": torch.randn(T, B, I),
-        "h0": torch.randn(1, B, H),
-        "weights": weights(3),
-        "bidirectional": False,
-        "batch_sizes": None,
-        "lengths": None,
-        "save": True,
-        **changes,
-    }
-    return ops.gru(**arguments)
+def forward(cell: Cell = LSTM, **changes: Any) -> Any:
+    return cell.forward_op()(**{**batch(cell), "save": True, **changes})
 
 
-def backward(**changes: Any) -> Any:
-    arguments: dict[str, Any] = {
+def backward(cell: Cell = LSTM, **changes: Any) -> Any:
+    arguments = {
         "grad_output": torch.randn(T, B, H),
-        "grad_h_n": torch.randn(1, B, H),
-        "grad_c_n": torch.randn(1, B, H),
-        "input": torch.randn(T, B, I),
-        "h0": torch.randn(1, B, H),
-        "c0": torch.randn(1, B, H),
-        "weights": weights(),
-        "bidirectional": False,
-        "batch_sizes": None,
-        "lengths": None,
+        **{f"grad_{state}_n": torch.randn(1, B, H) for state in cell.states},
+        **batch(cell),
         "output": torch.randn(T, B, H),
-        "saved": torch.rand(1, T * B, 5, H),
-        "output_mask": [True] * 7,
-        **changes,
+        "saved": torch.rand(1, T * B, cell.saved, H),
+        "output_mask": [True] * (1 + len(cell.states) + 4),
     }
-    return ops.lstm_backward(**arguments)
+    return cell.backward_op()(**{**arguments, **changes})
+
+
+def test_the_table_has_every_cell_of_the_library() -> None:
+    names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
+    ops = {name for library, name in names if library == "fusedrnn"}
+    layers = {name for name in ops if f"{name}_backward" in ops}
+    assert layers == {*NOT_IN_TORCH, *map(str, CELLS)}
 
 
 def test_the_calls_that_the_errors_vary_work() -> None:
@@ -77,14 +64,13 @@ def test_the_calls_that_the_errors_vary_work() -> None:
         (1, B, H),
         (1, T * B, 5, H),
     ]
-    assert [tuple(t.shape) for t in gru()] == [(T, B, H), (1, B, H), (1, T * B, 5, H)]
-    x, h, c, w = backward()
-    assert [tuple(t.shape) for t in (x, h, c, *w)] == [
-        (T, B, I),
-        (1, B, H),
-        (1, B, H),
-        *(tuple(t.shape) for t in weights()),
-    ]
+    for cell in CELLS:
+        states = [(1, B, H) for _ in cell.states]
+        outputs = forward(cell)
+        assert [tuple(t.shape) for t in outputs] == [(T, B, H), *states, (1, T * B, cell.saved, H)]
+        *inputs, w = backward(cell)
+        assert [tuple(t.shape) for t in inputs] == [(T, B, I), *states]
+        assert [tuple(t.shape) for t in w] == cell.weight_shapes(I, H)
     packed = forward(input=torch.randn(6, I), batch_sizes=torch.tensor([3, 2, 1]))
     assert [tuple(t.shape) for t in packed[:3]] == [(6, H), (1, B, H), (1, B, H)]
     assert forward(save=False)[3].shape == (0,)
@@ -101,7 +87,7 @@ PROJECTED: dict[str, Any] = {
 
 
 def freed(*shape: int) -> Tensor:
-    """As FSDP leaves a weight between two uses."""
+    """A tensor without memory, like a weight under FSDP between uses."""
     t = torch.randn(shape)
     t.untyped_storage().resize_(0)
     return t
@@ -200,22 +186,29 @@ def test_backward_errors(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "message"),
     [
-        ({"weights": weights(4)}, "Expected weight_hh size"),
-        ({"weights": [*weights(3)[:2], torch.randn(H, H)]}, "got 3 weights for 1 direction"),
-        ({"h0": torch.randn(1, B, H + 1)}, "Expected h0 size"),
+        (lambda cell: {"weights": weights(cell.gates + 1)}, "Expected weight_hh size"),
+        (
+            lambda cell: {"weights": [*weights(cell.gates)[:2], torch.randn(H, H)]},
+            "got 3 weights for 1 direction",
+        ),
+        (lambda _: {"h0": torch.randn(1, B, H + 1)}, "Expected h0 size"),
     ],
+    ids=["gates", "projection", "width"],
 )
-def test_gru_errors(changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("cell", UNPROJECTED, ids=str)
+def test_errors_of_cells_without_a_projection(
+    cell: Cell, change: Callable[[Cell], dict[str, Any]], message: str
+) -> None:
     with pytest.raises(RuntimeError, match=message):
-        gru(**changes)
+        forward(cell, **change(cell))
 
 
 @pytest.mark.parametrize("call", [forward, backward])
 @pytest.mark.parametrize("name", ["input", "h0", "c0", "weights"])
 def test_other_devices(call: Callable[..., Any], name: str) -> None:
-    """A mix with the meta device: no kernel is run on memory that isn't there."""
+    """A mix with the meta device: no kernel reads missing memory."""
     shapes = {"input": (T, B, I), "h0": (1, B, H), "c0": (1, B, H)}
     if name == "weights":
         value: Any = [w.to("meta") for w in weights()]
@@ -233,7 +226,7 @@ def test_layouts_without_a_kernel() -> None:
 
 
 def test_a_direct_call_has_gradients() -> None:
-    """Of first and of second order, as a call of the module has."""
+    """First and second derivatives, as of a module."""
     tensors = [t.double().requires_grad_() for t in (torch.randn(T, B, I), *weights())]
     call = lambda x, *w: forward(input=x, h0=None, c0=None, weights=w)[:3]  # noqa: E731
     assert torch.autograd.gradcheck(call, tensors)
@@ -241,7 +234,7 @@ def test_a_direct_call_has_gradients() -> None:
 
 
 def test_random_arguments_never_crash() -> None:
-    """Shapes, ranks, types and strides at random: a result of the right shape, or RuntimeError."""
+    """Random shapes, ranks, types and strides give a result or RuntimeError."""
     rng = random.Random(0)
     small = [0, 1, 2, 3, 5, 17]
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.cells import CELLS, EACH_CELL, EACH_LAYER, EACH_STEP, Cell, Pair
+from helpers.parity import Nearby, assert_as_exact, double, fused_like
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity import Nearby, assert_as_exact, double, fused_like
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -24,7 +25,7 @@ SIZES = st.one_of(st.integers(1, 130), st.sampled_from([1, 3, 8, 16, 17, 31, 32,
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    cell: str
+    cell: Cell
     dtype: torch.dtype
     input_size: int
     hidden_size: int
@@ -44,7 +45,7 @@ class Configuration:
 
 @st.composite
 def configurations(draw: st.DrawFn) -> Configuration:
-    cell = draw(st.sampled_from(["LSTM", "GRU"]))
+    cell = draw(st.sampled_from(CELLS))
     hidden = draw(SIZES)
     layout = draw(st.sampled_from(["padded", "padded", "packed", "unsorted", "unbatched"]))
     steps = draw(st.integers(1, 9))
@@ -65,7 +66,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
         input_size=draw(SIZES),
         hidden_size=hidden,
         proj_size=draw(st.sampled_from([0, 0, 1, hidden // 2, hidden - 1]))
-        if cell == "LSTM" and hidden > 2
+        if cell.projects and hidden > 2
         else 0,
         num_layers=draw(st.sampled_from([1, 1, 2, 3])),
         bidirectional=draw(st.booleans()),
@@ -87,14 +88,13 @@ def states_of(
     if c.hx == "none":
         return None
     layers = c.num_layers * (2 if c.bidirectional else 1)
-    widths = [c.proj_size or c.hidden_size, c.hidden_size][: 2 if c.cell == "LSTM" else 1]
     rows = len(c.lengths)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
     states = []
-    for width in widths:
+    for width in c.cell.state_widths(c.hidden_size, c.proj_size):
         if c.hx == "expanded":
             state = random(layers, 1, width).expand(layers, rows, width)
         elif c.hx == "strided":
@@ -111,12 +111,12 @@ def run(
     dtype: torch.dtype,
     change: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> list[Tensor]:
-    """Output, states and all gradients of a loss of the outputs that are used."""
+    """Output, states and all gradients of a loss that reads the outputs in `used`."""
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(c.seed)
     steps, rows = max(c.lengths), len(c.lengths)
     x = torch.randn(steps, rows, c.input_size, generator=generator) * c.scale
-    # The values that the storage type can hold, in every type.
+    # Every type gets the values that c.dtype can represent.
     x = change(x.to(c.dtype).to(dtype)).to(device)
     if c.strided:
         x = torch.stack((x, x), -1)[..., 0]
@@ -130,7 +130,7 @@ def run(
     if states is not None:
         states = [change(s.to(c.dtype).to(dtype)).detach().requires_grad_() for s in states]
         leaves += states
-    hx = None if states is None else tuple(states) if c.cell == "LSTM" else states[0]
+    hx = None if states is None else c.cell.to_hx(states)
     if c.layout in ("packed", "unsorted"):
         packed = pack_padded_sequence(
             x, torch.tensor(c.lengths), c.batch_first, enforce_sorted=c.layout == "packed"
@@ -140,13 +140,13 @@ def run(
         output = pad_packed_sequence(y, c.batch_first)[0]
     else:
         output, final = module(x, hx)
-    outputs = [output, *(final if c.cell == "LSTM" else [final])]
+    outputs = [output, *c.cell.from_hx(final)]
     used = [y for y, use in zip(outputs, c.used, strict=False) if use] or outputs
     weights = [torch.randn(y.shape, generator=generator).to(c.dtype).to(y) for y in used]
     loss = sum((y * w).sum() for y, w in zip(used, weights, strict=True))
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
-    # A gradient of nothing may be None or zero.
+    # An unused tensor's gradient may be None or zero.
     filled = [
         torch.zeros_like(p) if g is None else g
         for g, p in zip(gradients, [*leaves, *parameters], strict=True)
@@ -155,7 +155,7 @@ def run(
 
 
 def check(c: Configuration, device: str = "cpu", eps: float | None = None) -> None:
-    """`eps`: as Nearby's."""
+    """`eps`: see Nearby."""
     torch.manual_seed(c.seed)
     arguments = {
         "num_layers": c.num_layers,
@@ -168,7 +168,7 @@ def check(c: Configuration, device: str = "cpu", eps: float | None = None) -> No
         arguments["proj_size"] = c.proj_size
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-        theirs = getattr(nn, c.cell)(c.input_size, c.hidden_size, **arguments).to(device)
+        theirs = c.cell.layer.make_plain(c.input_size, c.hidden_size, **arguments).to(device)
         results = [run(c, m, c.dtype) for m in (fused_like(theirs), theirs)]
         exact = run(c, double(theirs), torch.float64)
         nearby = Nearby(c.dtype, eps)
@@ -188,14 +188,14 @@ def test_random_configurations(c: Configuration) -> None:
     check(c)
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@EACH_LAYER
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_as_exact_as_torch_on_average(cell: str, scale: float) -> None:
-    """Root mean square errors of values and gradients: their mean ratio to torch's."""
+def test_as_exact_as_torch_on_average(pair: Pair, scale: float) -> None:
+    """The mean ratio of our root mean square errors to torch's."""
     ratios: dict[int, list[float]] = {}
     for seed in range(20):
         torch.manual_seed(seed)
-        theirs = getattr(nn, cell)(100, 60)
+        theirs = pair.make_plain(100, 60)
         x, weight = torch.randn(6, 5, 100) * scale, torch.randn(6, 5, 60)
         results = []
         for module, dtype in (
@@ -215,15 +215,15 @@ def test_as_exact_as_torch_on_average(cell: str, scale: float) -> None:
         assert mean < 1.4, f"tensor {i}: errors {mean:.2f} times torch's"
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@EACH_CELL
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(
     ("rows", "steps", "hidden"), [(1, 40, 256), (3, 30, 200), (33, 12, 130), (64, 20, 192)]
 )
 def test_shared_between_threads(
-    cell: str, bidirectional: bool, rows: int, steps: int, hidden: int
+    cell: Cell, bidirectional: bool, rows: int, steps: int, hidden: int
 ) -> None:
-    """Sizes at which a layer is split by rows, by units or by directions over several threads."""
+    """Sizes at which threads share a layer by rows, by units or by directions."""
     for layout in ("padded", "unsorted"):
         check(
             Configuration(
@@ -247,13 +247,13 @@ def test_shared_between_threads(
         )
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@EACH_LAYER
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_lengths_are_a_packed_batch(cell: str, bidirectional: bool, batch_first: bool) -> None:
+def test_lengths_are_a_packed_batch(pair: Pair, bidirectional: bool, batch_first: bool) -> None:
     torch.manual_seed(0)
     lengths = torch.tensor([3, 7, 1, 7, 5])
-    module = getattr(fusedrnn, f"Fused{cell}")(
+    module = pair.make_fused(
         5,
         19,
         num_layers=2,
@@ -273,7 +273,7 @@ def test_lengths_are_a_packed_batch(cell: str, bidirectional: bool, batch_first:
             y = pad_packed_sequence(y, batch_first)[0]
         else:
             y, final = module(leaf, lengths=lengths if form == "lengths" else lengths.tolist())
-        final = final if cell == "LSTM" else (final,)
+        final = pair.cell.from_hx(final)
         loss = y.square().sum() + sum(s.square().sum() for s in final)
         loss.backward()
         results.append([y, *final, leaf.grad, *(p.grad.clone() for p in module.parameters())])
@@ -282,12 +282,12 @@ def test_lengths_are_a_packed_batch(cell: str, bidirectional: bool, batch_first:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@EACH_LAYER
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_lengths_of_zero_and_padding(cell: str, bidirectional: bool) -> None:
-    """A row of no steps keeps its state, and what stands in the padding changes nothing."""
+def test_lengths_of_zero_and_padding(pair: Pair, bidirectional: bool) -> None:
+    """A row of no steps keeps its state, and padding is not read."""
     torch.manual_seed(0)
-    module = getattr(fusedrnn, f"Fused{cell}")(4, 6, bidirectional=bidirectional)
+    module = pair.make_fused(4, 6, bidirectional=bidirectional)
     x = torch.randn(5, 3, 4)
     x[3:, 0] = float("nan")
     x[:, 1] = float("inf")
@@ -295,8 +295,8 @@ def test_lengths_of_zero_and_padding(cell: str, bidirectional: bool) -> None:
     directions = 2 if bidirectional else 1
     h0 = torch.randn(directions, 3, 6, requires_grad=True)
     c0 = torch.randn(directions, 3, 6, requires_grad=True)
-    y, final = module(x, (h0, c0) if cell == "LSTM" else h0, lengths=[3, 0, 5])
-    h_n = final[0] if cell == "LSTM" else final
+    y, final = module(x, pair.cell.to_hx([h0, c0]), lengths=[3, 0, 5])
+    h_n = pair.cell.from_hx(final)[0]
     assert torch.equal(h_n[:, 1], h0[:, 1])
     assert torch.equal(y[:, 1], torch.zeros(5, 6 * directions))
     assert torch.equal(y[3:, 0], torch.zeros(2, 6 * directions))
@@ -325,15 +325,13 @@ def test_dropout_between_layers_draws_what_torch_draws() -> None:
     torch.testing.assert_close(ours(x)[0], alone(torch.zeros(6, 4, 8))[0])
 
 
-@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+@EACH_STEP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (40,)])
-def test_cells(
-    kind: type[nn.RNNCellBase], dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
-) -> None:
+def test_cells(pair: Pair, dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    theirs = kind(11, 35, bias, dtype=dtype)
+    theirs = pair.make_plain(11, 35, bias, dtype=dtype)
     states = [torch.randn(*shape, 35, dtype=dtype) for _ in range(2)]
     x = torch.randn(*shape, 11, dtype=dtype)
     for with_hx in (True, False):
@@ -345,11 +343,8 @@ def test_cells(
             with_hx: bool = with_hx,
         ) -> list[Tensor]:
             leaves = [change(t.to(dtype)).detach().requires_grad_() for t in (x, *states)]
-            hx = None
-            if with_hx:
-                hx = tuple(leaves[1:]) if kind is nn.LSTMCell else leaves[1]
-            out = module(leaves[0], hx)
-            out = out if kind is nn.LSTMCell else (out,)
+            hx = pair.cell.to_hx(leaves[1:]) if with_hx else None
+            out = pair.cell.from_hx(module(leaves[0], hx))
             loss = sum((i + 1) * t.square().sum() for i, t in enumerate(out))
             wanted = [*(leaves if with_hx else leaves[:1]), *module.parameters()]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_check import setup_cuda
-from emulated import COMPILER, EMULATOR, ENVIRONMENT, kernel_flags
+from helpers.emulated import COMPILER, EMULATOR, ENVIRONMENT, ROOT, kernel_flags
 
-SOURCE = Path(__file__).with_name("primitives.cu")
+from tools import cuda_toolkit
+
+SOURCE = Path(__file__).parent / "kernels" / "primitives.cu"
 try:
-    CUDA_HOME = setup_cuda.find_home()
-except setup_cuda.MissingError:
+    CUDA_HOME = cuda_toolkit.find_home()
+except cuda_toolkit.MissingError:
     CUDA_HOME = None
 
 
@@ -39,7 +40,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     arch = "native" if torch.cuda.is_available() else "sm_90"
     flags = ["-std=c++17", "--expt-relaxed-constexpr", f"-arch={arch}", "-Werror=all-warnings"]
     subprocess.run(
-        [nvcc, *flags, f"-I{SOURCE.parent.parent / 'csrc'}", str(SOURCE), "-o", str(program)],
+        [nvcc, *flags, f"-I{ROOT / 'csrc'}", str(SOURCE), "-o", str(program)],
         check=True,
         env=ENVIRONMENT,
     )

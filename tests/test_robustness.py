@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import itertools
 import os
 import random
 import resource
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import fused_like
-from torch import nn
+from helpers.cells import LAYERS
+from helpers.parity import fused_like
 from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
@@ -24,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def test_eight_threads_on_one_module() -> None:
-    """Each thread has its own input; half of them also run backward."""
+    """Each thread has its own input; half of the threads also run backward."""
     torch.manual_seed(0)
     for hidden, rows in [(256, 1), (40, 9)]:  # steps shared by threads, rows shared by threads
         module = fusedrnn.FusedLSTM(30, hidden)
@@ -71,7 +72,7 @@ class Encoded(Dataset):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_data_loader_workers(context: str) -> None:
     data = Encoded()
-    expected = torch.stack([data[i] for i in range(len(data))])  # the parent's threads have run
+    expected = torch.stack([data[i] for i in range(len(data))])  # starts the parent's threads
     loader = DataLoader(data, batch_size=3, num_workers=2, multiprocessing_context=context)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
@@ -81,14 +82,15 @@ def test_any_number_of_threads(threads: int) -> None:
     torch.manual_seed(0)
     before = torch.get_num_threads()
     try:
-        for cell, rows, hidden, bidirectional in [
-            ("LSTM", 1, 256, False),
-            ("GRU", 1, 256, True),
-            ("LSTM", 11, 120, False),
-            ("GRU", 11, 120, True),
-            ("LSTM", 2, 70, True),
-        ]:
-            theirs = getattr(nn, cell)(60, hidden, bidirectional=bidirectional)
+        shapes = [
+            (1, 256, False),
+            (1, 256, True),
+            (11, 120, False),
+            (11, 120, True),
+            (2, 70, True),
+        ]
+        for pair, (rows, hidden, bidirectional) in itertools.product(LAYERS, shapes):
+            theirs = pair.make_plain(60, hidden, bidirectional=bidirectional)
             ours = fused_like(theirs)
             x = torch.randn(12, rows, 60)
             torch.set_num_threads(before)
@@ -108,8 +110,7 @@ def test_memory_is_flat() -> None:
     rng = random.Random(0)
 
     def call() -> None:
-        cell = rng.choice([fusedrnn.FusedLSTM, fusedrnn.FusedGRU])
-        module = cell(
+        module = rng.choice(LAYERS).make_fused(
             rng.randint(1, 40),
             rng.randint(1, 80),
             rng.randint(1, 2),
@@ -127,7 +128,7 @@ def test_memory_is_flat() -> None:
         call()
     gc.collect()
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    growth //= 1024 if sys.platform == "darwin" else 1  # bytes there, KiB elsewhere
+    growth //= 1024 if sys.platform == "darwin" else 1  # macOS counts bytes, Linux KiB
     assert growth < 30_000, f"{growth} KiB more at the peak after 2,000 calls"
 
 
@@ -139,7 +140,7 @@ def available() -> list[str]:
 @pytest.mark.parametrize("isa", available())
 @pytest.mark.long
 def test_every_instruction_set(isa: str) -> None:
-    """The parity tests of a few hundred configurations on each set that this machine has."""
+    """Parity tests of a few hundred configurations on each instruction set of this machine."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "test_parity.py", "-k", "random or shared"],
         cwd=HERE,

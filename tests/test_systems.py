@@ -1,4 +1,4 @@
-"""The systems of systems.py: each the same with a fused layer as with torch's, and as it says."""
+"""The systems of helpers/systems.py: fused layers give torch's results and the documented ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from systems import (
+from helpers.cells import CELLS, Pair, cell_named, pair_of
+from helpers.systems import (
     ConvolutionalRegressor,
     DocumentClassifier,
     Layer,
@@ -26,12 +27,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from fusedrnn import FusedGRU, FusedLSTM
-
-Pair = tuple[Layer, Layer]
 Step = Callable[..., tuple[Any, Tensor]]  # (model, *inputs) -> results, loss
 
-PAIRS = {"lstm": (nn.LSTM, FusedLSTM), "gru": (nn.GRU, FusedGRU)}
+LSTM = cell_named("lstm").layer
+TRAINABLE = [cell for cell in CELLS if not cell.has_dead_units]
 FORWARD = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
     torch.float64: {"rtol": 1e-12, "atol": 1e-13},
@@ -40,7 +39,7 @@ GRADIENT = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-6},
     torch.float64: {"rtol": 1e-11, "atol": 1e-13},
 }
-# Every update feeds on the rounding of those before it.
+# Updates add to the rounding of earlier updates.
 TRAINED = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
     torch.float64: {"rtol": 1e-9, "atol": 1e-11},
@@ -50,19 +49,19 @@ EXACT = {"rtol": 0, "atol": 0}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, which would wait for each other at every op."""
+    """Models this small gain nothing from threads that wait for each other at every op."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())
+@pytest.fixture(params=[cell.layer for cell in TRAINABLE], ids=map(str, TRAINABLE))
 def pair(request: pytest.FixtureRequest) -> Pair:
     return request.param
 
 
-@pytest.fixture(params=[FusedLSTM, FusedGRU], ids=PAIRS.keys())
+@pytest.fixture(params=[cell.layer.make_fused for cell in TRAINABLE], ids=map(str, TRAINABLE))
 def fused(request: pytest.FixtureRequest) -> Layer:
     return request.param
 
@@ -84,8 +83,8 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 def twins(
     pair: Pair, make: Callable[[Layer], nn.Module], dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module]:
-    """The model with torch's layer and with ours, which one seed gives the same weights."""
-    theirs, ours = (seeded(lambda layer=layer: make(layer), dtype) for layer in pair)
+    """The model with torch's layer and with ours; one seed gives both the same weights."""
+    theirs, ours = (seeded(lambda layer=layer: make(layer), dtype) for layer in pair.makers)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert_close(ours.state_dict(), theirs.state_dict(), **EXACT)
     return theirs, ours
@@ -94,7 +93,7 @@ def twins(
 def run(
     model: nn.Module, step: Step, inputs: Sequence[Tensor]
 ) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """One forward and backward pass: results, loss, and the gradient of all that can have one."""
+    """One forward and backward pass: results, loss and gradients of parameters and inputs."""
     dtype = next(model.parameters()).dtype
     leaves = [
         x.to(dtype, copy=True).requires_grad_() if x.is_floating_point() else x for x in inputs
@@ -117,7 +116,7 @@ def check(
     lr: float = 0.1,
     **settings: float,
 ) -> None:
-    """Results, loss and every gradient are torch's, and still are after a few updates."""
+    """Results, loss and every gradient equal torch's, also after a few updates."""
     theirs, ours = models = twins(pair, make, dtype)
     expected, found = (run(model, step, inputs) for model in models)
     dead = [name for name, g in expected[2].items() if g is None or not g.any()]
@@ -145,7 +144,7 @@ SENTENCES = [
 
 
 def indices(words: Sequence[Any], table: dict[Any, int] | None = None) -> Tensor:
-    """Positions of words in a table; by default, that of SENTENCES in the order they come."""
+    """Indices of words in a table; by default, of all words in SENTENCES by first use."""
     if table is None:
         table = {w: i for i, w in enumerate(dict.fromkeys(w for s, _ in SENTENCES for w in s))}
     return torch.tensor([table[w] for w in words])
@@ -158,7 +157,7 @@ FORM_IDS = ["plain", "layers", "bidirectional", "layers-bidirectional"]
 
 def regressor(layer: Layer, **settings: Any) -> WordRegressor:
     model = WordRegressor(layer, 8, **settings)
-    nn.init.constant_(model.head.bias, 0.5)  # no score is at the flat side of the ReLU
+    nn.init.constant_(model.head.bias, 0.5)  # keeps scores off the flat side of the ReLU
     return model
 
 
@@ -174,7 +173,7 @@ def test_regressor(
         model.reset()
         results, losses = [], []
         for words, (_, target) in zip((first, second), SENTENCES, strict=True):
-            scores = model(words)  # the second from the state that the first has left
+            scores = model(words)  # the second starts from the first's state
             results += [scores, model.state]
             losses.append(F.mse_loss(scores, torch.full_like(scores, target)))
         return results, sum(losses)
@@ -186,9 +185,9 @@ def test_regressor(
 
 
 def test_regressor_as_published() -> None:
-    """The scores before training are in print, and 100 epochs of Adam end as with torch's layer."""
+    """Initial scores are the published ones, and 100 epochs of Adam end as with torch's layer."""
     models = []
-    for layer in PAIRS["lstm"]:
+    for layer in LSTM.makers:
         torch.manual_seed(1)
         model = WordRegressor(layer, 8)
         before = model(FIRST).detach().squeeze()
@@ -238,7 +237,7 @@ def test_last_backward_output_has_read_one_step(fused: Layer) -> None:
     forward, backward = output.split(6, -1)
     assert torch.equal(forward[-1], hidden(state)[0])
     assert torch.equal(backward[0], hidden(state)[1])
-    # The backward half of output[-1] doesn't notice other words before the last; h_n does.
+    # The backward half of output[-1] does not depend on words before the last; h_n does.
     other = torch.cat((random(4, 3, 6, seed=2), x[-1:]))
     other_output, other_state = layer(other)
     assert_close(other_output[-1, :, 6:], backward[-1], **FORWARD[torch.float64])
@@ -252,7 +251,7 @@ def test_state_has_every_layer(fused: Layer) -> None:
     output, state = layer(x)
     assert hidden(state).shape == (2, 3, 6)
     assert torch.equal(output[-1], hidden(state)[1])
-    # Below the last layer: what a layer of its own, with the first one's weights, ends with.
+    # The lower state is the last state of a single layer with the first layer's weights.
     lower = fused(6, 6, dtype=torch.float64)
     lower.load_state_dict({n: p for n, p in layer.state_dict().items() if n.endswith("l0")})
     assert_close(hidden(lower(x)[1])[0], hidden(state)[0], **FORWARD[torch.float64])
@@ -269,11 +268,11 @@ def test_last_output_of_a_padded_row_is_padding(fused: Layer) -> None:
     for row, length in enumerate(lengths):
         _, alone = layer(x[:length, row])
         assert_close(h[row], hidden(alone)[0], **FORWARD[torch.float64])
-    # Not packed, output[-1] and h_n agree: both are of a row that read its padding as words.
+    # Without packing, output[-1] and h_n agree: both have read the padding as words.
     output, state = layer(x)
     assert torch.equal(output[-1], hidden(state)[0])
     assert (output[-1] - h).abs().amax(1).gt(1e-6).tolist() == [True, False, True]
-    # `lengths` reads no padding either, and needs no packing.
+    # `lengths` skips padding without packing.
     output, state = layer(x, lengths=lengths)
     assert_close(hidden(state)[0], h, **FORWARD[torch.float64])
     assert torch.equal(output[-1].any(1), lengths == 5)
@@ -303,7 +302,7 @@ def test_bidirectional_specification(pair: Pair, dtype: torch.dtype, rows: int) 
 
 
 def test_two_directions_are_two_layers(fused: Layer) -> None:
-    """The backward half is a layer of its own over the turned sequence, turned back."""
+    """The backward half equals a layer over the reversed sequence, reversed back."""
     both = seeded(lambda: fused(5, 6, batch_first=True, bidirectional=True))
     x = random(2, 4, 5)
     out, _ = both(x)
@@ -344,7 +343,7 @@ def test_sentence_classifier_reads_the_ends_of_both_directions(fused: Layer) -> 
     ends = torch.cat((out[:, -1, :6], out[:, 0, 6:]), 1)
     assert_close(scores, model.head(ends).log_softmax(1), **FORWARD[torch.float64])
     assert_close(scores.exp().sum(1), torch.ones(3, dtype=torch.float64))
-    # Padding is a zero vector that stays one, but a step nevertheless: it changes the score.
+    # Padding stays a zero vector, but it is a step and changes the score.
     F.nll_loss(scores, torch.tensor([0, 2, 1])).backward()
     assert model.embedding.weight.grad.any(1).tolist() == [False] + [True] * 7
     assert (model(PADDED_SENTENCES[1:2, :3]) - scores[1]).abs().amin() > 1e-6
@@ -369,14 +368,14 @@ def test_document_classifier(pair: Pair, dtype: torch.dtype, layers: int) -> Non
     def make(layer: Layer) -> nn.Module:
         return DocumentClassifier(layer, layers=layers)
 
-    # Not Adam: its first step divides a gradient by its own size, and of 300,000 some are so small
-    # that they are rounding for the most part.
+    # Not Adam: its first step divides each gradient by its own size. A few of the 300,000 gradients
+    # are mostly rounding.
     check(pair, make, step, documents(), dtype)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_documents_on_two_threads(fused: Layer, dtype: torch.dtype, layers: int) -> None:
-    """These layers are wide enough for threads to share a step."""
+    """Layers wide enough for threads to share a step."""
 
     def step(model: DocumentClassifier, *documents: Tensor) -> tuple[Any, Tensor]:
         logits = model(documents)
@@ -421,7 +420,7 @@ def test_documents_keep_the_order_of_the_caller(fused: Layer, layers: int) -> No
 
 
 def given_state(layer: nn.RNNBase, *parts: Tensor) -> State:
-    return parts if layer.mode == "LSTM" else parts[0]
+    return pair_of(layer).cell.to_hx(parts)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -436,13 +435,13 @@ def test_convolutional_regressor(pair: Pair, dtype: torch.dtype, layers: int) ->
         pair,
         lambda layer: ConvolutionalRegressor(layer, 12, layers=layers),
         step,
-        [random(4, 1, 7, 12), *states[: 2 if pair[0] is nn.LSTM else 1]],
+        [random(4, 1, 7, 12), *states[: len(pair.cell.states)]],
         dtype,
     )
 
 
 def test_convolution_keeps_steps_and_rows_apart(fused: Layer) -> None:
-    # Evaluation: in training, the normalization does mix them.
+    # In eval mode, because the normalization mixes them in training.
     model = seeded(lambda: ConvolutionalRegressor(fused, 12)).eval()
     images = random(4, 1, 7, 12)
     zeros = zero_state(model.layer, 4)
@@ -515,7 +514,7 @@ def test_autoencoder_of_lengths_is_that_of_each(fused: Layer) -> None:
 
 
 def test_autoencoder_flattens_samples_only(fused: Layer) -> None:
-    """A sample's shape is bookkeeping: [3, 2] gives what six numbers in that order give."""
+    """A sample of shape [3, 2] gives the results of its six numbers in order."""
     model = seeded(lambda: SequenceAutoencoder(fused, (3, 2), 7))
     flat = seeded(lambda: SequenceAutoencoder(fused, (6,), 7))
     x = random(5, 3, 3, 2)
@@ -533,7 +532,7 @@ def test_autoencoder_learns_a_ramp(pair: Pair) -> None:
             rule.zero_grad()
             F.mse_loss(model(x), x).backward()
             rule.step()
-    # A constant leaves 0.0825, a constant for each sequence 0.02.
+    # A constant output has a loss of 0.0825, a constant for each sequence 0.02.
     assert F.mse_loss(ours(x), x) < 0.005
     assert_close(ours(x), theirs(x), **TRAINED[torch.float64])
 
@@ -584,7 +583,7 @@ def test_stream_classifier_goes_on_without_the_past_of_its_state(fused: Layer) -
     assert_close(second, whole, **FORWARD[torch.float64])
     first[:, 0].sum().backward()
     model.zero_grad()
-    # Words of the first part get nothing, though the state they left is used; in one piece they do.
+    # Words of the first part get no gradient through the detached state; in one piece they do.
     second[:, 0].sum().backward()
     of_second = [False] * 6 + [True] * 4
     assert model.embedding.weight.grad.any(1).tolist() == of_second
@@ -596,10 +595,10 @@ def test_stream_classifier_goes_on_without_the_past_of_its_state(fused: Layer) -
 # The tutorial on sequence models.
 
 
-@pytest.mark.parametrize("layer", PAIRS["lstm"])
+@pytest.mark.parametrize("layer", LSTM.makers, ids=["torch", "fused"])
 def test_tutorial(layer: Layer) -> None:
     torch.manual_seed(1)
-    # The numbers in print take these draws, in this order.
+    # The published numbers depend on these draws in this order.
     lstm = layer(3, 3)
     inputs = [torch.randn(1, 3) for _ in range(5)]
     start = (torch.randn(1, 1, 3), torch.randn(1, 1, 3))
@@ -690,29 +689,29 @@ def test_next_word_shapes(fused: Layer) -> None:
     found = model(BATCH)
     assert found.embedded.shape == (2, 5, 3)
     assert found.output.shape == (2, 5, 4)
-    parts = found.state if fused is FusedLSTM else (found.state,)
+    parts = pair_of(model.layer).cell.from_hx(found.state)
     assert [p.shape for p in parts] == [(2, 2, 4)] * len(parts)  # [L, B, H], not batch first
     assert found.weights.shape == found.probabilities.shape == (2, 5, 8)
     assert torch.equal(found.embedded[1, 1], model.embedding.weight[VOCABULARY.index("went")])
 
 
-def test_next_word_vectors_that_are_there_twice(fused: Layer) -> None:
-    """Two: for each sentence, the last layer's h after its last word."""
-    found = seeded(lambda: NextWord(fused))(BATCH)
-    h = hidden(found.state)
+def test_next_word_vectors_in_output_and_state(fused: Layer) -> None:
+    """Only two: for each sentence, the last layer's h after the last word."""
+    model = seeded(lambda: NextWord(fused))
+    found = model(BATCH)
+    h, *others = pair_of(model.layer).cell.from_hx(found.state)
     in_output = [
         [(sentence, layer, t) for t in range(5) if torch.equal(found.output[sentence, t], vector)]
         for layer, states in enumerate(h)
         for sentence, vector in enumerate(states)
     ]
     assert in_output == [[], [], [(0, 1, 4)], [(1, 1, 4)]]
-    if fused is FusedLSTM:
-        _, c = found.state
+    for c in others:
         assert not any(torch.equal(v, w) for v in c.flatten(0, 1) for w in h.flatten(0, 1))
 
 
 def test_next_word_state_is_after_the_padding(fused: Layer) -> None:
-    """Unless the layer is told the lengths: then it is after [EOS], step 3 of the first row."""
+    """With `lengths`, the state is after [EOS], step 3 of the first row."""
     model = seeded(lambda: NextWord(fused))
     found = model(BATCH)
     assert not torch.equal(hidden(found.state)[1, 0], found.output[0, 3])
@@ -727,20 +726,20 @@ def test_next_word_probabilities(fused: Layer) -> None:
     probabilities = model(BATCH).probabilities
     assert probabilities.min() > 0
     assert_close(probabilities.sum(2), torch.ones(2, 5, dtype=torch.float64))
-    # Of the prefix words[b, : t + 1]: [b, t], whatever follows it. "Colin was" is [0, 1].
+    # Entry [b, t] depends only on the prefix words[b, : t + 1]. "Colin was" is [0, 1].
     for b in range(2):
         for t in range(5):
             prefix = model(BATCH[b : b + 1, : t + 1]).probabilities
             assert_close(prefix[0, -1], probabilities[b, t], **FORWARD[torch.float64])
-    # Both sentences begin with "Colin", and part there.
+    # Both sentences begin with "Colin" and then differ.
     assert_close(probabilities[0, 0], probabilities[1, 0], **FORWARD[torch.float64])
     assert (probabilities[0, 1] - probabilities[1, 1]).abs().amin() > 1e-6
 
 
 def test_next_word_after_nothing(pair: Pair) -> None:
-    """No index is the empty prefix's, and a layer refuses to read nothing: models add a start."""
+    """The empty prefix has no index, and a layer refuses empty input: models add a start token."""
     messages = []
-    for layer in pair:
+    for layer in pair.makers:
         with pytest.raises(RuntimeError, match="sequence length to be larger than 0") as caught:
             seeded(lambda layer=layer: NextWord(layer))(BATCH[:, :0])
         messages.append(str(caught.value))

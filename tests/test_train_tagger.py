@@ -1,4 +1,4 @@
-"""examples/train_tagger.py on small made-up treebanks and on a little of cmudict."""
+"""examples/train_tagger.py on small treebanks and on a part of cmudict."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _process(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
-    """Arguments for a small run; train.conllu, dev.conllu and out/model.pt, an older checkpoint."""
+    """Arguments for a small run. Writes train.conllu, dev.conllu and an older out/model.pt."""
     (tmp_path / "train.conllu").write_text(treebank(SENTENCES * 4))
     (tmp_path / "dev.conllu").write_text(treebank(["the old dog sees the cat", "cat runs"]))
     (tmp_path / "out").mkdir()
@@ -140,7 +140,7 @@ def test_trains_both_alike(files, tmp_path, capsys, cell):
     ],
 )
 def test_options_train_both_alike(files, tmp_path, capsys, options, where, is_exact):
-    """And as without them, but for the rounding of bfloat16, which is seen."""
+    """Losses are those without the options, except that --amp must show bfloat16 rounding."""
     found = []
     for more in ([], options):
         assert tagger.main([*files, "--layers", "2", *more]) == 0
@@ -210,7 +210,7 @@ def test_unknown_words_and_tags(files, tmp_path):
         assert math.isfinite(side["epochs"][-1]["dev_loss"])
 
 
-def test_a_word_seen_once_trains_the_unknown(files, tmp_path):
+def test_words_seen_once_train_the_unknown_word(files, tmp_path):
     (tmp_path / "train.conllu").write_text(treebank(["the dog", "the cat"]))
     data = tagger.load_data(tagger.parse_arguments(files))
     assert data.words == ["<unk>", "the"]
@@ -339,7 +339,7 @@ def test_interrupt(files, tmp_path, capsys, monkeypatch):
     assert_untouched(tmp_path)
 
 
-def test_loss_is_no_number(files, tmp_path, capsys, monkeypatch):
+def test_loss_that_is_not_finite(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tagger, "loss_sum", lambda scores, _: scores.sum() * math.nan)
     assert tagger.main(files) == 1
     message = "the loss of nn.LSTM was no number in epoch 1: try a smaller --lr than 0.05"
@@ -374,7 +374,7 @@ def test_command_fails_with_one_line(files, tmp_path):
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 @pytest.mark.long
 def test_two_processes_train_as_one(files, tmp_path, options):
-    """The last batch has one row, so that the second process has none."""
+    """The last batch has one row, so the second process has none."""
     files += ["--limit", "13"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*files, *options], launcher, OMP_NUM_THREADS="1")

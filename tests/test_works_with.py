@@ -1,7 +1,7 @@
-"""What torch has around modules, with nn's layers and with fused ones: the table in README.
+"""Features of torch with its own layers and with fused layers: the table in README.
 
-`python tests/test_works_with.py` writes that table. Each function does the thing named by its
-docstring with a layer of a class, and fails if that doesn't work.
+`python tests/test_works_with.py` writes the table. Each function tries the feature in its docstring
+with a layer, and fails if the feature does not work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity import autocast_result, has_bfloat16_lstm
+from helpers.cells import EACH_LAYER, Make, Pair, pair_of
+from helpers.parity import autocast_result, has_bfloat16_lstm
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -27,12 +28,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from fusedrnn import FusedGRU, FusedLSTM, fuse, unfuse
+from fusedrnn import FusedLSTM, fuse, unfuse
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = ("<!-- works with -->\n", "<!-- /works with -->")
-Kind = Callable[..., nn.Module]
-FUSED = {nn.LSTM: FusedLSTM, nn.GRU: FusedGRU}
 T, B, I, H = 5, 3, 4, 6
 
 
@@ -41,20 +40,20 @@ def data(*shape: int, device: str = "cpu") -> Tensor:
     return torch.randn(shape or (T, B, I), generator=generator).to(device)
 
 
-def made(kind: Kind, **settings: Any) -> nn.Module:
+def made(make: Make, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    return kind(I, H, **settings)
+    return make(I, H, **settings)
 
 
 def outcome(module: nn.Module, result: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The result and the gradients that its square has."""
+    """The result, and the gradients of its square."""
     module.zero_grad()
     result.square().sum().backward()
     return result.detach(), {n: p.grad for n, p in module.named_parameters()}
 
 
 def equal_alone(module: nn.Module, result: Tensor, x: Tensor | None = None) -> None:
-    """The result, with gradients, is that of a plain call."""
+    """Checks that the result and its gradients are those of a plain call."""
     found = outcome(module, result)
     expected = outcome(module, module(data() if x is None else x)[0])
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -63,23 +62,24 @@ def equal_alone(module: nn.Module, result: Tensor, x: Tensor | None = None) -> N
 # Compilers.
 
 
-def compiles(kind: Kind, device: str) -> None:
+def compiles(make: Make, device: str) -> None:
     """`torch.compile(fullgraph=True)`, forward and backward"""
-    module = made(kind, num_layers=2).to(device)
+    module = made(make, num_layers=2).to(device)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     equal_alone(module, compiled(data(device=device))[0], data(device=device))
 
 
-def compiles_lengths(kind: Kind, device: str) -> None:
+def compiles_lengths(make: Make, device: str) -> None:
     """the same, rows of different lengths"""
 
     def model(x: Tensor, lengths: Tensor) -> Tensor:
-        if isinstance(module, (FusedLSTM, FusedGRU)):
+        if is_fused:
             return module(x, lengths=lengths)[0]
         packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(module(packed)[0])[0]
 
-    module = made(kind).to(device)
+    module = made(make).to(device)
+    is_fused = type(module) is pair_of(module).fused
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     lengths = torch.tensor([2, 5, 3], device=device)
     x = data(device=device)
@@ -87,9 +87,9 @@ def compiles_lengths(kind: Kind, device: str) -> None:
     assert_close(found, outcome(module, model(x, lengths)), rtol=1e-4, atol=1e-5)
 
 
-def exports(kind: Kind, device: str) -> None:
+def exports(make: Make, device: str) -> None:
     """`torch.export`, any number of steps and rows"""
-    module = made(kind).to(device).eval()
+    module = made(make).to(device).eval()
     shapes = ({0: Dim("steps"), 1: Dim("rows")},)
     program = torch.export.export(module, (data(device=device),), dynamic_shapes=shapes)
     for steps, rows in ((1, 1), (8, 2), (30, 5)):
@@ -97,39 +97,39 @@ def exports(kind: Kind, device: str) -> None:
         assert_close(program.module()(x), module(x))
 
 
-def fx_traces(kind: Kind, device: str) -> None:
+def fx_traces(make: Make, device: str) -> None:
     """`torch.fx.symbolic_trace`"""
-    model = nn.Sequential(made(kind)).to(device)
+    model = nn.Sequential(made(make)).to(device)
     traced = torch.fx.symbolic_trace(model)
     assert_close(traced(data(device=device)), model(data(device=device)))
 
 
-def traces(kind: Kind, device: str) -> None:
+def traces(make: Make, device: str) -> None:
     """`torch.jit.trace`"""
-    module = made(kind).to(device).eval()
+    module = made(make).to(device).eval()
     traced = torch.jit.trace(module, (data(device=device),))
     assert_close(traced(data(device=device)), module(data(device=device)))
 
 
-def scripts(kind: Kind, device: str) -> None:
+def scripts(make: Make, device: str) -> None:
     """`torch.jit.script`"""
-    model = nn.Sequential(made(kind)).to(device)
+    model = nn.Sequential(made(make)).to(device)
     assert_close(torch.jit.script(model)(data(device=device)), model(data(device=device)))
 
 
 # torch.func.
 
 
-def maps(kind: Kind, device: str) -> None:
+def maps(make: Make, device: str) -> None:
     """`vmap` over inputs"""
-    module = made(kind).to(device).requires_grad_(False)
+    module = made(make).to(device).requires_grad_(False)
     x = data(4, T, B, I, device=device)
     assert_close(vmap(module)(x)[0], torch.stack([module(s)[0] for s in x]))
 
 
-def per_sample(kind: Kind, device: str) -> None:
+def per_sample(make: Make, device: str) -> None:
     """`vmap(grad)`: gradients of each sample"""
-    module = made(kind).to(device)
+    module = made(make).to(device)
     x = data(4, T, 1, I, device=device)
 
     def loss(weights: dict[str, Tensor], sample: Tensor) -> Tensor:
@@ -142,9 +142,9 @@ def per_sample(kind: Kind, device: str) -> None:
         assert_close({n: g[i] for n, g in found.items()}, alone, rtol=1e-4, atol=1e-5)
 
 
-def batched_gradients(kind: Kind, device: str) -> None:
+def batched_gradients(make: Make, device: str) -> None:
     """`autograd.functional.jacobian(vectorize=True)`, `is_grads_batched`"""
-    module = made(kind, batch_first=True).to(device).double().requires_grad_(False)
+    module = made(make, batch_first=True).to(device).double().requires_grad_(False)
     x = data(2, 3, I, device=device).double().requires_grad_()
 
     def run(x: Tensor) -> Tensor:
@@ -158,9 +158,9 @@ def batched_gradients(kind: Kind, device: str) -> None:
     assert_close(found, expected.reshape(found.shape))
 
 
-def batched_tangents(kind: Kind, device: str) -> None:
+def batched_tangents(make: Make, device: str) -> None:
     """`jacobian(vectorize=True, strategy="forward-mode")`"""
-    module = made(kind, batch_first=True).to(device).double()
+    module = made(make, batch_first=True).to(device).double()
     x = data(2, 3, I, device=device).double()
 
     def run(x: Tensor) -> Tensor:
@@ -170,9 +170,9 @@ def batched_tangents(kind: Kind, device: str) -> None:
     assert_close(found, torch.autograd.functional.jacobian(run, x))
 
 
-def forward_mode(kind: Kind, device: str) -> None:
+def forward_mode(make: Make, device: str) -> None:
     """`jvp`, `hessian`"""
-    module = made(kind).to(device).double().requires_grad_(False)
+    module = made(make).to(device).double().requires_grad_(False)
     x = data(2, 1, I, device=device).double()
     v = torch.ones_like(x)
 
@@ -185,18 +185,18 @@ def forward_mode(kind: Kind, device: str) -> None:
     assert_close(hessian(loss)(x), expected)
 
 
-def second_derivatives(kind: Kind, device: str) -> None:
+def second_derivatives(make: Make, device: str) -> None:
     """second derivatives (`create_graph=True`)"""
-    module = made(kind).to(device)
+    module = made(make).to(device)
     module = module.double()
     x = data(3, 2, I, device=device).double().requires_grad_()
     weights = list(module.parameters())
     assert torch.autograd.gradgradcheck(lambda x, *_: module(x)[0], (x, *weights), fast_mode=True)
 
 
-def eval_mode(kind: Kind, device: str) -> None:
+def eval_mode(make: Make, device: str) -> None:
     """gradients in eval mode"""
-    module = made(kind).to(device).eval()
+    module = made(make).to(device).eval()
     x = data(device=device)
     found = outcome(module, module(x)[0])
     assert_close(found, outcome(module.train(), module(x)[0]))
@@ -206,12 +206,11 @@ def eval_mode(kind: Kind, device: str) -> None:
 # Training.
 
 
-def amp(kind: Kind, device: str) -> None:
+def amp(make: Make, device: str) -> None:
     """`torch.autocast` and `GradScaler`"""
-    module = made(kind).to(device)
+    module = made(make).to(device)
     x = data(device=device)
-    theirs = {v: k for k, v in FUSED.items()}.get(kind, kind)
-    plain = made(theirs).to(device)
+    plain = made(pair_of(module).make_plain).to(device)
     plain.load_state_dict(module.state_dict())
     scaler = torch.amp.GradScaler(device)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -228,9 +227,9 @@ def amp(kind: Kind, device: str) -> None:
     assert any(not torch.equal(v, before[n]) for n, v in module.state_dict().items())
 
 
-def checkpoints(kind: Kind, device: str) -> None:
+def checkpoints(make: Make, device: str) -> None:
     """`torch.utils.checkpoint`, both kinds, with dropout"""
-    module = made(kind, num_layers=2, dropout=0.5).to(device)
+    module = made(make, num_layers=2, dropout=0.5).to(device)
     for reentrant in (True, False):
         x = data(device=device).requires_grad_()
         torch.manual_seed(2)
@@ -239,7 +238,7 @@ def checkpoints(kind: Kind, device: str) -> None:
         assert_close(found, outcome(module, module(x)[0]))
 
 
-def parametrized(kind: Kind, device: str) -> None:
+def parametrized(make: Make, device: str) -> None:
     """`parametrize`: `weight_norm`, `spectral_norm`, `orthogonal`; pruning"""
     for change in (
         parametrizations.weight_norm,
@@ -247,9 +246,9 @@ def parametrized(kind: Kind, device: str) -> None:
         parametrizations.orthogonal,
         lambda m, n: prune.random_unstructured(m, n, amount=0.3),
     ):
-        module = made(kind).to(device).eval()
+        module = made(make).to(device).eval()
         change(module, "weight_hh_l0")
-        plain = made(kind).to(device)
+        plain = made(make).to(device)
         plain.load_state_dict({n: getattr(module, n).detach() for n in plain.state_dict()})
         x = data(device=device)
         found, gradients = outcome(module, module(x)[0])
@@ -261,15 +260,15 @@ def parametrized(kind: Kind, device: str) -> None:
             assert_close(module(x)[0], expected)
 
 
-def copies(kind: Kind, device: str) -> None:
+def copies(make: Make, device: str) -> None:
     """`deepcopy`, `pickle`, `torch.save` and `torch.load(weights_only=True)`"""
-    module = made(kind, num_layers=2, bidirectional=True).to(device)
+    module = made(make, num_layers=2, bidirectional=True).to(device)
     x = data(device=device)
     expected = module(x)
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
-    loaded = made(kind, num_layers=2, bidirectional=True).to(device)
+    loaded = made(make, num_layers=2, bidirectional=True).to(device)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     whole = io.BytesIO()
     torch.save(module, whole)
@@ -284,30 +283,30 @@ def copies(kind: Kind, device: str) -> None:
         assert_close(other(x), expected, rtol=0, atol=0)
 
 
-def meta(kind: Kind, device: str) -> None:
+def meta(make: Make, device: str) -> None:
     """meta device, `to_empty`, `load_state_dict(assign=True)`"""
     with torch.device("meta"):
-        module = kind(I, H)
+        module = make(I, H)
         assert module(torch.empty(T, B, I))[0].shape == (T, B, H)
-    reference = made(kind).to(device)
+    reference = made(make).to(device)
     module = module.to_empty(device=device)
     module.load_state_dict(reference.state_dict())
     assert_close(module(data(device=device)), reference(data(device=device)))
-    assigned = kind(I, H, device="meta")
+    assigned = make(I, H, device="meta")
     assigned.load_state_dict(reference.state_dict(), assign=True)
     assert_close(assigned(data(device=device)), reference(data(device=device)))
 
 
-def skips_init(kind: Kind, device: str) -> None:
+def skips_init(make: Make, device: str) -> None:
     """`torch.nn.utils.skip_init`"""
-    skipped = nn.utils.skip_init(kind, I, H, device=device)
+    skipped = nn.utils.skip_init(make, I, H, device=device)
     skipped.reset_parameters()
     assert skipped(data(device=device))[0].isfinite().all()
 
 
-def stateless(kind: Kind, device: str) -> None:
+def stateless(make: Make, device: str) -> None:
     """`torch.func.functional_call`"""
-    module = made(kind).to(device)
+    module = made(make).to(device)
     other = {n: p.detach() * 0.5 for n, p in module.named_parameters()}
     found = functional_call(module, other, (data(device=device),))
     module.load_state_dict(other)
@@ -317,12 +316,12 @@ def stateless(kind: Kind, device: str) -> None:
 # Data and the way out.
 
 
-def lengths_of_zero(kind: Kind, device: str) -> None:
+def lengths_of_zero(make: Make, device: str) -> None:
     """rows of different lengths, also empty ones, their lengths on the device"""
-    module = made(kind, bidirectional=True).to(device)
+    module = made(make, bidirectional=True).to(device)
     lengths = torch.tensor([2, 0, 5], device=device)
     x = data(device=device)
-    if isinstance(module, (FusedLSTM, FusedGRU)):
+    if type(module) is pair_of(module).fused:
         output, _ = module(x, lengths=lengths)
     else:
         packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
@@ -331,37 +330,40 @@ def lengths_of_zero(kind: Kind, device: str) -> None:
     assert_close(output[:2, 0], module(x[:2, :1])[0][:, 0])
 
 
-def hidden_views(kind: Kind, device: str) -> None:
+def hidden_views(make: Make, device: str) -> None:
     """`hx` expanded from one row, the output changed in place"""
-    module = made(kind).to(device)
+    module = made(make).to(device)
     h = data(1, 1, H, device=device).expand(1, B, H)
-    output, _ = module(data(device=device), (h, h) if module.mode == "LSTM" else h)
+    output, _ = module(data(device=device), pair_of(module).cell.to_hx([h, h]))
     outcome(module, output.mul_(2))
 
 
-def onnx(kind: Kind, device: str) -> None:
+def onnx(make: Make, device: str) -> None:
     """ONNX export"""
     pytest.importorskip("onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            made(kind).eval(), (data(),), io.BytesIO(), dynamo=False, input_names=["x"]
+            made(make).eval(), (data(),), io.BytesIO(), dynamo=False, input_names=["x"]
         )
 
 
-def quantises(kind: Kind, device: str) -> None:
+def quantises(make: Make, device: str) -> None:
     """`quantize_dynamic`"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = nn.Sequential(made(kind))
-        model = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.GRU})
+        model = nn.Sequential(made(make))
+        plain = pair_of(model[0]).plain
+        if plain not in torch.ao.quantization.get_default_dynamic_quant_module_mappings():
+            pytest.skip(f"torch quantises no {plain.__name__}")
+        model = torch.ao.quantization.quantize_dynamic(model, {plain})
     assert "quantized" in type(model[0]).__module__
 
 
-# What works, in nn.LSTM and nn.GRU on the CPU, then what a GPU changes, and in fused layers.
+# Each feature in nn.LSTM and nn.GRU (on the CPU, and the exceptions on a GPU) and in fused layers.
 YES, NO, UNFUSE = "yes", "no", "after `unfuse`"
 NOT_LSTM, NOT_GRU = "`nn.LSTM`: no", "`nn.GRU`: no"
-GROUPS: dict[str, dict[Callable[[Kind, str], None], tuple[str, str]]] = {
+GROUPS: dict[str, dict[Callable[[Make, str], None], tuple[str, str]]] = {
     "compilers": {
         compiles: (NO, YES),
         compiles_lengths: (NO, YES),
@@ -398,7 +400,7 @@ GROUPS: dict[str, dict[Callable[[Kind, str], None], tuple[str, str]]] = {
     },
 }
 FEATURES = {f: claims for group in GROUPS.values() for f, claims in group.items()}
-# Shown by tests that start processes or compile C++.
+# Features with tests that start processes or compile C++.
 ELSEWHERE = [
     ("AOTInductor package, any number of steps", NO, YES, "test_compile.py::test_aot_inductor"),
     ("two graphs for all sizes", NO, YES, "test_compile.py::test_two_graphs_for_all_sizes"),
@@ -411,7 +413,7 @@ ELSEWHERE = [
 
 
 def table() -> str:
-    """Markdown."""
+    """The table in Markdown."""
     lines = ["| | `nn.LSTM`, `nn.GRU` | fusedrnn | shown by |", "|---|---|---|---|"]
     for function, (theirs, ours) in FEATURES.items():
         test = f"`test_works_with.py -k {function.__name__}`"
@@ -420,12 +422,12 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def works(function: Callable[[Kind, str], None], kind: Kind, device: str) -> bool:
+def works(function: Callable[[Make, str], None], make: Make, device: str) -> bool:
     torch._dynamo.reset()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            function(kind, device)
+            function(make, device)
     except pytest.skip.Exception:
         raise
     except Exception:
@@ -434,10 +436,10 @@ def works(function: Callable[[Kind, str], None], kind: Kind, device: str) -> boo
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("theirs", [nn.LSTM, nn.GRU])
+@EACH_LAYER
 @pytest.mark.parametrize("function", FEATURES, ids=lambda f: f.__name__)
-def test_works(function: Callable[[Kind, str], None], theirs: type, device: str) -> None:
-    """Fused layers do what the table claims, and after `unfuse` what it says then."""
+def test_works(function: Callable[[Make, str], None], pair: Pair, device: str) -> None:
+    """Fused layers have each feature, some only after `unfuse`."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     torch._dynamo.reset()
@@ -445,20 +447,21 @@ def test_works(function: Callable[[Kind, str], None], theirs: type, device: str)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if claim == YES:
-            function(FUSED[theirs], device)
-            if function is not skips_init:  # which wants a class
-                function(lambda *a, **k: fuse(theirs(*a, **k)), device)
+            # skip_init needs a class.
+            function(pair.fused if function is skips_init else pair.make_fused, device)
+            if function is not skips_init:
+                function(lambda *a, **k: fuse(pair.make_plain(*a, **k)), device)
         else:
             assert claim == UNFUSE
-            function(lambda *a, **k: unfuse(FUSED[theirs](*a, **k)), device)
+            function(lambda *a, **k: unfuse(pair.make_fused(*a, **k)), device)
 
 
 @pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="the table is about torch 2.13"
 )
 @pytest.mark.parametrize("function", FEATURES, ids=lambda f: f.__name__)
-def test_the_claims_about_torch(function: Callable[[Kind, str], None]) -> None:
-    """What the table says of nn.LSTM and nn.GRU on the CPU, and that `unfuse` is needed."""
+def test_the_claims_about_torch(function: Callable[[Make, str], None]) -> None:
+    """The table is right about nn.LSTM and nn.GRU on the CPU, and about `unfuse`."""
     theirs, ours = FEATURES[function]
     if function is amp and not has_bfloat16_lstm():
         pytest.skip("nn.LSTM has no bfloat16 on this CPU")

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/kernels.h"
 
 namespace fusedrnn::cpu {
 extern const KernelTable baseline_kernels;

@@ -1,4 +1,4 @@
-"""What the tests share: pairs of modules with the same weights, and the tolerance."""
+"""Pairs of modules with the same weights, and the tolerance."""
 
 from __future__ import annotations
 
@@ -11,29 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-import fusedrnn
+from helpers.cells import MODULES, pair_of
 
-FUSED = {
-    nn.LSTM: fusedrnn.FusedLSTM,
-    nn.GRU: fusedrnn.FusedGRU,
-    nn.LSTMCell: fusedrnn.FusedLSTMCell,
-    nn.GRUCell: fusedrnn.FusedGRUCell,
-}
+# For tests of torch's classes without options.
+FUSED = {pair.plain: pair.fused for pair in MODULES}
 
 
 def fused_like(theirs: nn.Module) -> nn.Module:
     """The fused module of the same configuration, with the weights of `theirs` copied."""
-    if isinstance(theirs, nn.RNNCellBase):
-        arguments = {"bias": theirs.bias}
-    else:
-        arguments = {
-            name: getattr(theirs, name)
-            for name in ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
-        }
-        if theirs.proj_size:
-            arguments["proj_size"] = theirs.proj_size
+    pair = pair_of(theirs)
+    names = ["bias"]
+    if pair.is_layer:
+        names += ["num_layers", "batch_first", "dropout", "bidirectional"]
+        names += ["proj_size"] if theirs.proj_size else []
+    arguments = {name: getattr(theirs, name) for name in names}
     weight = next(theirs.parameters())
-    ours = FUSED[type(theirs)](
+    ours = pair.make_fused(
         theirs.input_size,
         theirs.hidden_size,
         dtype=weight.dtype,
@@ -60,10 +53,9 @@ def has_bfloat16_lstm() -> bool:
 
 
 def autocast_result(module: nn.Module, x: Tensor) -> Any:
-    """What a module gives under autocast to bfloat16 on the CPU.
+    """The module's result under autocast to bfloat16 on the CPU.
 
-    For an nn.LSTM that can't run so on this CPU: its float32 results, in the type that it has on
-    others.
+    Where this CPU cannot run nn.LSTM so, its float32 result is rounded to bfloat16.
     """
     if isinstance(module, nn.LSTM) and not has_bfloat16_lstm():
         with torch.autocast("cpu", enabled=False):
@@ -73,7 +65,7 @@ def autocast_result(module: nn.Module, x: Tensor) -> Any:
 
 
 def double(module: nn.Module) -> nn.Module:
-    """The oracle's module: in float64, on the CPU."""
+    """The oracle: the module in float64 on the CPU."""
     return copy.deepcopy(module).cpu().double()
 
 
@@ -82,9 +74,9 @@ def error(values: Tensor, oracle: Tensor) -> float:
 
 
 class Nearby:
-    """Values that differ from the given by a rounding each: what no algorithm can tell apart.
+    """Perturbs each value by at most one rounding, which no algorithm can tell apart.
 
-    `eps`: of the products, where it is not the type's.
+    `eps`: the rounding of products, if it is not that of the type.
     """
 
     def __init__(self, dtype: torch.dtype, eps: float | None = None) -> None:
@@ -96,7 +88,7 @@ class Nearby:
         return t.double() * (1 + self.eps * noise)
 
     def weights(self, module: nn.Module) -> nn.Module:
-        """The module in float64, its weights nearby."""
+        """The module in float64 with perturbed weights."""
         module = double(module)
         with torch.no_grad():
             for p in module.parameters():
@@ -115,13 +107,13 @@ def assert_as_exact(
 ) -> None:
     """Our error against a float64 oracle is at most twice torch's, plus a rounding floor.
 
-    The floor is a unit in the last place of the largest value and of the largest input
-    (`amplitude`), which gate gradients are multiplied by, and ten times what the oracle's result
-    changes by when every input and weight is rounded once (`nearby`): the problem's own condition,
-    and about as many roundings as a value goes through in a step. It makes room for luck, in one of
-    many tensors, not for less care: test_as_exact_as_torch_on_average is without it. In float64,
-    where torch is the oracle, its unknown error is taken to be the floor, and so it is where there
-    is nothing of torch's. `eps`: as Nearby's.
+    The floor has two parts. The first is one unit in the last place of the largest value or the
+    largest input (`amplitude`), because gate gradients are multiplied by inputs. The second is ten
+    times the change of the oracle's result when every input and weight is rounded once (`nearby`).
+    This is the condition of the problem times the roundings of a value in a step. The floor allows
+    for luck in one of many tensors: test_as_exact_as_torch_on_average has no floor. Torch's error
+    counts as the floor in float64, where torch is the oracle, and without `theirs`. `eps`: see
+    Nearby.
     """
     eps = eps or torch.finfo(dtype).eps
     for i, (a, b, e, n) in enumerate(zip(ours, theirs or ours, exact, nearby, strict=True)):

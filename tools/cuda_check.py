@@ -1,6 +1,6 @@
 """Compiles csrc/cuda/*.cu with nvcc alone; holds kernels to budgets of registers and spills.
 
-Needs neither torch nor a GPU: python tests/cuda_check.py --help
+Needs neither torch nor a GPU: python -m tools.cuda_check --help
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import cuda_toolkit
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import setup_cuda  # noqa: E402
-
 ARCHS = ("sm_80", "sm_90a", "sm_100")
-# What `make gpu` compiles besides: here for one arch, and without a budget.
-OTHERS = ("benchmarks/peaks.cu", "tests/primitives.cu")
-# The second line and those after it are what a build through torch passes too.
+# `make gpu` compiles these too. Here: for one arch, without a budget.
+OTHERS = ("benchmarks/peaks.cu", "tests/kernels/primitives.cu")
+# All but the first line are flags that torch passes in a build.
 FLAGS = (
     *("-std=c++17", "-O3", "-Icsrc", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"),
     "--expt-relaxed-constexpr",
@@ -37,20 +35,20 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a kernel may use: registers a thread, bytes of spill stores or loads."""
+    """The limits of a kernel: registers a thread, bytes of spill stores or loads."""
 
     registers: int = 255
     spill: int = 0
 
 
 DEFAULT = Budget()
-# Exceptions, by name as in the table, with or without template arguments; say why at each.
+# Exceptions by name, with or without template arguments. Each needs a comment with its reason.
 BUDGETS: dict[str, Budget] = {}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of a kernel, or of a function that one calls, which has no registers told."""
+    """The figures of ptxas for a kernel, or for a called function, which has no register count."""
 
     name: str
     arch: str
@@ -101,7 +99,7 @@ def parse(text: str) -> Iterator[Kernel]:
 
 
 def problems(kernel: Kernel) -> list[str]:
-    """Where a kernel breaks its budget."""
+    """The limits that a kernel exceeds."""
     budget = BUDGETS.get(kernel.name) or BUDGETS.get(kernel.name.split("<")[0]) or DEFAULT
     found = []
     if (kernel.registers or 0) > budget.registers:
@@ -115,7 +113,7 @@ def problems(kernel: Kernel) -> list[str]:
 
 
 def table(kernels: Sequence[Kernel]) -> str:
-    """As Markdown; one row a kernel and arch."""
+    """A Markdown table, one row a kernel and arch."""
     lines = [
         "| kernel | arch | registers | spill stores | spill loads | stack | static shared |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -149,13 +147,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     try:
-        home = setup_cuda.find_home()
+        home = cuda_toolkit.find_home()
         if home is None:
-            raise setup_cuda.MissingError(
+            raise cuda_toolkit.MissingError(
                 "there is no nvcc: set CUDA_HOME to a CUDA toolkit's root"
             )
-        version = setup_cuda.find_version(home)
-    except setup_cuda.MissingError as why:
+        version = cuda_toolkit.find_version(home)
+    except cuda_toolkit.MissingError as why:
         print(f"the CUDA kernels can't be checked: {why}")
         return 1
     start = time.monotonic()
@@ -168,7 +166,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda run: compiled(home / "bin/nvcc", *run), runs))
     failed: list[str] = []
-    kernels: dict[Kernel, None] = {}  # a set in order; headers' functions are in many files
+    kernels: dict[Kernel, None] = {}  # an ordered set: functions of headers are in many files
     for (source, arch), (succeeded, output) in zip(runs, results, strict=True):
         if not succeeded:
             print(output)

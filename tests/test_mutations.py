@@ -13,8 +13,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-import emulated
 import pytest
+from helpers import emulated
 
 pytestmark = pytest.mark.long  # many compilations, and ThreadSanitizer
 

@@ -1,7 +1,7 @@
 """Whether setup.py builds the CUDA kernels, with which toolkit and for which architectures.
 
-Environment: FUSEDRNN_CUDA=0 builds for the CPU only, 1 ends where CUDA can't be built; unset, it is
-built where it can be. CUDA_HOME or CUDA_PATH names the toolkit, TORCH_CUDA_ARCH_LIST the
+Environment: FUSEDRNN_CUDA=0 builds for the CPU only. Where CUDA can't be built, 1 is an error; if
+unset, the build is for the CPU. CUDA_HOME or CUDA_PATH names the toolkit, TORCH_CUDA_ARCH_LIST the
 architectures.
 """
 
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_HOME = Path("/usr/local/cuda")
-# Ampere, Hopper and Blackwell: what runs where no GPU tells; PTX of the last for those to come.
+# Without a GPU to ask: Ampere, Hopper and Blackwell, with PTX of the last for later GPUs.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 OLDEST_ARCH = "8.0"  # the first that multiplies bfloat16 and TF32
 OLDEST_TOOLKIT = "12.1"  # the first whose ptxas knows st.async, of PTX ISA 8.1
-# What torch's headers include of CUDA's libraries.
+# Headers of CUDA's libraries that torch's headers include.
 LIBRARY_HEADERS = {
     "cublas_v2.h": "cublas",
     "cusparse.h": "cusparse",
@@ -27,16 +27,16 @@ LIBRARY_HEADERS = {
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit, and what it compiles for: sm_80 is code, compute_100 is PTX."""
+    """A CUDA toolkit, and its targets: sm_80 is code, compute_100 is PTX."""
 
     home: Path
     version: str
     archs: list[str]
-    libraries: tuple[Path, ...] = ()  # the headers of cuBLAS and the like that `home` is without
+    libraries: tuple[Path, ...] = ()  # headers of cuBLAS and others that `home` lacks
 
 
 class MissingError(Exception):
-    """Why the CUDA kernels can't be built, and what mends it."""
+    """Why the CUDA kernels can't be built, and how to fix it."""
 
 
 def find_home() -> Path | None:
@@ -52,7 +52,7 @@ def find_home() -> Path | None:
     if (DEFAULT_HOME / "bin/nvcc").is_file():
         return DEFAULT_HOME
     if nvcc := shutil.which("nvcc"):
-        # It may be a script that calls an nvcc elsewhere, and only that one tells where it is.
+        # nvcc may be a script that calls the real one, which prints its folder.
         found = re.search(r"_HERE_=(.+)", _ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
         if found and (Path(found[1]) / "nvcc").is_file():
             return Path(found[1]).parent
@@ -60,7 +60,7 @@ def find_home() -> Path | None:
 
 
 def find_version(home: Path) -> str:
-    """The release of a toolkit, as 13.0, one that can compile the kernels."""
+    """The release of a toolkit, such as 13.0; MissingError if it is too old."""
     found = re.search(r"release (\d+\.\d+)", answer := _ask(str(home / "bin/nvcc"), "--version"))
     if not found:
         raise MissingError(
@@ -123,7 +123,7 @@ def _fitting(torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
 
 
 def find_archs(home: Path, version: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, or else what the GPUs here have, or else DEFAULT_ARCHS."""
+    """TORCH_CUDA_ARCH_LIST, else the archs of the GPUs here, else DEFAULT_ARCHS."""
     import torch
     from torch.utils import cpp_extension
 
@@ -143,7 +143,7 @@ def find_archs(home: Path, version: str) -> list[str]:
         asked = ";".join(a for a in DEFAULT_ARCHS if a in known) + "+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = asked
     mend = f"set TORCH_CUDA_ARCH_LIST to some of {';'.join(known)}, +PTX behind the last"
-    try:  # torch alone knows its names, as Hopper; the flags are those that it passes to nvcc
+    try:  # torch knows names like Hopper; these are the flags that it passes to nvcc
         flags = cpp_extension._get_cuda_arch_flags()
     except ValueError as error:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked}: {error}: {mend}") from None
@@ -160,10 +160,10 @@ def find_archs(home: Path, version: str) -> list[str]:
 
 
 def find_libraries(home: Path, version: str) -> tuple[Path, ...]:
-    """Folders of the headers of CUDA's libraries, which torch's own include; none of `home`'s."""
+    """Folders outside `home` with headers of CUDA's libraries that torch's headers include."""
     import torch
 
-    # Where torch came with the libraries: in one folder for CUDA 13, in one each for 12.
+    # torch's wheels have one folder for CUDA 13 and one a library for CUDA 12.
     major = _parts(version)[0]
     wheels = Path(torch.__file__).parent.parent / "nvidia"
     folders: list[Path] = []
@@ -183,12 +183,12 @@ def find_libraries(home: Path, version: str) -> tuple[Path, ...]:
 
 
 def _parts(version: str) -> tuple[int, ...]:
-    """(12, 1) of 12.1."""
+    """(12, 1) for 12.1."""
     return tuple(int(part) for part in version.split("."))
 
 
 def _number(arch: str) -> str:
-    """9.0 of sm_90a: nvcc lists an arch without its letter."""
+    """9.0 for sm_90a: nvcc lists archs without the letter."""
     digits = re.sub(r"\D", "", arch)
     return f"{digits[:-1]}.{digits[-1]}"
 

@@ -1,7 +1,7 @@
 // Every primitive of csrc/cuda/primitives.cuh by itself: a line each, exit 1 if one is wrong.
 //
-//   nvcc -std=c++17 --expt-relaxed-constexpr -arch=native -Icsrc tests/primitives.cu
-//   g++ -std=c++17 -Icsrc -Itests/emulator -x c++ tests/primitives.cu tests/emulator/emulator.cpp
+//   nvcc -std=c++17 --expt-relaxed-constexpr -arch=native -Icsrc tests/kernels/primitives.cu
+//   g++ -std=c++17 -Icsrc -Itests/emulator -x c++ tests/*/{primitives.cu,emulator.cpp}
 //
 // The second is of the emulator, so that what it says of the kernels holds on a GPU.
 #include "cuda/primitives.cuh"

@@ -1,0 +1,1 @@
+"""Helpers of several test files, and programs that tests start."""
