@@ -30,7 +30,7 @@ Accum* direction_data(const Tensor& t, int64_t d) {
 template <class Item>
 class Scratch {
  public:
-  Scratch() = default;
+  Scratch() {}  // not defaulted: Scratch() would clear 4 KiB
   Scratch(int64_t pieces, int64_t size) : stride_(scalar::round_up(size, 64)), is_set_(true) {
     const size_t bytes = size_t(pieces * stride_) * sizeof(Item);
     if (bytes > sizeof(small_)) memory_ = c10::GetCPUAllocator()->allocate(bytes);
