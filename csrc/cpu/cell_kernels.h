@@ -93,7 +93,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
   const Accum* panel = nullptr;
   int64_t panel_size = 0;
   Vec<Accum> bias[B][S];
-  if (s.panels) {
+  if (B > 1 || s.panels) {
     panel_size = forward_panel_size<Cell, Element>(s.x_product ? 0 : s.input_size, s.output_size);
     panel = s.panels + block * panel_size;
     unroll<B * S>([&](auto c) FUSEDRNN_LAMBDA {
@@ -121,7 +121,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
       x[r] = s.x + s.x_offset[t] + s.row[first + r] * s.x_row_stride;
     });
   }
-  if (panel) {
+  if (B > 1 || panel) {
     if (!s.x_product) {
       const int64_t lanes = lanes_of<Element>(s.input_size);
       accumulate_rows<InputPreacts<Cell>, Element, R, B>(tile, x, lanes, panel, G * L, panel_size);
@@ -129,7 +129,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
     }
     accumulate_rows<HiddenPreacts<Cell>, Element, R, B>(tile, h, lanes_of<Element>(s.output_size),
                                                         panel, G * L, panel_size);
-  } else if constexpr (R <= kInPlaceRows && B == 1) {
+  } else if constexpr (B == 1 && R <= kInPlaceRows) {
     Lanes<Accum, R, S> lanes = {};
     if (!s.x_product) {
       accumulate_in_place<InputPreacts<Cell>, Element, R>(lanes, x, s.input_size, s.weights.ih, H,
