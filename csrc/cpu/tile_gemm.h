@@ -15,14 +15,25 @@ struct Rows {
   Pointee* operator()(int64_t j) const { return base + (index ? offset + index[j] : j) * stride; }
 };
 
-/// Calls f(C, columns) with the number C of vectors, at most kPanelVectors, that the columns fill.
+/// Calls f(C) with the number C of vectors, at most kPanelVectors, that `columns` columns fill.
 template <class Accum, class F>
 FUSEDRNN_INLINE void with_vectors(int64_t columns, F&& f) {
-  constexpr int L = kLanes<Accum>;
+  const int64_t vectors = smaller(blocks_of<Accum>(columns), kPanelVectors);
   unroll<kPanelVectors>([&](auto i) FUSEDRNN_LAMBDA {
     constexpr int C = decltype(i)::value + 1;
-    if (divide_up(columns, L) != C && !(C == kPanelVectors && columns > C * L)) return;
-    f(std::integral_constant<int, C>{}, columns);
+    if (vectors == C) f(std::integral_constant<int, C>{});
+  });
+}
+
+/// Stores row r of a tile to out, or adds it with add. `columns` are left in out's row. Only the
+/// last of the C vectors may be partial.
+template <class Accum, int R, int C>
+FUSEDRNN_INLINE void store_row(const Tile<Accum, R, C>& tile, int r, Accum* out, int64_t columns,
+                               bool add) {
+  constexpr int L = kLanes<Accum>;
+  unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
+    const int64_t n = c + 1 < C ? L : columns - c * L;
+    store(out + c * L, add ? load(out + c * L, n) + tile[r][c] : tile[r][c], n);
   });
 }
 
@@ -39,9 +50,9 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, int64_t length, int64_t
   constexpr int L = kLanes<Accum>;
   const int64_t lanes = lanes_of<Element>(length), K = Segments::count * lanes;
   for (int64_t block = block_begin; block < block_end; ++block) {
-    const int64_t first = block * kPanelVectors * L;
+    const int64_t first = block * kPanelVectors * L, left = columns - first;
     const Accum* panel = panels + (matrix_stride ? first : K * first);
-    with_vectors<Accum>(columns - first, [&](auto C, int64_t left) FUSEDRNN_LAMBDA {
+    with_vectors<Accum>(left, [&](auto C) FUSEDRNN_LAMBDA {
       const int64_t stride = matrix_stride ? matrix_stride : C * L;
       for_tiles(rows, [&](auto R, int64_t j) FUSEDRNN_LAMBDA {
         Tile<Accum, R, C> tile = {};
@@ -52,11 +63,7 @@ __attribute__((noinline)) void gemm_blocks(int64_t rows, int64_t length, int64_t
                                                   stride);
         }
         unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-          Accum* to = out(j + r) + first;
-          unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
-            const int64_t n = left - c * L;
-            store(to + c * L, add ? load(to + c * L, n) + tile[r][c] : tile[r][c], n);
-          });
+          store_row<Accum, R, C>(tile, r, out(j + r) + first, left, add);
         });
       });
     });
@@ -82,11 +89,12 @@ void gemm_transposed(int64_t K, int64_t rows, int64_t columns, const Accum* a, i
   for (int64_t begin = 0; begin < K || begin == 0; begin += kBlock) {
     const int64_t size = smaller(K - begin, kBlock);
     for (int64_t first = 0; first < columns; first += width) {
-      with_vectors<Accum>(columns - first, [&](auto C, int64_t left) FUSEDRNN_LAMBDA {
+      const int64_t left = columns - first;
+      with_vectors<Accum>(left, [&](auto C) FUSEDRNN_LAMBDA {
         for (int64_t k = 0; k < size; ++k) {
           unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
-            store(panel + (k * C + c) * L,
-                  load(b + (begin + k) * b_stride + first + c * L, left - c * L));
+            const int64_t n = c + 1 < C ? L : left - c * L;
+            store(panel + (k * C + c) * L, load(b + (begin + k) * b_stride + first + c * L, n));
           });
         }
         for_tiles(rows, [&](auto R, int64_t row) FUSEDRNN_LAMBDA {
@@ -96,11 +104,7 @@ void gemm_transposed(int64_t K, int64_t rows, int64_t columns, const Accum* a, i
               tile, [&](auto r, int64_t k) FUSEDRNN_LAMBDA { return from + k * a_stride + r; },
               size, panel, C * L, 0);
           unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-            Accum* to = out + (row + r) * out_stride + first;
-            unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
-              const int64_t n = left - c * L;
-              store(to + c * L, begin ? load(to + c * L, n) + tile[r][c] : tile[r][c], n);
-            });
+            store_row<Accum, R, C>(tile, r, out + (row + r) * out_stride + first, left, begin > 0);
           });
         });
       });
