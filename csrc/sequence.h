@@ -55,8 +55,8 @@ struct Weights {
 template <class Accum, class Element = Accum>
 struct Forward : Sequence<Accum> {
   Weights<Element> weights;
-  const Accum* panels = nullptr;             ///< from pack_forward; null: read `weights` in place
-  const Accum* projection_panels = nullptr;  ///< from pack_product, of weights.hr transposed
+  const Accum* panels = nullptr;  ///< from prepack_forward; null: read `weights` in place
+  const Accum* projection_panels = nullptr;  ///< from prepack_gemm, of weights.hr transposed
 
   /// Either the input, whose features are contiguous (and even in number for bfloat16), ...
   const Element* x = nullptr;
@@ -79,9 +79,9 @@ struct Forward : Sequence<Accum> {
 
 template <class Accum>
 struct Backward : Sequence<Accum> {
-  const Accum* panels = nullptr;  ///< from pack_product, of weight_hh
+  const Accum* panels = nullptr;  ///< from prepack_gemm, of weight_hh
   int64_t matrix_stride = 0;      ///< not 0: `panels` is weight_hh itself, rows this far apart
-  const Accum* projection_panels = nullptr;  ///< from pack_product, of weights.hr
+  const Accum* projection_panels = nullptr;  ///< from prepack_gemm, of weights.hr
 
   const Accum* h0 = nullptr;  ///< as in Forward
   const Accum* c0 = nullptr;

@@ -1,7 +1,9 @@
+// Chooses the kernel table at run time.
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace fusedrnn::cpu {
 
@@ -11,31 +13,53 @@ extern const KernelTable avx2_kernels, avx512_kernels;
 extern const KernelsOf<float, BFloat16> avx512bf16_kernels;
 #endif
 
-static KernelTable choose() {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool (*is_supported)();
+  const KernelTable* table;
+  const KernelsOf<float, BFloat16>* bf16;
+};
+
 #if defined(__x86_64__)
-  // Each instruction set contains those before it.
-  const char* limit = std::getenv("FUSEDRNN_CPU_ISA");
-  int allowed = 3;
-  const char* names[] = {"baseline", "avx2", "avx512"};
-  for (int i = 0; i < 3; ++i) {
-    if (limit && std::strcmp(limit, names[i]) == 0) allowed = i;
-  }
-  __builtin_cpu_init();
-  if (allowed >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    KernelTable table = avx512_kernels;
-    if (allowed >= 3 && __builtin_cpu_supports("avx512bf16")) {
-      table.isa = "avx512bf16";
-      table.bf16 = &avx512bf16_kernels;
-    }
-    return table;
-  }
-  if (allowed >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2_kernels;
-  }
-#endif
-  return baseline_kernels;
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+/// Best last.
+const InstructionSet instruction_sets[] = {
+    {"baseline", [] { return true; }, &baseline_kernels, nullptr},
+#if defined(__x86_64__)
+    {"avx2", has_avx2, &avx2_kernels, nullptr},
+    {"avx512", has_avx512, &avx512_kernels, nullptr},
+    {"avx512bf16", has_avx512bf16, &avx512_kernels, &avx512bf16_kernels},
+#endif
+};
+
+/// The best instruction set that the machine has, up to the one that FUSEDRNN_CPU_ISA names. An
+/// unknown name sets no limit: _ops.py warns about it.
+KernelTable choose() {
+  const char* limit = std::getenv("FUSEDRNN_CPU_ISA");
+  int best = int(std::size(instruction_sets)) - 1;
+  for (int i = 0; limit && i < best; ++i) {
+    if (std::strcmp(limit, instruction_sets[i].name) == 0) best = i;
+  }
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  while (!instruction_sets[best].is_supported()) --best;
+  KernelTable table = *instruction_sets[best].table;
+  table.isa = instruction_sets[best].name;
+  table.bf16 = instruction_sets[best].bf16;
+  return table;
+}
+
+}  // namespace
 
 const KernelTable& kernels() {
   static const KernelTable chosen = choose();

@@ -1,24 +1,16 @@
-// AVX-512 with BF16: the products of bfloat16; everything else is AVX-512's.
+// AVX-512 with BF16: kernels for bfloat16 operands only. For other types AVX-512's kernels run.
 #if defined(__x86_64__)
-#include "standard.h"
+#include "target_region.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
-    apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
-#endif
 #define FUSEDRNN_TARGET avx512bf16
 #define FUSEDRNN_VECTOR_BYTES 64
 #define FUSEDRNN_BFLOAT16
-#include "kernel.h"
+FUSEDRNN_TARGET_REGION("avx512bf16," FUSEDRNN_AVX512)
+#include "cell_kernels.h"
 
 namespace fusedrnn::cpu {
 extern const KernelsOf<float, BFloat16> avx512bf16_kernels =
     avx512bf16::kernels_of<BFloat16>(avx512bf16::Cells());
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+FUSEDRNN_END_TARGET_REGION
 #endif

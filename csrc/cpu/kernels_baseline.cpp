@@ -1,12 +1,10 @@
-// What every CPU of the platform has: SSE2 on x86-64, NEON on arm64.
-#include "standard.h"
+// The instructions that every CPU of the platform has: SSE2 on x86-64, NEON on arm64.
+#include "target_region.h"
 
 #define FUSEDRNN_TARGET baseline
 #define FUSEDRNN_VECTOR_BYTES 16
-#include "kernel.h"
+#include "cell_kernels.h"
 
 namespace fusedrnn::cpu {
-extern const KernelTable baseline_kernels{"baseline",
-                                          baseline::kernels_of<float>(baseline::Cells()),
-                                          baseline::kernels_of<double>(baseline::Cells()), nullptr};
+extern const KernelTable baseline_kernels = baseline::kernel_table("baseline");
 }

@@ -1,4 +1,4 @@
-// Threads that share the steps of one run, where each step needs all of the step before.
+// Threads that share the steps of one run. Each step needs all parts of the step before.
 #pragma once
 
 #include <atomic>
@@ -12,19 +12,19 @@
 
 namespace fusedrnn::cpu {
 
-/// Every member calls run; together they do each (step, part) once, steps in order.
+/// Every member calls run. Together they do each (step, part) once, steps in order.
 ///
-/// A member does its own part of a step, then waits for the others'. A thread that was told to
-/// start can take milliseconds to arrive, or never come while another's call is served, so nobody
-/// waits for a part that nobody has begun: after a short while the waiting member does it. A part
-/// gives the same result whoever does it.
+/// A member does its own part of a step, then waits for the other parts. A thread may start
+/// milliseconds late, or never while the pool serves another call. So after about a microsecond a
+/// waiting member takes over a part that nobody has begun. A part gives the same result on any
+/// thread.
 class Team {
  public:
   explicit Team(int64_t parts) : size_(parts), parts_(new Part[size_t(parts)]) {}
 
   template <class Step>
   void run(int64_t member, int64_t steps, Step&& step) {
-    int patience = kPatience;  // with a member that was absent: none, until it has shown up
+    int patience = kPatience;  // none after an absence, until the member has begun a part
     for (int64_t i = 0; i < steps; ++i) {
       work(member, i, step);
       for (int64_t p = 0; p < size_; ++p) {
@@ -39,7 +39,7 @@ class Team {
             ++spins;
             pause();
           } else {
-            std::this_thread::yield();  // whoever has begun it may be waiting for this processor
+            std::this_thread::yield();  // the part's thread may be waiting for this core
           }
         }
       }
@@ -51,7 +51,7 @@ class Team {
   static constexpr int kSpins = 20000;
 
   struct alignas(64) Part {
-    std::atomic<int64_t> begun{0}, done{0};  // steps
+    std::atomic<int64_t> begun{0}, done{0};  // in steps
   };
 
   template <class Step>

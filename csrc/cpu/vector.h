@@ -1,34 +1,34 @@
 // SIMD vectors of FUSEDRNN_VECTOR_BYTES on the compiler's own vector types: memory and shuffles.
-// Included with the instruction set already selected (kernel.h), never on its own.
+// Only cell_kernels.h includes it, inside a target region (target_region.h).
 #pragma once
 
 #include "../activations.h"
 #include "../sequence.h"
-#include "standard.h"
+#include "target_region.h"
 
 // Vectors are passed between inlined functions only, where no calling convention matters.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-template <class T>
+template <class Scalar>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef Scalar type __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 };
-template <class T>
-using Vec = typename VectorOf<T>::type;
-template <class T>
-inline constexpr int kLanes = FUSEDRNN_VECTOR_BYTES / int(sizeof(T));
+template <class Scalar>
+using Vec = typename VectorOf<Scalar>::type;
+template <class Scalar>
+inline constexpr int kLanes = FUSEDRNN_VECTOR_BYTES / int(sizeof(Scalar));
 
-template <class T>
-FUSEDRNN_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
+template <class Scalar>
+FUSEDRNN_INLINE Vec<Scalar> load(const Scalar* p) {
+  Vec<Scalar> v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
 
-template <class T>
-FUSEDRNN_INLINE void store(T* p, Vec<T> v) {
+template <class Scalar>
+FUSEDRNN_INLINE void store(Scalar* p, Vec<Scalar> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
@@ -47,12 +47,12 @@ FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
 }
 #elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
 /// All ones in the first n lanes.
-template <class T>
+template <class Scalar>
 FUSEDRNN_INLINE __m256i first_lanes(int64_t n) {
-  using Bits = typename Value<Vec<T>>::bits;
+  using Bits = typename Value<Vec<Scalar>>::bits;
   using Bit = std::remove_reference_t<decltype(std::declval<Bits&>()[0])>;
   Bits lane;
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = Bit(i);
+  for (int i = 0; i < kLanes<Scalar>; ++i) lane[i] = Bit(i);
   return bit_cast<__m256i>(lane < Bit(n));
 }
 FUSEDRNN_INLINE Vec<float> load_first(const float* p, int64_t n) {
@@ -68,56 +68,55 @@ FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
   _mm256_maskstore_pd(p, first_lanes<double>(n), bit_cast<__m256d>(v));
 }
 #else
-template <class T>
-FUSEDRNN_INLINE Vec<T> load_first(const T* p, int64_t n) {
-  T all[kLanes<T>] = {};
+template <class Scalar>
+FUSEDRNN_INLINE Vec<Scalar> load_first(const Scalar* p, int64_t n) {
+  Scalar all[kLanes<Scalar>] = {};
   for (int64_t i = 0; i < n; ++i) all[i] = p[i];
   return load(all);
 }
-template <class T>
-FUSEDRNN_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
-  T all[kLanes<T>];
+template <class Scalar>
+FUSEDRNN_INLINE void store_first(Scalar* p, Vec<Scalar> v, int64_t n) {
+  Scalar all[kLanes<Scalar>];
   store(all, v);
   for (int64_t i = 0; i < n; ++i) p[i] = all[i];
 }
 #endif
 
-/// The first n of a vector's lanes, n up to all of them; the others read as zero.
-template <class T>
-FUSEDRNN_INLINE Vec<T> load(const T* p, int64_t n) {
-  return n >= kLanes<T> ? load(p) : load_first(p, n);
+/// The first n lanes, at most all; the other lanes are zero.
+template <class Scalar>
+FUSEDRNN_INLINE Vec<Scalar> load(const Scalar* p, int64_t n) {
+  return n >= kLanes<Scalar> ? load(p) : load_first(p, n);
 }
-template <class T>
-FUSEDRNN_INLINE void store(T* p, Vec<T> v, int64_t n) {
-  n >= kLanes<T> ? store(p, v) : store_first(p, v, n);
+template <class Scalar>
+FUSEDRNN_INLINE void store(Scalar* p, Vec<Scalar> v, int64_t n) {
+  n >= kLanes<Scalar> ? store(p, v) : store_first(p, v, n);
 }
 
-// ---- operands of products -----------------------------------------------------------------------
+// ---- GEMM operands ------------------------------------------------------------------------------
 //
-// A product's operands come in lanes as wide as those of its sums: one float32 or float64, or a
-// pair of bfloat16 that follow one another in the depth of the product. Vectors of them are carried
-// as Vec<T> of the sums' type.
+// A lane of operands is as wide as an accumulator: one float32, one float64, or a pair of bfloat16
+// that are neighbours along K. A vector of operands has the type Vec<Accumulator<Element>>.
 
-template <class S>
-inline constexpr int kPerLane = sizeof(Accumulator<S>) / sizeof(S);
+template <class Element>
+inline constexpr int kPerLane = sizeof(Accumulator<Element>) / sizeof(Element);
 
-/// Lanes that `size` elements fill.
-template <class S>
+/// The lanes that `size` elements fill: 13 for 13 float32, 7 for 13 bfloat16.
+template <class Element>
 FUSEDRNN_INLINE int64_t lanes_of(int64_t size) {
-  return (size + kPerLane<S> - 1) / kPerLane<S>;
+  return divide_up(size, kPerLane<Element>);
 }
 
-template <class S>
-FUSEDRNN_INLINE Vec<Accumulator<S>> load_operands(const S* p) {
-  Vec<Accumulator<S>> v;
+template <class Element>
+FUSEDRNN_INLINE Vec<Accumulator<Element>> load_operands(const Element* p) {
+  Vec<Accumulator<Element>> v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
 
-/// The first n elements, n up to a whole vector of them or more; the others read as zero.
-template <class S>
-FUSEDRNN_INLINE Vec<Accumulator<S>> load_operands(const S* p, int64_t n) {
-  if constexpr (kPerLane<S> == 1) {
+/// The first n elements, at most a vector of them; the other lanes are zero.
+template <class Element>
+FUSEDRNN_INLINE Vec<Accumulator<Element>> load_operands(const Element* p, int64_t n) {
+  if constexpr (kPerLane<Element> == 1) {
     return load(p, n);
   } else {
 #if defined(FUSEDRNN_BFLOAT16)
@@ -127,19 +126,19 @@ FUSEDRNN_INLINE Vec<Accumulator<S>> load_operands(const S* p, int64_t n) {
   }
 }
 
-/// The lane at p, in all lanes.
-template <class S>
-FUSEDRNN_INLINE Vec<Accumulator<S>> broadcast_operand(const S* p) {
-  Accumulator<S> lane;
+/// Broadcasts the lane at p.
+template <class Element>
+FUSEDRNN_INLINE Vec<Accumulator<Element>> broadcast_operand(const Element* p) {
+  Accumulator<Element> lane;
   __builtin_memcpy(&lane, p, sizeof(lane));
-  return broadcast<Vec<Accumulator<S>>>(lane);
+  return broadcast<Vec<Accumulator<Element>>>(lane);
 }
 
 /// sum += a * b, lane by lane.
-template <class S>
-FUSEDRNN_INLINE void multiply_add(Vec<Accumulator<S>>& sum, Vec<Accumulator<S>> a,
-                                  Vec<Accumulator<S>> b) {
-  if constexpr (kPerLane<S> == 1) {
+template <class Element>
+FUSEDRNN_INLINE void multiply_add(Vec<Accumulator<Element>>& sum, Vec<Accumulator<Element>> a,
+                                  Vec<Accumulator<Element>> b) {
+  if constexpr (kPerLane<Element> == 1) {
     sum += a * b;
   } else {
 #if defined(FUSEDRNN_BFLOAT16)
@@ -149,7 +148,7 @@ FUSEDRNN_INLINE void multiply_add(Vec<Accumulator<S>>& sum, Vec<Accumulator<S>> 
   }
 }
 
-/// The first n elements, or a whole vector of them, as values of the sums' type.
+/// The first n elements, at most a vector of them, as accumulators.
 FUSEDRNN_INLINE Vec<float> load_values(const float* p, int64_t n) { return load(p, n); }
 FUSEDRNN_INLINE Vec<double> load_values(const double* p, int64_t n) { return load(p, n); }
 FUSEDRNN_INLINE void store_values(float* p, Vec<float> v, int64_t n) { store(p, v, n); }
@@ -164,7 +163,7 @@ FUSEDRNN_INLINE Vec<float> load_values(const BFloat16* p, int64_t n) {
   using Bits = Value<Vec<float>>::bits;
   return bit_cast<Vec<float>>(bit_cast<Bits>(_mm512_maskz_cvtepu16_epi32(lanes, halves)) << 16);
 }
-/// Rounded to the nearest.
+/// Rounds to nearest even.
 FUSEDRNN_INLINE void store_values(BFloat16* p, Vec<float> v, int64_t n) {
   const __m256i halves = bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
   _mm256_mask_storeu_epi16(p, first_lanes(n), halves);
@@ -183,38 +182,38 @@ FUSEDRNN_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
 #endif
 }
 
-/// a0 b0 a1 b1 ... of the lower or of the higher halves.
-template <bool high, class T>
-FUSEDRNN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
-  return interleave<high>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+/// a0 b0 a1 b1 ... from the lower or the higher halves.
+template <bool high, class Scalar>
+FUSEDRNN_INLINE Vec<Scalar> interleave(Vec<Scalar> a, Vec<Scalar> b) {
+  return interleave<high>(a, b, std::make_integer_sequence<int, kLanes<Scalar>>{});
 }
 
-/// Transposes the square of lanes in v, in log2(lanes) rounds of perfect shuffles.
-template <class T>
-FUSEDRNN_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
+/// Transposes the square of lanes in v by log2(lanes) rounds of perfect shuffles.
+template <class Scalar>
+FUSEDRNN_INLINE void transpose(Vec<Scalar> (&v)[kLanes<Scalar>]) {
+  constexpr int n = kLanes<Scalar>;
   for (int round = 1; round < n; round *= 2) {
-    Vec<T> next[n];
-    unroll<n / 2>([&](auto i) __attribute__((always_inline)) {
-      next[2 * i] = interleave<false, T>(v[i], v[i + n / 2]);
-      next[2 * i + 1] = interleave<true, T>(v[i], v[i + n / 2]);
+    Vec<Scalar> next[n];
+    unroll<n / 2>([&](auto i) FUSEDRNN_LAMBDA {
+      next[2 * i] = interleave<false, Scalar>(v[i], v[i + n / 2]);
+      next[2 * i + 1] = interleave<true, Scalar>(v[i], v[i + n / 2]);
     });
-    unroll<n>([&](auto i) __attribute__((always_inline)) { v[i] = next[i]; });
+    unroll<n>([&](auto i) FUSEDRNN_LAMBDA { v[i] = next[i]; });
   }
 }
 
-template <class T, int n>
-FUSEDRNN_INLINE void sum_lanes_round(Vec<T>* v) {
-  unroll<n>([&](auto i) __attribute__((always_inline)) {
-    v[i] = interleave<false, T>(v[i], v[i + n]) + interleave<true, T>(v[i], v[i + n]);
+template <class Scalar, int n>
+FUSEDRNN_INLINE void sum_lanes_round(Vec<Scalar>* v) {
+  unroll<n>([&](auto i) FUSEDRNN_LAMBDA {
+    v[i] = interleave<false, Scalar>(v[i], v[i + n]) + interleave<true, Scalar>(v[i], v[i + n]);
   });
-  if constexpr (n > 1) sum_lanes_round<T, n / 2>(v);
+  if constexpr (n > 1) sum_lanes_round<Scalar, n / 2>(v);
 }
 
 /// Lane i of the result is the sum of all lanes of v[i].
-template <class T>
-FUSEDRNN_INLINE Vec<T> sum_lanes(Vec<T> (&v)[kLanes<T>]) {
-  sum_lanes_round<T, kLanes<T> / 2>(v);
+template <class Scalar>
+FUSEDRNN_INLINE Vec<Scalar> sum_lanes(Vec<Scalar> (&v)[kLanes<Scalar>]) {
+  sum_lanes_round<Scalar, kLanes<Scalar> / 2>(v);
   return v[0];
 }
 

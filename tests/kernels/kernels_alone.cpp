@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/kernel_table.h"
 
 namespace fusedrnn::cpu {
 extern const KernelTable baseline_kernels;
@@ -43,7 +43,7 @@ static double worst_error(bool lstm, int T, int B, int I, int H, int b, const We
   return worst;
 }
 
-static double run(bool lstm, bool packed) {
+static double run(bool lstm, bool prepacked) {
   const cpu::KernelsOf<float>& table = cpu::baseline_kernels.f32;
   const cpu::Kernel<float>& kernel = table.cells[lstm ? scalar::Cells::index_of<scalar::Lstm>()
                                                       : scalar::Cells::index_of<scalar::Gru>()];
@@ -56,10 +56,10 @@ static double run(bool lstm, bool packed) {
   const auto ih = random(G * H * I), hh = random(G * H * H), bias_ih = random(G * H),
              bias_hh = random(G * H), x = random(T * B * I);
   std::vector<float> y(T * B * H), h_n(B * H), c_n(B * H);
-  std::vector<int64_t> row, active(T, B), position, x_offset;
+  std::vector<int64_t> row, active(T, B), step_offset, x_offset;
   for (int b = 0; b < B; ++b) row.push_back(b);
   for (int t = 0; t < T; ++t) {
-    position.push_back(t * B);
+    step_offset.push_back(t * B);
     x_offset.push_back(t * B * I);
   }
   Forward<float> s;
@@ -69,15 +69,15 @@ static double run(bool lstm, bool packed) {
   s.hidden_size = s.output_size = s.y_stride = H;
   s.row = row.data();
   s.active = active.data();
-  s.step_offset = position.data();
+  s.step_offset = step_offset.data();
   s.weights = {ih.data(), hh.data(), bias_ih.data(), bias_hh.data(), nullptr};
-  const int64_t blocks = (H + table.common.lanes - 1) / table.common.lanes;
+  const int64_t blocks = scalar::divide_up(H, table.common.lanes);
   const int64_t panel = kernel.forward_panel_size(I, H);
   std::vector<float> panels(blocks * panel), workspace(kernel.forward_workspace(s));
-  for (int64_t b = 0; packed && b < blocks; ++b) {
-    kernel.pack_forward(s.weights, I, H, H, b, panels.data() + b * panel);
+  for (int64_t b = 0; prepacked && b < blocks; ++b) {
+    kernel.prepack_forward(s.weights, I, H, H, b, panels.data() + b * panel);
   }
-  s.panels = packed ? panels.data() : nullptr;
+  s.panels = prepacked ? panels.data() : nullptr;
   s.x = x.data();
   s.x_offset = x_offset.data();
   s.x_row_stride = I;
@@ -96,9 +96,10 @@ static double run(bool lstm, bool packed) {
 
 int main() {
   for (bool lstm : {true, false}) {
-    for (bool packed : {true, false}) {
-      const double worst = run(lstm, packed);
-      std::printf("%s %s: error %g\n", lstm ? "LSTM" : "GRU", packed ? "packed" : "as is", worst);
+    for (bool prepacked : {true, false}) {
+      const double worst = run(lstm, prepacked);
+      std::printf("%s %s: error %g\n", lstm ? "LSTM" : "GRU", prepacked ? "prepacked" : "in place",
+                  worst);
       if (!(worst < 2e-6)) return 1;
     }
   }

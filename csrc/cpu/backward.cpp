@@ -1,0 +1,89 @@
+// The backward pass of a layer on the CPU.
+#include "gemm.h"
+#include "layer_cpu.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+/// The valid tokens of rows of different lengths, in the order of CompactTokens. Undefined if all
+/// tokens are valid.
+Tensor valid_tokens(const Layer& layer, const BatchLayout& layout, const CompactTokens& compact) {
+  if (!layer.lengths.defined()) return {};
+  const Tensor tokens = new_tensor<int64_t>({compact.count});
+  int64_t* to = tokens.mutable_data_ptr<int64_t>();
+  for (int64_t t = 0; t < layer.T; ++t) {
+    for (int64_t j = 0; j < layout.active[t]; ++j) *to++ = layout.step_offset[t] + layout.order[j];
+  }
+  return tokens;
+}
+
+template <class Accum>
+GateGradients new_gate_gradients(const Layer& layer, int64_t tokens) {
+  const auto of_tokens = [&](int64_t features) {
+    return new_tensor<Accum>({layer.D, tokens, features});
+  };
+  GateGradients gates{of_tokens(layer.cell.preacts * layer.H), of_tokens(layer.P), {}, {}};
+  if (layer.has_projection) {
+    gates.dr = of_tokens(layer.P);
+    gates.h_raw = of_tokens(layer.H);
+  }
+  return gates;
+}
+
+}  // namespace
+
+template <class Accum>
+LayerGradients backward(const Layer& layer, const OutputGradients& g) {
+  const int64_t D = layer.D, H = layer.H, P = layer.P;
+  const Common<Accum>& common = table<Accum>().common;
+  const Kernel<Accum>& kernel = kernel_of<Accum>(layer.cell);
+  const BatchLayout layout(layer);
+  const WorkPartition partition(layer, layout, common.tile_rows,
+                                divide_up(std::max(H, P), common.block_columns));
+  const CompactTokens compact(layout);
+  const GateGradients gates = new_gate_gradients<Accum>(layer, compact.count);
+  const Tensor dh0 = new_tensor<Accum>({D, layer.B, P});
+  const Tensor dc0 = layer.cell.has_cell_state ? new_tensor<Accum>({D, layer.B, H}) : Tensor();
+
+  const Scratch<Accum> projection_panels =
+      layer.has_projection ? prepack_weights<Accum>(layer, &DirectionWeights::hr, P, H, H, 1)
+                           : Scratch<Accum>();
+  const bool prepacks = pays_to_prepack<Accum>(layer.T * divide_up(layer.B, common.tile_rows), P);
+  const Scratch<Accum> panels =
+      prepacks ? prepack_weights<Accum>(layer, &DirectionWeights::hh, layer.cell.gates * H, P, P, 1)
+               : Scratch<Accum>();
+
+  const Runs<Backward<Accum>> runs(
+      layer, layout, partition, kernel.backward_workspace, kernel.backward_begin,
+      [&](Backward<Accum>& s, const WorkPartition::RowGroup& group) {
+        const int64_t d = group.direction;
+        s.panels = prepacks ? panels[d] : const_data<Accum>(layer.weights[d].hh);
+        s.matrix_stride = prepacks ? 0 : P;
+        s.projection_panels = projection_panels.get(d);
+        if (layer.has_projection) s.y = g.output.const_data_ptr<Accum>() + d * P;
+        s.y_stride = s.dy_stride = D * P;
+        s.saved = direction_data<Accum>(g.saved, d);
+        if (g.dy.defined()) s.dy = g.dy.const_data_ptr<Accum>() + d * P;
+        s.dh_n = direction_data<Accum>(g.dh_n, d);
+        s.dc_n = direction_data<Accum>(g.dc_n, d);
+        s.sorted_index = group.sorted_index.data();
+        s.compact_offset = compact.step_offset.data();
+        s.dgates = direction_data<Accum>(gates.dgates, d);
+        s.h_previous = direction_data<Accum>(gates.h_previous, d);
+        s.dr = direction_data<Accum>(gates.dr, d);
+        s.h_raw = direction_data<Accum>(gates.h_raw, d);
+        s.dh0 = direction_data<Accum>(dh0, d);
+        s.dc0 = direction_data<Accum>(dc0, d);
+      });
+  // One step more than the layer has takes the gradients to h0.
+  partition.execute(layer.T + 1, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
+    kernel.backward_step(runs[r], i, begin, end);
+  });
+  return layer_gradients(layer, g, gates, dh0, dc0, TileGemms<Accum>(),
+                         valid_tokens(layer, layout, compact));
+}
+
+template LayerGradients backward<float>(const Layer&, const OutputGradients&);
+template LayerGradients backward<double>(const Layer&, const OutputGradients&);
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,205 @@
+// The forward pass of a layer on the CPU.
+#include <cstring>
+
+#include "gemm.h"
+#include "layer_cpu.h"
+
+namespace fusedrnn::cpu {
+namespace {
+
+enum class WeightAccess {
+  in_place,   ///< steps read the weights as they are
+  prepacked,  ///< all weights are prepacked before the first step
+  streamed,   ///< each panel is prepacked right before its use, on the thread that uses it
+};
+
+struct ForwardStrategy {
+  WeightAccess weights;
+  bool input_gemm;  ///< computes the input's part of all steps in one GEMM
+};
+
+/// The heuristics of a forward pass. The examples are for AVX-512: 6 rows in a tile, up to 4 rows
+/// in place.
+ForwardStrategy choose_strategy(const Layer& layer, int64_t tile_rows, int64_t in_place_rows) {
+  ForwardStrategy strategy{WeightAccess::prepacked, false};
+  if (layer.T <= 4 && layer.B <= in_place_rows) {
+    // T 4, B 1 reads each weight four times: prepacking costs as much.
+    strategy.weights = WeightAccess::in_place;
+  } else if (layer.T == 1 && !layer.has_projection) {
+    // T 1, B 64 reads each panel 11 times in a row, so the panel may be overwritten afterwards. A
+    // projection needs all units of the step in one call.
+    strategy.weights = WeightAccess::streamed;
+  }
+  // T 100, B 1 fills one row of a tile in each step, but six in a GEMM over 100 steps.
+  strategy.input_gemm = layer.T > 4 && layer.B < tile_rows;
+  return strategy;
+}
+
+/// Clears padded tokens of `data` [copies, T, B, features].
+template <class Element>
+void clear_padding(const Layer& layer, Element* data, int64_t copies, int64_t features) {
+  const int64_t* const lengths = layer.lengths.const_data_ptr<int64_t>();
+  const int64_t work = copies * layer.N * features;
+  in_row_parts<Accumulator<Element>>(layer.T, work, [&](int64_t begin, int64_t end) {
+    for (int64_t copy = 0; copy < copies; ++copy) {
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t row = 0; row < layer.B; ++row) {
+          Element* const token = data + ((copy * layer.T + t) * layer.B + row) * features;
+          if (t >= lengths[row]) std::memset(token, 0, size_t(features) * sizeof(Element));
+        }
+      }
+    }
+  });
+}
+
+/// A new tensor of `shape`, that is [copies, N, features], with zeros for padded tokens.
+template <class Element>
+Tensor new_token_tensor(const Layer& layer, c10::IntArrayRef shape, int64_t copies) {
+  const Tensor t = new_tensor<Element>(shape);
+  if (layer.lengths.defined() && t.numel() > 0) {
+    clear_padding(layer, static_cast<Element*>(t.mutable_data_ptr()), copies,
+                  t.numel() / (copies * layer.N));
+  }
+  return t;
+}
+
+template <class Element, class Accum = Accumulator<Element>>
+LayerOutput new_output(const Layer& layer, bool save) {
+  const int64_t D = layer.D, B = layer.B, H = layer.H, P = layer.P;
+  LayerOutput out;
+  out.output = new_token_tensor<Element>(layer, layer.shape(D * P), 1);
+  out.h_n = new_tensor<Accum>({D, B, P});
+  if (layer.cell.has_cell_state) out.c_n = new_tensor<Accum>({D, B, H});
+  out.saved = save ? new_token_tensor<Accum>(layer, {D, layer.N, layer.cell.saved, H}, D)
+                   : new_tensor<Accum>({0});
+  return out;
+}
+
+/// The weights of each direction, with an input GEMM those of the steps only.
+template <class Element>
+c10::SmallVector<Weights<Element>, 2> step_weights(const Layer& layer, bool input_gemm) {
+  c10::SmallVector<Weights<Element>, 2> weights;
+  for (const DirectionWeights& w : layer.weights) {
+    weights.push_back({input_gemm ? nullptr : const_data<Element>(w.ih), const_data<Element>(w.hh),
+                       const_data<Element>(w.bias_ih), const_data<Element>(w.bias_hh),
+                       const_data<Element>(w.hr)});
+  }
+  return weights;
+}
+
+/// The input times weight_ih: a piece for each direction, [N, G*H] with rows `stride` apart.
+template <class Element, class Accum = Accumulator<Element>>
+Scratch<Accum> multiply_input(const Layer& layer, int64_t stride) {
+  const Tensor x = layer.flat_input();
+  Scratch<Accum> product(layer.D, layer.N * stride);
+  for (int64_t d = 0; d < layer.D; ++d) {
+    gemm_by_transpose<Element>(layer.N, layer.I, layer.cell.gates * layer.H,
+                               const_data<Element>(layer.weights[d].ih), const_data<Element>(x),
+                               x.size(1), product[d], stride);
+  }
+  return product;
+}
+
+template <class Accum>
+Scratch<Accum> prepack_projection(const Layer& layer) {
+  return prepack_weights<Accum>(layer, &DirectionWeights::hr, layer.H, layer.P, 1, layer.H);
+}
+
+/// Elements from the input's data to batch row 0 of each step.
+Indices input_offsets(const Layer& layer, const BatchLayout& layout) {
+  Indices offset(size_t(layer.T), 0);
+  for (int64_t t = 0; t < layer.T; ++t) {
+    offset[t] = (layer.packed ? layout.step_offset[t] : t) * layer.input.stride(0);
+  }
+  return offset;
+}
+
+/// Runs all steps and prepacks each panel right before its use. `prepack` (direction, block, panel)
+/// writes a panel of `panel_size` elements.
+template <class Element, class Accum, class Prepack>
+void run_streamed(const WorkPartition& partition, const Runs<Forward<Accum, Element>>& runs,
+                  const Kernel<Accum, Element>& kernel, int64_t panel_size,
+                  const Prepack& prepack) {
+  const int64_t members = partition.members, width = kernel.blocks_per_tile;
+  const Scratch<Accum> panels(int64_t(partition.groups.size()) * members, width * panel_size);
+  partition.execute(1, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
+    Accum* const own = panels[r * members + partition.member_of(begin)];
+    for (int64_t block = begin; block < end; block += width) {
+      const int64_t count = std::min(width, end - block);
+      for (int64_t b = 0; b < count; ++b) {
+        prepack(partition.groups[size_t(r)].direction, block + b, own + b * panel_size);
+      }
+      Forward<Accum, Element> run = runs[r];
+      run.panels = own - block * panel_size;
+      kernel.forward_step(run, i, block, block + count);
+    }
+  });
+}
+
+}  // namespace
+
+template <class Element>
+LayerOutput forward(const Layer& layer, bool save) {
+  using Accum = Accumulator<Element>;
+  const int64_t D = layer.D, H = layer.H, P = layer.P;
+  const Common<Accum, Element>& common = table<Element>().common;
+  const Kernel<Accum, Element>& kernel = kernel_of<Element>(layer.cell);
+  const ForwardStrategy strategy = choose_strategy(layer, common.tile_rows, common.in_place_rows);
+  const int64_t blocks = divide_up(H, common.lanes);
+  const BatchLayout layout(layer);
+  const WorkPartition partition(layer, layout, common.tile_rows, blocks);
+
+  LayerOutput out = new_output<Element>(layer, save);
+  const auto weights = step_weights<Element>(layer, strategy.input_gemm);
+  const int64_t x_product_stride = scalar::round_up(layer.cell.gates * H, common.lanes);
+  const Scratch<Accum> x_product =
+      strategy.input_gemm ? multiply_input<Element>(layer, x_product_stride) : Scratch<Accum>();
+  const int64_t panel_size = kernel.forward_panel_size(strategy.input_gemm ? 0 : layer.I, P);
+  const auto prepack = [&](int64_t d, int64_t block, Accum* panel) {
+    kernel.prepack_forward(weights[size_t(d)], layer.I, H, P, block, panel);
+  };
+  const bool prepacks = strategy.weights == WeightAccess::prepacked;
+  const Scratch<Accum> panels =
+      prepacks ? Scratch<Accum>(D, blocks * panel_size) : Scratch<Accum>();
+  if (prepacks) {
+    prepack_all(D * blocks, D * blocks * panel_size, [&](int64_t i) {
+      prepack(i / blocks, i % blocks, panels[i / blocks] + i % blocks * panel_size);
+    });
+  }
+  const Scratch<Accum> projection_panels =
+      layer.has_projection ? prepack_projection<Accum>(layer) : Scratch<Accum>();
+
+  const Indices x_offset = input_offsets(layer, layout);
+  const Runs<Forward<Accum, Element>> runs(
+      layer, layout, partition, kernel.forward_workspace, kernel.forward_begin,
+      [&](Forward<Accum, Element>& s, const WorkPartition::RowGroup& group) {
+        const int64_t d = group.direction;
+        s.weights = weights[size_t(d)];
+        s.panels = panels.get(d);
+        s.projection_panels = projection_panels.get(d);
+        s.x = const_data<Element>(layer.input);
+        s.x_offset = x_offset.data();
+        s.x_row_stride = layer.input.stride(layer.packed ? 0 : 1);
+        s.x_product = x_product.get(d);
+        s.x_product_stride = x_product_stride;
+        s.y = static_cast<Element*>(out.output.mutable_data_ptr()) + d * P;
+        s.y_stride = D * P;
+        s.h_n = direction_data<Accum>(out.h_n, d);
+        s.c_n = direction_data<Accum>(out.c_n, d);
+        if (save) s.saved = direction_data<Accum>(out.saved, d);
+      });
+  if (strategy.weights == WeightAccess::streamed) {
+    run_streamed(partition, runs, kernel, panel_size, prepack);
+  } else {
+    partition.execute(layer.T, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
+      kernel.forward_step(runs[r], i, begin, end);
+    });
+  }
+  return out;
+}
+
+template LayerOutput forward<float>(const Layer&, bool);
+template LayerOutput forward<double>(const Layer&, bool);
+template LayerOutput forward<BFloat16>(const Layer&, bool);
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,95 @@
+// The split of a layer's work over threads.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+
+#include "batch.h"
+#include "parallel.h"
+#include "team.h"
+
+namespace fusedrnn::cpu {
+
+/// A step is shared only if each thread gets at least this many multiplications.
+constexpr int64_t kSharedStep = 1 << 15;
+
+/// Splits a layer into runs, each a direction and some rows. The threads of a run share its steps
+/// by blocks of units.
+class WorkPartition {
+ public:
+  struct RowGroup {
+    int64_t direction;
+    Indices row;           ///< in the batch
+    Indices sorted_index;  ///< in BatchLayout::order
+    Indices active;        ///< [T] active rows of the group
+  };
+  c10::SmallVector<RowGroup, 4> groups;  ///< one a run
+  int64_t members = 1;                   ///< threads of each run
+
+  WorkPartition(const Layer& layer, const BatchLayout& layout, int64_t tile_rows, int64_t blocks)
+      : blocks_(blocks) {
+    const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
+    work_ = step * layer.T * layer.D;
+    int64_t threads = 1, groups_per_direction = 1;
+    // A single row takes about twice as long a multiplication: it reads a weight for each.
+    if (work_ * (layer.B == 1 ? 2 : 1) >= kSharedWork && !at::in_parallel_region()) {
+      threads = std::max<int64_t>(cpu::threads() / layer.D, 1);
+    }
+    // Few rows use a tile's weights too little. Then all threads run all rows, each with its part
+    // of the weights: T 100, B 8 on 4 threads would else give each thread 2 rows of a tile's 6. A
+    // single step is treated alike. Threads can't share the steps of a projection so.
+    if ((layer.B < threads * tile_rows || layer.T == 1) && !layer.has_projection &&
+        step >= threads * kSharedStep) {
+      members = std::min(threads, blocks);
+    }
+    if (members == 1) {
+      groups_per_direction = std::clamp<int64_t>(threads, 1, std::max<int64_t>(layer.B, 1));
+    }
+    for (int64_t d = 0; d < layer.D; ++d) {
+      for (int64_t g = 0; g < groups_per_direction; ++g) add(d, g, groups_per_direction, layout);
+    }
+  }
+
+  /// Runs every step of every run: step(run, i, block_begin, block_end).
+  template <class F>
+  void execute(int64_t steps, const F& step) const {
+    if (members == 1 || !PoolBackoff::may_use_pool(work_)) {
+      return in_parallel(int64_t(groups.size()), work_, [&](int64_t r) {
+        for (int64_t i = 0; i < steps; ++i) step(r, i, 0, blocks_);
+      });
+    }
+    c10::SmallVector<Team, 2> teams;
+    for (size_t r = 0; r < groups.size(); ++r) teams.emplace_back(members);
+    PoolBackoff::run(int64_t(groups.size()) * members, [&](int64_t worker) {
+      const int64_t r = worker / members;
+      teams[size_t(r)].run(worker % members, steps, [&](int64_t i, int64_t part) {
+        step(r, i, blocks_ * part / members, blocks_ * (part + 1) / members);
+      });
+    });
+  }
+
+  /// The member whose part of a step begins with this block.
+  int64_t member_of(int64_t block_begin) const {
+    return (block_begin * members + blocks_ - 1) / blocks_;
+  }
+
+ private:
+  /// Adds group `index` of `count`: every count-th row, so that each group gets rows of all
+  /// lengths.
+  void add(int64_t direction, int64_t index, int64_t count, const BatchLayout& layout) {
+    groups.push_back({direction, {}, {}, {}});
+    RowGroup& group = groups.back();
+    for (int64_t j = index; j < int64_t(layout.order.size()); j += count) {
+      group.row.push_back(layout.order[j]);
+      group.sorted_index.push_back(j);
+    }
+    for (int64_t n : layout.active) {
+      group.active.push_back(n > index ? (n - index + count - 1) / count : 0);
+    }
+  }
+
+  int64_t blocks_, work_;
+};
+
+}  // namespace fusedrnn::cpu
