@@ -147,7 +147,7 @@ LayerOutput forward(const Layer& layer, bool save) {
   const ForwardStrategy strategy = choose_strategy(layer, common.tile_rows, common.in_place_rows);
   const int64_t blocks = divide_up(H, common.lanes);
   const BatchLayout layout(layer);
-  const WorkPartition partition(layer, layout, common.tile_rows, blocks);
+  const WorkPartition partition(layer, layout, common.tile_rows, blocks, kernel.blocks_per_tile);
 
   LayerOutput out = new_output<Element>(layer, save);
   const auto weights = step_weights<Element>(layer, strategy.input_gemm);

@@ -27,8 +27,13 @@ class WorkPartition {
   c10::SmallVector<RowGroup, 4> groups;  ///< one a run
   int64_t members = 1;                   ///< threads of each run
 
-  WorkPartition(const Layer& layer, const BatchLayout& layout, int64_t tile_rows, int64_t blocks)
-      : blocks_(blocks) {
+  /// Parts of a step begin at multiples of `tile_blocks`. So the tiles, and the bits of their sums,
+  /// are the same whether threads share the step or not.
+  WorkPartition(const Layer& layer, const BatchLayout& layout, int64_t tile_rows, int64_t blocks,
+                int64_t tile_blocks = 1)
+      : blocks_(blocks),
+        tile_blocks_(tile_blocks),
+        block_tiles_(scalar::divide_up(blocks, tile_blocks)) {
     const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
     work_ = step * layer.T * layer.D;
     int64_t threads = 1, groups_per_direction = 1;
@@ -41,7 +46,7 @@ class WorkPartition {
     // single step is treated alike. Threads can't share the steps of a projection so.
     if ((layer.B < threads * tile_rows || layer.T == 1) && !layer.has_projection &&
         step >= threads * kSharedStep) {
-      members = std::min(threads, blocks);
+      members = std::min(threads, block_tiles_);
     }
     if (members == 1) {
       groups_per_direction = std::clamp<int64_t>(threads, 1, std::max<int64_t>(layer.B, 1));
@@ -64,14 +69,14 @@ class WorkPartition {
     PoolBackoff::run(int64_t(groups.size()) * members, [&](int64_t worker) {
       const int64_t r = worker / members;
       teams[size_t(r)].run(worker % members, steps, [&](int64_t i, int64_t part) {
-        step(r, i, blocks_ * part / members, blocks_ * (part + 1) / members);
+        step(r, i, begin_of(part), begin_of(part + 1));
       });
     });
   }
 
   /// The member whose part of a step begins with this block.
   int64_t member_of(int64_t block_begin) const {
-    return (block_begin * members + blocks_ - 1) / blocks_;
+    return scalar::divide_up(block_begin / tile_blocks_ * members, block_tiles_);
   }
 
  private:
@@ -89,7 +94,12 @@ class WorkPartition {
     }
   }
 
-  int64_t blocks_, work_;
+  /// The first block of a member's part.
+  int64_t begin_of(int64_t member) const {
+    return std::min(block_tiles_ * member / members * tile_blocks_, blocks_);
+  }
+
+  int64_t blocks_, tile_blocks_, block_tiles_, work_;
 };
 
 }  // namespace fusedrnn::cpu
