@@ -20,14 +20,14 @@ COMMON = shlex.split(
     "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas "
     "-fno-strict-aliasing"
 )
-# For other programs: without what a sanitizer's run of these tests preloads.
+# For other programs: without the libraries that `make sanitize` preloads.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-# A GPU faults where an access is not aligned, and so does this, by an illegal instruction.
+# A GPU faults on a misaligned access. These flags fault too, by an illegal instruction.
 ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 def text_of(folder: Path) -> bytes:
-    """Everything that an object file may depend on."""
+    """All sources that an object file may depend on."""
     return b"".join(
         p.read_bytes()
         for p in sorted(folder.rglob("*"))
@@ -36,7 +36,7 @@ def text_of(folder: Path) -> bytes:
 
 
 def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], output: Path) -> list[Path]:
-    """The object files of sources with flags of their own, those that changed compiled again."""
+    """The object files of sources with their flags. Compiles only after a change."""
     output.mkdir(parents=True, exist_ok=True)
     state = text_of(ROOT / "csrc") + text_of(EMULATOR)
 
@@ -69,13 +69,14 @@ def build_ops() -> Path:
     standard = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else "c++17"
     torch_flags = [f"-std={standard}", f"-I{EMULATOR}", *(f"-I{p}" for p in include_paths())]
     torch_flags.append(f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}")
+    cuda = ROOT / "csrc" / "cuda"
     host = [
         ROOT / "csrc" / "layer.cpp",
-        ROOT / "csrc" / "cuda" / "layer_cuda.cpp",
+        *(cuda / f"{name}.cpp" for name in ("ops_cuda", "persistent", "stepwise")),
         EMULATOR / "device.cpp",
         EMULATOR / "register.cpp",
     ]
-    kernels = [*KERNELS, ROOT / "csrc" / "cuda" / "cut.cpp", EMULATOR / "emulator.cpp"]
+    kernels = [*KERNELS, cuda / "plan.cpp", EMULATOR / "emulator.cpp"]
     objects = compile_all(
         [*((p, torch_flags) for p in host), *((p, kernel_flags()) for p in kernels)], BUILD / "ops"
     )
