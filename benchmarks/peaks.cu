@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "activations.h"
-#include "cuda/primitives.cuh"
+#include "cuda/mma.cuh"
 
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
@@ -85,7 +85,7 @@ struct TensorRate {
       for (uint32_t& value : fragment) value = word(++count);
     const uint32_t b = word(0);
     for (int round = 0; round < kRounds; ++round)
-      host::unroll<kChains>([&](auto i) { multiply_add_16x8<S>(c[i], a[i], b, b); });
+      scalar::unroll<kChains>([&](auto i) { mma<S>(c[i], a[i], b, b); });
     float sum = 0;
     for (auto& fragment : c)
       for (float value : fragment) sum += value;
@@ -103,7 +103,7 @@ struct PlainRate {
     T c[kChains] = {};
     const T a = T(threadIdx.x) * T(1e-3), b = T(blockIdx.x);
     for (int round = 0; round < kRounds; ++round)
-      host::unroll<kChains>([&](auto i) { c[i] = c[i] * a + b; });
+      scalar::unroll<kChains>([&](auto i) { c[i] = c[i] * a + b; });
     T sum = 0;
     for (T value : c) sum += value;
     out[blockIdx.x * kThreads + threadIdx.x] = float(sum);
@@ -162,8 +162,8 @@ struct InGrid {
         while (load_acquire(arrived) < ctas * unsigned(t + 1)) fusedrnn::cuda::pause();
       }
       sync_cta();
-      const Words words = load_shared_by_ctas(half + peer * kHidden + threadIdx.x % 32 * 4);
-      value = 0.5f * host::bit_cast<float>(words.word[0]);
+      const Words words = load_cg(half + peer * kHidden + threadIdx.x % 32 * 4);
+      value = 0.5f * scalar::bit_cast<float>(words.word[0]);
     }
     out[blockIdx.x * kHidden + threadIdx.x] = value;
   }
@@ -186,41 +186,41 @@ __global__ void __launch_bounds__(kHidden, 1) in_cluster(float* out, int steps) 
 #endif
 }
 
-/// To all CTAs of a cluster, by mail into their shared memory, as those of regime "cluster" do.
-struct ByMail : UsesClusters {
+/// To all CTAs of a cluster, by st.async and transaction barriers, as persistent_cluster does.
+struct ByStAsync : UsesClusters {
   static constexpr int kThreads = kHidden;
   float* out;
   int steps;
 
   static Grid grid(unsigned ctas) {
-    const size_t shared = 2 * ctas * kHidden * sizeof(float) + 2 * sizeof(Mailbox);
+    const size_t shared = 2 * ctas * kHidden * sizeof(float) + 2 * sizeof(TransactionBarrier);
     return {ctas, 1, 1, shared, false, ctas};
   }
   FUSEDRNN_DEVICE void operator()(unsigned char* shared) const {
     const unsigned ctas = gridDim.x, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 32;
     float* const h = reinterpret_cast<float*>(shared);  // [2, CTAs, kHidden]
-    Mailbox* const boxes = reinterpret_cast<Mailbox*>(h + 2 * ctas * kHidden);
+    auto* const barriers = reinterpret_cast<TransactionBarrier*>(h + 2 * ctas * kHidden);
     const uint32_t bytes = ctas * kHidden * sizeof(float);
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i) {
-        open(boxes + i);
-        expect(boxes + i, bytes);
+        barriers[i].init();
+        barriers[i].arrive_and_expect_tx(bytes);
       }
     }
     sync_cluster();
     float value = float(threadIdx.x);
     for (int t = 0; t < steps; ++t) {
       float* const half = h + t % 2 * ctas * kHidden;
-      Mailbox* const box = boxes + t % 2;
+      TransactionBarrier* const barrier = barriers + t % 2;
       Words words;
       for (int i = 0; i < 4; ++i) {
-        words.word[i] = shuffle(host::bit_cast<uint32_t>(value), lane % 8 * 4 + i);
+        words.word[i] = shuffle(scalar::bit_cast<uint32_t>(value), lane % 8 * 4 + i);
       }
       sync_warp();
       float* const to = half + blockIdx.x * kHidden + first + lane % 8 * 4;
-      for (unsigned cta = lane / 8; cta < ctas; cta += 4) send(words, to, box, cta);
-      wait_for(box, t / 2 % 2);
-      if (threadIdx.x == 0 && t + 2 < steps) expect(box, bytes);
+      for (unsigned cta = lane / 8; cta < ctas; cta += 4) st_async(words, to, barrier, cta);
+      barrier->wait(t / 2 % 2);
+      if (threadIdx.x == 0 && t + 2 < steps) barrier->arrive_and_expect_tx(bytes);
       value = 0.5f * half[(blockIdx.x + 1) % ctas * kHidden + (threadIdx.x + 37) % kHidden];
     }
     out[blockIdx.x * kHidden + threadIdx.x] = value;
@@ -295,9 +295,9 @@ int main() {
     print(("cluster " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
             check(cudaLaunchKernelEx(&cluster.config, in_cluster, out, steps));
           }));
-    if (!active_clusters<ByMail>(ByMail::grid(ctas))) continue;
+    if (!active_clusters<ByStAsync>(ByStAsync::grid(ctas))) continue;
     print(("mail " + std::to_string(ctas)).c_str(), nanoseconds([&](int steps) {
-            check(cudaError_t(launch(ByMail{{}, out, steps}, ByMail::grid(ctas), nullptr)));
+            check(cudaError_t(launch(ByStAsync{{}, out, steps}, ByStAsync::grid(ctas), nullptr)));
           }));
   }
   print("cta", nanoseconds([&](int steps) {
