@@ -22,6 +22,11 @@ namespace fusedrnn::cuda {
 /// Floats that a CTA carries from step to step for each row and unit.
 constexpr int kCarried = 2;
 
+template <class T>
+FUSEDRNN_DEVICE T value_or_zero(const T* p, int64_t i) {
+  return p ? p[i] : T(0);
+}
+
 /// Offsets in bytes of arrays that follow each other in shared memory.
 struct SharedLayout {
   int bytes = 0;

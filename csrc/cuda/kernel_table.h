@@ -1,7 +1,7 @@
 // The kernels of every cell as functions, and tables of them by the cell's index in scalar::Cells.
 //
-// A function launches on `stream`, a cudaStream_t, and returns a cudaError_t. stepwise_kernels.cu and
-// persistent_*.cu fill the tables from the list of cells.
+// A function launches on `stream`, a cudaStream_t, and returns a cudaError_t. stepwise_kernels.cu
+// and persistent_*.cu fill the tables from the list of cells.
 #pragma once
 
 #include "params.h"

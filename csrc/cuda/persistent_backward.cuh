@@ -3,7 +3,6 @@
 
 #include "../cells.h"
 #include "exchange.cuh"
-#include "persistent_forward.cuh"
 
 namespace fusedrnn::cuda {
 

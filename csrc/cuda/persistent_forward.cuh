@@ -6,11 +6,6 @@
 
 namespace fusedrnn::cuda {
 
-template <class T>
-FUSEDRNN_DEVICE T value_or_zero(const T* p, int64_t i) {
-  return p ? p[i] : T(0);
-}
-
 template <class Cell, class Traits>
 struct PersistentForwardKernel : Traits {
   using Element = typename Traits::Element;

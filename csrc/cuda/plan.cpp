@@ -26,7 +26,7 @@ constexpr struct {
 };
 
 /// A persistent kernel first loads all weights, which does not pay for few steps.
-/// Example: a layer of 4 steps runs stepwise, one of 5 persistently. An estimate, not measured.
+/// Example: a layer of 4 steps runs stepwise, one of 5 persistently. No GPU has measured it yet.
 constexpr int64_t kFewSteps = 4;
 
 /// Shared memory has room for the operands of as many rows on every device.
@@ -56,7 +56,7 @@ bool fits_half_registers(Algorithm algorithm, int64_t hidden_size, int64_t eleme
 }
 
 /// Groups of CTAs with 16 units each. All CTAs of the launch must be resident, one on each
-/// multiprocessor, so there are as many groups as find room, with at least 16 rows in each.
+/// multiprocessor. There are as many groups as find room, down to tiles of 16 rows.
 /// Example: H = 512, B = 100, one direction, 132 multiprocessors. A group is 32 CTAs, 4 groups fit,
 /// and each gets 25 rows, rounded up to a tile of 32.
 LaunchPlan plan_grid(const PlanProblem& p, int64_t element_bytes) {
@@ -103,7 +103,7 @@ LaunchPlan plan_cluster(const PlanProblem& p, int64_t element_bytes,
 /// The persistent plan for an algorithm, or for the best; stepwise where there is none.
 ///
 /// One CTA is best wherever the weights fit it. Example: H = 64 in float32 runs in one CTA, H = 65
-/// in a grid. Clusters run only on request, until a GPU has shown what they gain over the grid.
+/// in a grid. Clusters run only on request, until a GPU has shown their gain over the grid.
 template <class ActiveClusters>
 LaunchPlan plan_persistent(const PlanProblem& p, int64_t element_bytes,
                            const ActiveClusters& active_clusters) {

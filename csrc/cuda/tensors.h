@@ -100,7 +100,7 @@ class TokenMap {
 
 // ---- results of the backward steps --------------------------------------------------------------
 
-/// What the backward steps leave for layer_gradients().
+/// The backward steps fill these for layer_gradients().
 struct StepGradients {
   GateGradients gates;
   Tensor dh0, dc0;  ///< [D, B, P], [D, B, H]; dc0 undefined without a cell state

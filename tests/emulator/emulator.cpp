@@ -1,9 +1,11 @@
-// The scheduler of the emulator: fibers, their waits, and what can be said when they wait for ever.
+// The emulator's scheduler: fibers, their waits, and reports of deadlocks.
 //
-// What makes a wrong kernel fail here, where on a GPU it might pass for months: schedules differ
-// from launch to launch (see Order), shared memory begins as NaN and ends at a page that can't be
-// touched, it is gone when its CTA is, no more CTAs run together than a launch asks for, and a
-// launch that can't go on ends with a report of who waits where.
+// A wrong kernel fails here, though it might pass for months on a GPU:
+//   - Schedules differ from launch to launch (see Order).
+//   - Shared memory begins as NaN, ends at a page that can't be touched, and is unmapped with its
+//   CTA.
+//   - No more CTAs run together than a launch asks for.
+//   - A launch that can't go on ends with a report of the waiting threads.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -25,7 +27,7 @@
 
 Index3 threadIdx, blockIdx, gridDim;
 
-// ThreadSanitizer's interface, where the program is linked with it.
+// ThreadSanitizer's interface; null in a program without it.
 extern "C" {
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void* __tsan_create_fiber(unsigned);
@@ -55,7 +57,7 @@ struct Context {
   void* stack_pointer = nullptr;
 };
 extern "C" void fusedrnn_switch(void** save, void* to);
-// Keeps what the calling convention says a function must keep, on the stack that it leaves.
+// Saves the callee-saved registers on the stack that it leaves.
 asm(R"(
 .text
 .type fusedrnn_switch, @function
@@ -102,7 +104,7 @@ void make_context(Context& context, unsigned char* stack, size_t size, void (*en
 
 const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 
-/// Memory with pages that can't be touched on both sides; what is asked for ends at the second.
+/// Memory between two pages that can't be touched. It ends at the second.
 class Guarded {
  public:
   explicit Guarded(size_t size) : size_(size), pages_((size + kPage - 1) / kPage * kPage) {
@@ -136,20 +138,20 @@ struct Fiber {
   unsigned thread = 0;
   State state = State::ready;
   Where where = {"start", 0};
-  size_t place = 0;  ///< in the list of its state
+  size_t place = 0;  ///< index in the list of its state
   bool starved = false;
   void* tsan = nullptr;
   std::unique_ptr<Guarded> stack;
 };
 
-/// Threads that wait for each other: a CTA's or a warp's.
+/// A barrier of a warp, a CTA or a cluster.
 struct Barrier {
   unsigned size = 0, gone = 0;
   std::vector<Fiber*> waiting;
 
   void expect(unsigned threads) {
     size = threads;
-    waiting.reserve(threads);  // what grows later, ThreadSanitizer takes for the kernel's
+    waiting.reserve(threads);  // ThreadSanitizer would count later growth as the kernel's
   }
 };
 
@@ -159,8 +161,8 @@ struct Warp {
   alignas(64) unsigned char slots[2][32 * 64];
 };
 
-/// CTAs that run together and write into each other's shared memory; where a launch asks for none,
-/// each CTA is one by itself.
+/// CTAs that run together and write into each other's shared memory. Without clusters each CTA has
+/// its own.
 struct Cluster {
   Barrier barrier;
   std::vector<Cta*> ctas;  ///< null where one is gone
@@ -185,13 +187,13 @@ struct Cta {
   unsigned gone = 0;
 };
 
-/// Who is next, of those who can go on.
+/// How the next thread is chosen among those that can go on.
 enum class Order {
   random,        ///< any thread
-  warps,         ///< the lanes of a warp, as long as one can go on; then any other warp
+  warps,         ///< the lanes of a warp while one can go on, then any other warp
   in_turn,       ///< the one that has waited longest
   last_first,    ///< the one that became ready last
-  starving_cta,  ///< random, but for the threads of one CTA, which go when nothing else can
+  starving_cta,  ///< random, except that one CTA's threads go on only if no others can
   starving_warp,
   kCount
 };
@@ -258,7 +260,7 @@ void switch_to(Fiber* f) {
   if (has_tsan) __tsan_switch_to_fiber(f->tsan, 1);
   switch_context(active->main, f->context);
 }
-/// Back to the scheduler, until it chooses this fiber again.
+/// Returns to the scheduler until it chooses this fiber again.
 void leave(State state, Where where) {
   Fiber* f = active->current;
   f->where = where;
@@ -303,7 +305,7 @@ void arrive(Barrier& barrier, Where where, bool orders) {
   } else {
     for (Fiber* f : barrier.waiting) put_in(f, State::ready);
     barrier.waiting.clear();
-    leave(State::ready, where);  // the last to come is not always the first to go on
+    leave(State::ready, where);  // the last to arrive need not be the first to go on
   }
   if (orders) acquire(&barrier);
 }
@@ -311,7 +313,7 @@ void arrive(Barrier& barrier, Where where, bool orders) {
 Warp& own_warp() { return active->current->cta->warps[active->current->thread / 32]; }
 
 void enter() {
-  for (;;) {  // a fiber is used again, from here, when its thread has ended
+  for (;;) {  // a fiber whose thread has ended is reused from here
     Launch& l = *active;
     Fiber* const f = l.current;
     l.thread(l.kernel, f->cta->shared->data());
@@ -384,8 +386,8 @@ void start_cta(Index3 index, const std::shared_ptr<Cluster>& cluster) {
   l.ctas.push_back(std::move(cta));
 }
 
-/// Keeps the fiber of a thread that has ended, but for ThreadSanitizer, to which each thread is a
-/// new one; of other threads only the stack is of use.
+/// Keeps the fiber of an ended thread, and of an aborted thread only the stack. With
+/// ThreadSanitizer it keeps only stacks: each thread is a new fiber there.
 void give_back(Fiber* f) {
   if (has_tsan) {
     __tsan_destroy_fiber(f->tsan);
@@ -512,12 +514,12 @@ void run_all() {
       if (!l.error.empty()) return;
       continue;
     }
-    // Each that polls has looked again, and all that it could wait for waits too.
+    // Every polling thread has polled again, and all other threads wait.
     if (idle && l.idle_polls >= 2 * l.polling.size()) return report_deadlock();
     switch_to(next());
     if (!l.error.empty()) return;
     Cta* const cta = l.current->cta;
-    if (cta->gone == l.threads) {  // its shared memory goes with it
+    if (cta->gone == l.threads) {  // unmaps its shared memory
       if (std::any_of(l.in_flight.begin(), l.in_flight.end(),
                       [&](const Message& m) { return m.to == cta; })) {
         return fail("a store is in flight to a CTA that has left the kernel");
@@ -536,12 +538,12 @@ void run_all() {
 }  // namespace
 
 std::vector<Kernel>& all_kernels() {
-  static std::vector<Kernel> all;  // its first user is an initialiser
+  static std::vector<Kernel> all;  // initialisers of other files use it
   return all;
 }
 
 size_t add_kernel(const char* name) {
-  // Of "static const char* fusedrnn::cuda::Place<Kernel>::name() [with Kernel = ...]", the dots.
+  // The dots in "static const char* fusedrnn::cuda::Place<Kernel>::name() [with Kernel = ...]".
   std::string text = name;
   const size_t begin = text.find("Kernel = ");
   if (begin != std::string::npos) text = text.substr(begin + 9, text.rfind(']') - begin - 9);
@@ -559,7 +561,7 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
            size_t place) {
   const std::lock_guard<std::mutex> lock(mutex);
   const uint64_t total = uint64_t(grid.x) * grid.y * grid.z;
-  // The limits of a device of compute capability 8.0 and up, for clusters of 9.0.
+  // The limits of compute capability 8.0, or 9.0 for clusters.
   if (threads == 0 || threads > 1024 || total == 0 || grid.y > 65535 || grid.z > 65535 ||
       grid.x > 0x7fffffffu || grid.shared > (grid.cluster ? 227 : 99) * 1024u ||
       grid.cluster > 16 || grid.cluster == 1 || (grid.cluster && grid.x % grid.cluster)) {
@@ -628,7 +630,8 @@ void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigne
   const size_t barrier_at = offset_of(barrier, sizeof(uint64_t), where);
   Message m = {ctas[cta], at, barrier_at, {}, bytes};
   for (unsigned i = 0; i < bytes; ++i) m.data[i] = static_cast<const unsigned char*>(data)[i];
-  // For ThreadSanitizer the sender writes now. Whoever finds the phase complete has waited for it.
+  // For ThreadSanitizer the sender writes now. A thread that finds the phase complete has waited
+  // for it.
   unsigned char* const shared = ctas[cta]->shared->data();
   if (has_tsan) {
     __tsan_read8(shared + barrier_at);
