@@ -151,8 +151,10 @@ struct AllGatherTraits {
     FUSEDRNN_INLINE explicit GemmStorage(int tile_rows)
         : partials(add<float>(kPartialFloats)),
           scratch(add<float>(kWarps * Gemm::kScratchFloats)),
-          carried(add<float>(kCarried * tile_rows * kUnits)) {}
+          carried(add<float>(kCarried * tile_rows * kUnits)),
+          carried_floats(kCarried * tile_rows * kUnits) {}
     int partials, scratch, carried;
+    int carried_floats;  ///< the size of `carried`, behind which an exchange adds its own arrays
   };
 };
 

@@ -51,7 +51,8 @@ class CtaExchange : public AllGatherGemm<Traits> {
   FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, unsigned char* memory,
                               const typename Traits::Storage& at)
       : Base(params, memory, at),
-        operands_(reinterpret_cast<Element*>(memory + at.operands)),
+        // The same as memory + at.operands, but ptxas needs fewer registers for it.
+        operands_(reinterpret_cast<Element*>(this->carried_ + at.carried_floats)),
         buffer_stride_(params.tile_rows * Traits::kOperandStride) {
     // Padding of K and rows past the batch must be zero.
     for (int i = threadIdx.x; i < 2 * buffer_stride_; i += Traits::kThreads) {
