@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "activations.h"
-#include "cuda/primitives.cuh"
+#include "cuda/mma.cuh"
 
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
@@ -85,7 +85,7 @@ struct TensorRate {
       for (uint32_t& value : fragment) value = word(++count);
     const uint32_t b = word(0);
     for (int round = 0; round < kRounds; ++round)
-      host::unroll<kChains>([&](auto i) { multiply_add_16x8<Element>(c[i], a[i], b, b); });
+      scalar::unroll<kChains>([&](auto i) { mma<Element>(c[i], a[i], b, b); });
     float sum = 0;
     for (auto& fragment : c)
       for (float value : fragment) sum += value;
@@ -103,7 +103,7 @@ struct PlainRate {
     Value c[kChains] = {};
     const Value a = Value(threadIdx.x) * Value(1e-3), b = Value(blockIdx.x);
     for (int round = 0; round < kRounds; ++round)
-      host::unroll<kChains>([&](auto i) { c[i] = c[i] * a + b; });
+      scalar::unroll<kChains>([&](auto i) { c[i] = c[i] * a + b; });
     Value sum = 0;
     for (Value value : c) sum += value;
     out[blockIdx.x * kThreads + threadIdx.x] = float(sum);
@@ -162,8 +162,8 @@ struct InGrid {
         while (load_acquire(arrived) < ctas * unsigned(t + 1)) fusedrnn::cuda::pause();
       }
       sync_cta();
-      const Words words = load_shared_by_ctas(buffer + peer * kHidden + threadIdx.x % 32 * 4);
-      value = 0.5f * host::bit_cast<float>(words.word[0]);
+      const Words words = load_cg(buffer + peer * kHidden + threadIdx.x % 32 * 4);
+      value = 0.5f * scalar::bit_cast<float>(words.word[0]);
     }
     out[blockIdx.x * kHidden + threadIdx.x] = value;
   }
@@ -194,34 +194,34 @@ struct InClusterAsync : UsesClusters {
   int steps;
 
   static Grid grid(unsigned ctas) {
-    const size_t shared = 2 * ctas * kHidden * sizeof(float) + 2 * sizeof(Mailbox);
+    const size_t shared = 2 * ctas * kHidden * sizeof(float) + 2 * sizeof(TransactionBarrier);
     return {ctas, 1, 1, shared, false, ctas};
   }
   FUSEDRNN_DEVICE void operator()(unsigned char* shared) const {
     const unsigned ctas = gridDim.x, lane = threadIdx.x % 32, first = threadIdx.x / 32 * 32;
     float* const h = reinterpret_cast<float*>(shared);  // [2, CTAs, kHidden]
-    Mailbox* const barriers = reinterpret_cast<Mailbox*>(h + 2 * ctas * kHidden);
+    auto* const barriers = reinterpret_cast<TransactionBarrier*>(h + 2 * ctas * kHidden);
     const uint32_t bytes = ctas * kHidden * sizeof(float);
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i) {
-        open(barriers + i);
-        expect(barriers + i, bytes);
+        barriers[i].init();
+        barriers[i].arrive_and_expect_tx(bytes);
       }
     }
     sync_cluster();
     float value = float(threadIdx.x);
     for (int t = 0; t < steps; ++t) {
       float* const buffer = h + t % 2 * ctas * kHidden;
-      Mailbox* const barrier = barriers + t % 2;
+      TransactionBarrier* const barrier = barriers + t % 2;
       Words words;
       for (int i = 0; i < 4; ++i) {
-        words.word[i] = shuffle(host::bit_cast<uint32_t>(value), lane % 8 * 4 + i);
+        words.word[i] = shuffle(scalar::bit_cast<uint32_t>(value), lane % 8 * 4 + i);
       }
       sync_warp();
       float* const to = buffer + blockIdx.x * kHidden + first + lane % 8 * 4;
-      for (unsigned cta = lane / 8; cta < ctas; cta += 4) send(words, to, barrier, cta);
-      wait_for(barrier, t / 2 % 2);
-      if (threadIdx.x == 0 && t + 2 < steps) expect(barrier, bytes);
+      for (unsigned cta = lane / 8; cta < ctas; cta += 4) st_async(words, to, barrier, cta);
+      barrier->wait(t / 2 % 2);
+      if (threadIdx.x == 0 && t + 2 < steps) barrier->arrive_and_expect_tx(bytes);
       value = 0.5f * buffer[(blockIdx.x + 1) % ctas * kHidden + (threadIdx.x + 37) % kHidden];
     }
     out[blockIdx.x * kHidden + threadIdx.x] = value;

@@ -36,8 +36,9 @@ KINDS = {"tf32": "float32", "ieee": "float32", "bfloat16": "bfloat16", "float16"
 INPUT_SIZE = 8
 STEPS = (200, 1200)
 
-# The traits class from workers.cuh in the name of a recurrent.cuh kernel.
-_SHARING = re.compile(r"\b(Alone|Grid|Cluster)(?:Sharing|Scattering)<(?:\w+::)*\w+Product<")
+# The traits in csrc/cuda/exchange_*.cuh, which name a persistent kernel, and their regimes.
+_TRAITS = re.compile(r"\b(Cta|Grid|Cluster)(?:\w*)Traits<(?:\w+::)*\w+Gemm<")
+_REGIME = {"Cta": "alone", "Grid": "grid", "Cluster": "cluster"}
 
 Kernel = tuple[str, int, float]
 
@@ -72,8 +73,8 @@ def regimes_in(names: Sequence[str]) -> set[str]:
     for name in names:
         if re.search(r"\b(Forward|Backward)StepKernel<", name):
             found.add("step")
-        if sharing := _SHARING.search(name):
-            found.add(sharing[1].lower())
+        if traits := _TRAITS.search(name):
+            found.add(_REGIME[traits[1]])
     return found
 
 

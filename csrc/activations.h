@@ -5,7 +5,7 @@
 
 #ifdef __CUDACC__
 namespace fusedrnn::cuda {
-__device__ __forceinline__ float reciprocal(float x);  // primitives.cuh
+__device__ __forceinline__ float reciprocal(float x);  // ptx.cuh
 }
 #endif
 

@@ -73,6 +73,9 @@ TORCH_LIBRARY(fusedrnn, m) {
   scalar::Cells::for_each([&](auto cell) { define_ops<decltype(cell)>(m); });
   // The CPU instruction set in use.
   m.def("_cpu_isa() -> str");
+  // The algorithm of this thread's last pass on CUDA: stepwise, persistent_cta, persistent_cluster,
+  // persistent_grid, or none before the first. A backward pass of autograd is on another thread.
+  m.def("_cuda_algorithm() -> str");
 }
 
 }  // namespace fusedrnn

@@ -499,11 +499,17 @@ def test_a_device_of_its_own(tmp_path: Path) -> None:
     ("name", "regime"),
     [
         ("run<(anonymous namespace)::ForwardStepKernel<host::Lstm, float, 4>>", "step"),
-        ("run<R<Lstm, cuda::AloneSharing<cuda::TensorProduct<float, 4, 64>, 4> >", "alone"),
-        ("run<R<Gru, GridSharing<PlainProduct<(int)1, (int)192>, (int)8>>", "grid"),
-        ("run<R<Gru, cuda::ClusterSharing<a::TensorProduct<float, 3, 64>, 4> >", "cluster"),
-        ("run<R<Gru, cuda::ClusterScattering<a::TensorProduct<float, 3, 64> > >", "cluster"),
-        ("void cutlass::Kernel<GridSharing<int>>", None),
+        ("run<R<Lstm, cuda::CtaTraits<cuda::TensorCoreGemm<float, 4, 64>, 4, 8> >", "alone"),
+        ("run<R<Gru, GridTraits<FmaGemm<(int)1, (int)192>, (int)8, (int)16>>", "grid"),
+        (
+            "run<R<Gru, cuda::ClusterAllGatherTraits<a::TensorCoreGemm<float, 3, 64>, 4, 8> >",
+            "cluster",
+        ),
+        (
+            "run<R<Gru, cuda::ClusterReduceScatterTraits<a::TensorCoreGemm<float, 3, 64>, 8> >",
+            "cluster",
+        ),
+        ("void cutlass::Kernel<GridTraits<int>>", None),
     ],
 )
 def test_regimes_by_kernels(name: str, regime: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: against the CPU's ops, cuDNN and themselves, in every regime."""
+"""The CUDA kernels on a GPU against the CPU's ops, cuDNN and themselves, by every algorithm."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 from fusedrnn import _ops, functional
+from fusedrnn._cells import Cell
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
@@ -36,8 +37,15 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU and a build with its kernels",
 )
 
-REGIMES = ("step", "alone", "cluster", "grid")
-# What a layer computes in: float32 has two precisions of products.
+# The values of FUSEDRNN_CUDA_REGIME and the algorithms that they request.
+ALGORITHMS = {
+    "step": "stepwise",
+    "alone": "persistent_cta",
+    "cluster": "persistent_cluster",
+    "grid": "persistent_grid",
+}
+REGIMES = tuple(ALGORITHMS)
+# The types a layer computes in. float32 GEMMs have two precisions.
 KINDS = {
     "float64": torch.float64,
     "ieee": torch.float32,
@@ -46,8 +54,15 @@ KINDS = {
     "float16": torch.float16,
 }
 TF32_EPS = 2.0**-10
-CELLS = ("lstm", "gru")
+CELLS = tuple(_ops.CELLS)
+PROJECTED = tuple(name for name, cell in _ops.CELLS.items() if cell.has_projection)
+LAYERS = tuple(kind.__name__ for kind in FUSED if issubclass(kind, nn.RNNBase))
 LAYOUTS = ("padded", "packed", "lengths")
+
+
+def cell_of(kind: type[nn.Module]) -> Cell:
+    """The cell of one of torch's modules; KeyError if it has none."""
+    return _ops.CELLS[kind.__name__.removesuffix("Cell").lower()]
 
 
 def runs_in(regime: str, kind: str, hidden: int = 1, proj_size: int = 0) -> bool:
@@ -77,9 +92,9 @@ def float32_of(regime: str | None) -> str:
 
 @contextlib.contextmanager
 def running(regime: str | None, kind: str | None = None) -> Iterator[None]:
-    """Layers run in this regime, None for the best, and in the precision of this kind.
+    """Layers run in this regime and in the precision of this kind. None: in the best regime.
 
-    By itself or not at all: a regime that a layer can't run in is an error.
+    A regime that a layer can't run in is an error.
     """
     if lacks_clusters(regime):
         pytest.skip("clusters need a GPU of sm_90 or sm_100")
@@ -132,10 +147,14 @@ def op_of(
     dtype: torch.dtype,
     change: Callable[[Tensor], Tensor] = lambda t: t,
     ops: Any = torch.ops.fusedrnn,
+    after_each: Callable[[], object] = lambda: None,
 ) -> Callable[[], list[Tensor]]:
-    """A call that gives the outputs of the op and all gradients of its backward op."""
+    """A call that gives the outputs of the op and all gradients of its backward op.
+
+    It calls `after_each` after both ops.
+    """
     generator = torch.Generator().manual_seed(0)
-    lstm, P, D = c.cell == "lstm", c.proj_size or c.H, 2 if c.bidirectional else 1
+    cell, P, D = _ops.CELLS[c.cell], c.proj_size or c.H, 2 if c.bidirectional else 1
     rows = torch.randint(1, c.T + 1, (c.B,), generator=generator)
     rows[c.B // 2] = c.T
 
@@ -152,13 +171,12 @@ def op_of(
         rows[0] = 0
         lengths = rows.to(device)
         x[torch.arange(c.T).unsqueeze(1) >= rows] = float("nan")  # is not read
-    states = [tensor(D, c.B, P), tensor(D, c.B, c.H)][: 1 + lstm]
+    states = [tensor(D, c.B, P), tensor(D, c.B, c.H)][: cell.states]
     dstates = [tensor(*s.shape) for s in states]
-    gates = 4 if lstm else 3
     weights = []
     for _ in range(D):
-        shapes = [(gates * c.H, c.I), (gates * c.H, P)]
-        shapes += [(gates * c.H,)] * 2 if c.bias else []
+        shapes = [(cell.gates * c.H, c.I), (cell.gates * c.H, P)]
+        shapes += [(cell.gates * c.H,)] * 2 if c.bias else []
         shapes += [(P, c.H)] if c.proj_size else []
         weights += [tensor(*s, scale=s[-1] ** -0.5) for s in shapes]
     if c.strided:  # features apart, rows expanded, weights transposed
@@ -167,13 +185,15 @@ def op_of(
         dstates = [s.transpose(0, 2).contiguous().transpose(0, 2) for s in dstates]
         weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
     given = states if c.hx else [None] * len(states)
-    forward, backward = (ops.lstm, ops.lstm_backward) if lstm else (ops.gru, ops.gru_backward)
+    forward, backward = getattr(ops, c.cell), getattr(ops, f"{c.cell}_backward")
     batch = (weights, c.bidirectional, batch_sizes, lengths)
     mask = [True, *([c.hx] * len(states)), *([True] * len(weights))]
 
     def call() -> list[Tensor]:
         *outputs, saved = forward(x, *given, *batch, True)
+        after_each()
         *grads, dweights = backward(dy, *dstates, x, *given, *batch, outputs[0], saved, mask)
+        after_each()
         return [*outputs, *grads, *dweights]
 
     return call
@@ -186,11 +206,17 @@ def run_op(
 
 
 def compare(c: Case, ops: Any = torch.ops.fusedrnn) -> None:
-    """Our errors are a few roundings of the type, and of what the problem makes of them."""
+    """Our errors are a few roundings of the type, as the problem amplifies them.
+
+    A requested algorithm must be the one that ran.
+    """
     dtype, eps = KINDS[c.kind], eps_of(c.kind)
     exact = run_op(c, "cpu", torch.float64)
     close = run_op(c, "cpu", torch.float64, Nearby(dtype, eps))
-    found = op_of(c, DEVICE, dtype, ops=ops)()
+    ran: set[str] = set()
+    found = op_of(c, DEVICE, dtype, ops=ops, after_each=lambda: ran.add(ops._cuda_algorithm()))()
+    if regime := os.environ.get("FUSEDRNN_CUDA_REGIME"):
+        assert ran == {ALGORITHMS[regime]}
     assert_as_exact(found, None, exact, close, dtype, eps=eps)
 
 
@@ -198,7 +224,7 @@ SIZES = [(5, 3, 7, 21), (6, 17, 5, 33), (4, 1, 1, 1), (7, 20, 16, 64), (3, 33, 1
 
 
 def small_cases() -> Iterator[tuple[str, Case]]:
-    """Every regime, cell, kind, layout and direction; sizes, bias, hx and strides change along."""
+    """Every regime, cell, kind, layout and direction. Sizes, bias, hx and strides vary too."""
     modes = itertools.product(REGIMES, CELLS, KINDS, LAYOUTS, (False, True))
     for i, (regime, cell, kind, layout, both) in enumerate(modes):
         if runs_in(regime, kind):
@@ -226,7 +252,7 @@ def every_kernel() -> list[tuple[str, Case]]:
         for regime, cell, kind, layout in modes
         if runs_in(regime, kind)
     ]
-    # Of a few units at a time, where sizes allow it; the larger groups; projections.
+    # Vector accesses, where sizes allow them; then larger groups and projections.
     wide = [("step", Case(cell, kind, 2, 3, 4, 8)) for cell in CELLS for kind in KINDS]
     large = [
         ("grid", Case(cell, kind, 2, 3, 4, 272 if kind in ("ieee", "tf32") else 528))
@@ -240,7 +266,10 @@ def every_kernel() -> list[tuple[str, Case]]:
         for kind in ("tf32", "bfloat16", "float16")
     ]
     projected = [
-        ("step", Case("lstm", kind, 3, 3, 4, 8, proj_size=P)) for kind in KINDS for P in (3, 4)
+        ("step", Case(cell, kind, 3, 3, 4, 8, proj_size=P))
+        for cell in PROJECTED
+        for kind in KINDS
+        for P in (3, 4)
     ]
     return [*small, *wide, *large, *projected]
 
@@ -260,8 +289,8 @@ def test_projections(kind: str, layout: str, both: bool, proj_size: int) -> None
         compare(c)
 
 
-# All units in one CTA; groups of CTAs, half and all of the depth in use; tiles of several products;
-# what fits in no regime.
+# All units in one CTA; groups of CTAs with half and all registers in use; tiles of several chunks;
+# sizes that only the stepwise algorithm has room for.
 LARGE = [
     Case("lstm", "float16", 6, 70, 40, 100),
     Case("gru", "bfloat16", 6, 33, 128, 128, "lengths", True),
@@ -289,7 +318,7 @@ def test_large_layers(c: Case) -> None:
         compare(c)
 
 
-# Clusters of 8 and of 16 CTAs, part of the last idle; as many rows as are a tile's, and more.
+# Clusters of 8 and of 16 CTAs, whose last CTA is partly idle; rows for one tile, and for more.
 CLUSTERS = [
     Case("lstm", "float16", 6, 64, 100, 256),
     Case("gru", "bfloat16", 6, 600, 30, 256, "packed", True),
@@ -328,20 +357,18 @@ def test_large_clusters(c: Case) -> None:
     ],
 )
 def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) -> None:
-    """The regime is asked for in these tests: it must be what runs, or an error."""
-    step_cost = pytest.importorskip("benchmarks.step_cost")  # there in the root of the checkout
-    module = fusedrnn.FusedLSTM(8, hidden, device=DEVICE, dtype=KINDS[kind])
-    x = torch.randn(6, 3, 8, device=DEVICE, dtype=KINDS[kind])
+    """Each regime requests an algorithm: that one runs, or the call is an error."""
+    c, ran = Case("lstm", kind, 6, 3, 8, hidden), set[str]()
+    algorithm = torch.ops.fusedrnn._cuda_algorithm
+    call = op_of(c, DEVICE, KINDS[kind], after_each=lambda: ran.add(algorithm()))
     with running(regime, kind):
         if expected is None:
             assert not runs_in(regime, kind, hidden)
             with pytest.raises(RuntimeError, match=f"FUSEDRNN_CUDA_REGIME={regime}: this device"):
-                module(x)
+                call()
             return
-        names = [name for name, _, _ in step_cost.kernels_of(lambda: module(x)[0].sum().backward())]
-    if not names:
-        pytest.skip("torch's profiler tells no kernels here")
-    assert step_cost.regimes_in(names) == {expected}, names
+        call()
+    assert ran == {ALGORITHMS[expected]}
 
 
 # ---- modules against cuDNN ----------------------------------------------------------------------
@@ -375,7 +402,7 @@ def test_as_exact_as_cudnn(
             reject()
 
 
-@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("kind", [kind for kind in FUSED if issubclass(kind, nn.RNNCellBase)])
 @pytest.mark.parametrize("of", KINDS)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (40,)])
 def test_cells(kind: type[nn.RNNCellBase], of: str, shape: tuple[int, ...]) -> None:
@@ -387,9 +414,9 @@ def test_cells(kind: type[nn.RNNCellBase], of: str, shape: tuple[int, ...]) -> N
     def run(module: nn.Module, change: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
         weight = next(module.parameters())
         leaves = [change(t.to(weight.dtype)).to(weight.device) for t in values]
-        leaves = [t.requires_grad_() for t in leaves[: 3 if kind is nn.LSTMCell else 2]]
-        out = module(leaves[0], tuple(leaves[1:]) if kind is nn.LSTMCell else leaves[1])
-        out = out if kind is nn.LSTMCell else (out,)
+        leaves = [t.requires_grad_() for t in leaves[: 1 + cell_of(kind).states]]
+        out = module(leaves[0], tuple(leaves[1:]) if len(leaves) > 2 else leaves[1])
+        out = out if isinstance(out, tuple) else (out,)
         loss = sum((i + 1) * t.square().sum() for i, t in enumerate(out))
         return [*out, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
 
@@ -402,9 +429,9 @@ def test_cells(kind: type[nn.RNNCellBase], of: str, shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("cell", LAYERS)
 def test_precisions(regime: str, cell: str) -> None:
-    """IEEE is as exact as torch's; TF32 is not it, and no setting of torch's is left changed."""
+    """IEEE is as exact as torch's, TF32 differs, and no setting of torch's is left changed."""
     torch.manual_seed(0)
     theirs = getattr(nn, cell)(64, 64, bidirectional=True).to(DEVICE)
     x = torch.randn(8, 20, 64)
@@ -445,7 +472,7 @@ MATMUL_SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "float64"])
 @pytest.mark.parametrize("regime", ["step", "grid"])
 def test_settings_of_torchs_matmul(regime: str, kind: str, setting: str) -> None:
-    """They are not those of recurrent layers: results stay the same bits, and stay torch's too."""
+    """They do not apply to recurrent layers: results stay the same bits, and so do the settings."""
     matmul: Any = torch.backends.cuda.matmul
     settings = dict(MATMUL_SETTINGS[setting])
     library = settings.pop("preferred", None)
@@ -491,12 +518,12 @@ def test_gradgradcheck(mode: tuple) -> None:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("cell", LAYERS)
 def test_any_subset_of_outputs_in_eval_mode(regime: str, cell: str) -> None:
     """cuDNN has no gradients in eval mode; ours are those of the training mode."""
     torch.manual_seed(0)
     theirs = getattr(nn, cell)(3, 20, num_layers=2, bidirectional=True)
-    count = 3 if cell == "LSTM" else 2
+    count = 1 + cell_of(getattr(nn, cell)).states
     x = torch.randn(6, 2, 3)
     with running(regime):
         ours = fused_like(theirs).to(DEVICE).eval()
@@ -507,7 +534,7 @@ def test_any_subset_of_outputs_in_eval_mode(regime: str, cell: str) -> None:
             for module in (theirs, ours):
                 leaf = x.to(next(module.parameters())).requires_grad_()
                 y, final = module(leaf)
-                outputs = [y, *(final if cell == "LSTM" else [final])]
+                outputs = list(flat((y, final)))
                 loss = sum(t.square().sum() for t, use in zip(outputs, used, strict=True) if use)
                 wanted = [leaf, *module.parameters()]
                 results.append(torch.autograd.grad(loss, wanted, materialize_grads=True))
@@ -574,7 +601,7 @@ class Work:
             y, final = self.module(self.x, lengths=self.lengths)
         else:
             y, final = self.module(self.x)
-        return [y, *(final if self.cell == "LSTM" else [final])]
+        return list(flat((y, final)))
 
     def loss(self) -> Tensor:
         return torch.stack([t.float().square().mean() for t in self.forward()]).sum()
@@ -588,14 +615,14 @@ class Work:
 
 
 EVERY = pytest.mark.parametrize(
-    ("regime", "cell", "layout"), list(itertools.product(REGIMES, ("LSTM", "GRU"), LAYOUTS))
+    ("regime", "cell", "layout"), list(itertools.product(REGIMES, LAYERS, LAYOUTS))
 )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @EVERY
 def test_same_bits_twice(regime: str, cell: str, layout: str, dtype: torch.dtype) -> None:
-    """Also while another stream keeps the device busy."""
+    """The same while another stream keeps the device busy."""
     work = Work(cell, layout, dtype)
     with running(regime, "tf32"):
         first = work.run()
@@ -613,7 +640,7 @@ def test_same_bits_twice(regime: str, cell: str, layout: str, dtype: torch.dtype
 
 @pytest.mark.parametrize(("regime", "c"), every_kernel(), ids=str)
 def test_same_bits_in_a_hundred_runs(regime: str, c: Case) -> None:
-    """Of each kernel, one run after the other without a wait."""
+    """Each kernel, one run after the other without a wait."""
     call = op_of(c, DEVICE, KINDS[c.kind])
     with running(regime, c.kind):
         first = call()
@@ -626,7 +653,7 @@ def test_same_bits_in_a_hundred_runs(regime: str, c: Case) -> None:
 
 @EVERY
 def test_another_stream(regime: str, cell: str, layout: str) -> None:
-    """The input comes late on a stream of its own: who does not wait for it reads NaN."""
+    """The input comes late on another stream. A kernel that does not wait for it reads NaN."""
     work = Work(cell, layout)
     values, stream = work.values(1), torch.cuda.Stream()
     with running(regime):
@@ -722,7 +749,7 @@ def test_graph_of_a_training_step(regime: str, cell: str, layout: str) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 def test_eight_threads(regime: str) -> None:
     """On streams of their own, in all layouts, with one module for each pair of threads."""
-    works = [Work("LSTM" if i % 2 else "GRU", LAYOUTS[i % 3], hidden=64) for i in range(8)]
+    works = [Work(LAYERS[1 - i % 2], LAYOUTS[i % 3], hidden=64) for i in range(8)]
     for i in (2, 4):
         works[i].module = works[0].module
     with running(regime):
@@ -744,8 +771,8 @@ def test_eight_threads(regime: str) -> None:
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_eight_streams(regime: str) -> None:
-    """Given work in turn by one thread, so that the kernels of all of them want the device."""
-    works = [Work("LSTM" if i % 2 else "GRU", LAYOUTS[i % 3], hidden=64) for i in range(8)]
+    """One thread gives them work in turn, so that their kernels compete for the device."""
+    works = [Work(LAYERS[1 - i % 2], LAYOUTS[i % 3], hidden=64) for i in range(8)]
     streams = [torch.cuda.Stream() for _ in works]
     with running(regime):
         expected = [work.run() for work in works]
@@ -761,12 +788,12 @@ def test_eight_streams(regime: str) -> None:
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_memory(regime: str) -> None:
-    """All of it is torch's allocator's, and given back."""
-    works = [Work(cell, layout) for cell in ("LSTM", "GRU") for layout in LAYOUTS]
+    """All of it comes from torch's allocator and is returned."""
+    works = [Work(cell, layout) for cell in LAYERS for layout in LAYOUTS]
     with running(regime):
 
         def held() -> tuple[int, int]:
-            """Bytes of the device that torch does not know of, and those in tensors."""
+            """Bytes of the device outside of torch's allocator, and bytes in tensors."""
             gc.collect()
             torch.cuda.synchronize()
             free, total = torch.cuda.mem_get_info()
@@ -794,7 +821,7 @@ def test_many_steps(regime: str, cell: str) -> None:
 
 @pytest.mark.parametrize("regime", ["alone", "grid"])
 def test_offsets_beyond_32_bits(regime: str) -> None:
-    """More than 2^31 elements: the last rows are as they are by themselves."""
+    """More than 2^31 elements: the last rows give the same results alone."""
     if torch.cuda.mem_get_info()[0] < 50 << 30:
         pytest.skip("needs 50 GiB")
     T, B, H, last = 300, 14400, 128, 32
@@ -823,10 +850,9 @@ def test_batch_of_zero(regime: str, kind: type[nn.Module]) -> None:
     x = torch.randn((0, 4) if is_cell else (5, 0, 4), device=DEVICE, requires_grad=True)
     with running(regime):
         result = module(x)
-        flat = [result] if kind is nn.GRUCell else list(result)
-        flat = [t for r in flat for t in (r if isinstance(r, tuple) else (r,))]
-        assert all(t.shape == ((0, 6) if is_cell else (t.size(0), 0, 6)) for t in flat)
-        sum(t.sum() for t in flat).backward()
+        results = list(flat(result))
+        assert all(t.shape == ((0, 6) if is_cell else (t.size(0), 0, 6)) for t in results)
+        sum(t.sum() for t in results).backward()
     for p in (x, *module.parameters()):
         assert p.grad is not None
         assert torch.equal(p.grad, torch.zeros_like(p))
@@ -890,7 +916,7 @@ def test_module_on_another_device() -> None:
 
 
 def test_bad_lengths_on_the_host() -> None:
-    """Before anything is launched, and the device stays of use."""
+    """They are an error before any launch, and the device stays usable."""
     module = fusedrnn.FusedLSTM(3, 4).to(DEVICE)
     x = torch.randn(5, 2, 3, device=DEVICE)
     for lengths in ([6, 4], torch.tensor([4, -1])):
@@ -902,7 +928,7 @@ def test_bad_lengths_on_the_host() -> None:
 @pytest.mark.parametrize("lengths", [[6, 4], [5, -1]])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_bad_lengths(regime: str, lengths: list[int]) -> None:
-    """On the device: it finds them, later; that ends its use by the process."""
+    """On the device they are found later, and the process can't use the device any more."""
     if lacks_clusters(regime):
         pytest.skip("clusters need a GPU of sm_90 or sm_100")
     code = (
@@ -993,7 +1019,7 @@ def test_autocast(theirs: type[nn.Module], given: torch.dtype, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("cell", LAYERS)
 def test_grad_scaler(cell: str, regime: str, dtype: torch.dtype) -> None:
     """Some steps of training with mixed precision, beside torch's layer."""
     torch.manual_seed(0)
@@ -1019,7 +1045,7 @@ def test_grad_scaler(cell: str, regime: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("cell", LAYERS)
 def test_compiles_without_a_graph_break(cell: str, regime: str) -> None:
     module = getattr(fusedrnn, f"Fused{cell}")(3, 4, num_layers=2, bidirectional=True).to(DEVICE)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -1036,7 +1062,7 @@ def test_compiles_without_a_graph_break(cell: str, regime: str) -> None:
 
 
 def test_dropout_between_layers_draws_what_torch_draws() -> None:
-    """In the GPU's order, which is not cuDNN's: what torch.nn.functional.dropout draws."""
+    """In the order of torch.nn.functional.dropout on the GPU, not in cuDNN's."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ from fusedrnn import _ops
 pytestmark = pytest.mark.long  # a minute of compilation
 
 HALVES = (torch.bfloat16, torch.float16)
-# What operands of a product are rounded to.
+# The rounding of a GEMM's operands.
 ROUNDING = {
     (torch.float64, "ieee"): 2.0**-53,
     (torch.float32, "ieee"): 2.0**-24,
@@ -74,7 +74,7 @@ class Case:
 
 
 class Problem:
-    """The arguments of a case, in the values that its type can hold, as any type."""
+    """The arguments of a case, rounded to its type and held as any type."""
 
     def __init__(self, c: Case) -> None:
         self.c = c
@@ -90,7 +90,7 @@ class Problem:
         elif c.layout == "lengths":
             self.lengths = torch.tensor([rng.randint(0, c.T) for _ in range(c.B)])
         self.x = self.values(*rows, c.I)
-        widths = [P, c.H][: 2 if c.cell == "lstm" else 1]
+        widths = [P, c.H][: _ops.CELLS[c.cell].states]
         self.states = [self.values(D, c.B, n) if c.hx else None for n in widths]
         scale = 1.5 * c.H**-0.5
         shapes: list[tuple[int, ...]] = [(G * c.H, c.I), (G * c.H, P)]
@@ -134,9 +134,11 @@ def check(c: Case, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     problem = Problem(c)
     exact = problem.run(torch.ops.fusedrnn, torch.float64)
     results = problem.run(torch.ops.fusedrnn_emulated, c.dtype)
-    # A few roundings of operands as large as the largest value; over many steps they add up like a
-    # random walk.
+    # A few roundings of operands as large as the largest value. Over many steps they accumulate
+    # like a random walk.
     unit = ROUNDING[c.dtype, c.precision] * max(1, c.T**0.5 / 4)
+    if c.regime and c.B:
+        assert torch.ops.fusedrnn_emulated._cuda_algorithm() == test_cuda.ALGORITHMS[c.regime]
     for i, (ours, e) in enumerate(zip(results, exact, strict=True)):
         assert ours.shape == e.shape
         assert ours.dtype == c.dtype
@@ -149,7 +151,7 @@ def check(c: Case, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def covering() -> list[Case]:
-    """Every regime, type and layout in both cells and directions, with sizes of its own each."""
+    """Every regime, type, layout, cell and direction, each with sizes of its own."""
     rng = random.Random(1)
     cases = []
     kinds = [(torch.float64, "ieee", ["step"])]
@@ -157,11 +159,11 @@ def covering() -> list[Case]:
     kinds += [(t, "ieee", ["step", "alone", "cluster", "grid"]) for t in HALVES]
     kinds += [(torch.float32, "tf32", ["alone", "cluster", "grid"])]
     for (dtype, precision, regimes), cell, layout, bidirectional in itertools.product(
-        kinds, ("lstm", "gru"), ("padded", "packed", "lengths"), (False, True)
+        kinds, test_cuda.CELLS, ("padded", "packed", "lengths"), (False, True)
     ):
         for regime in regimes:
             H = rng.choice([32, 33, 50, 70] if regime == "cluster" else [1, 5, 16, 21, 24, 33])
-            projected = cell == "lstm" and regime == "step" and rng.random() < 0.5
+            projected = cell in test_cuda.PROJECTED and regime == "step" and rng.random() < 0.5
             used = (rng.random() < 0.7, rng.random() < 0.7, rng.random() < 0.7)
             cases.append(
                 Case(
@@ -215,7 +217,7 @@ def test_sizes_where_kernels_change(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is compiled has run, and agreed with the CPU: in what a GPU is checked with."""
+    """test_cuda's cases run every kernel that is compiled, and agree with the CPU."""
     before = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
     monkeypatch.setattr(test_cuda, "DEVICE", "cpu")
     torch.ops.fusedrnn_emulated.set(0, 64)
@@ -234,32 +236,38 @@ def launches(c: Case, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(torch.ops.fusedrnn_emulated.counts()[0] - before)
 
 
+STEPWISE, CTA, CLUSTER, GRID = (
+    test_cuda.ALGORITHMS[regime] for regime in ("step", "alone", "cluster", "grid")
+)
+
+
 @pytest.mark.parametrize(
-    ("case", "expected"),
+    ("case", "algorithm", "expected"),
     [
-        (Case(), 2),
-        (Case(bidirectional=True, layout="lengths"), 2),
-        (Case(layout="packed"), 4),  # the positions travel too
-        (Case(dtype=torch.bfloat16, H=128), 2),
-        (Case(dtype=torch.bfloat16, H=129, multiprocessors=9), 2),
-        (Case(dtype=torch.bfloat16, H=129, multiprocessors=8), 10),  # nine CTAs don't fit
-        (Case(H=70, B=129, multiprocessors=9), 10),  # one tile has 128 rows at most
-        (Case(H=70, B=129, multiprocessors=10), 2),
-        (Case(dtype=torch.float64), 10),
-        (Case(T=4), 8),
-        (Case(proj_size=3), 20),
-        (Case(regime="step"), 10),
-        (Case(regime="cluster", precision="tf32"), 2),
-        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=4), 2),
-        (Case(regime="cluster", precision="tf32", H=256, T=1, multiprocessors=16), 2),
-        (Case(B=0), 0),
-        *((Case(B=0, regime=regime), 0) for regime in test_cuda.REGIMES),
+        (Case(), CTA, 2),
+        (Case(bidirectional=True, layout="lengths"), CTA, 2),
+        (Case(layout="packed"), CTA, 4),  # the step offsets are uploaded too
+        (Case(dtype=torch.bfloat16, H=128), CTA, 2),
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=9), GRID, 2),
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=8), STEPWISE, 10),  # nine CTAs don't fit
+        (Case(H=70, B=129, multiprocessors=9), STEPWISE, 10),  # a tile has 128 rows at most
+        (Case(H=70, B=129, multiprocessors=10), GRID, 2),
+        (Case(dtype=torch.float64), STEPWISE, 10),
+        (Case(T=4), STEPWISE, 8),
+        (Case(proj_size=3), STEPWISE, 20),
+        (Case(regime="step"), STEPWISE, 10),
+        (Case(regime="cluster", precision="tf32"), CLUSTER, 2),
+        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=4), CLUSTER, 2),
+        (Case(regime="cluster", precision="tf32", H=256, T=1, multiprocessors=16), CLUSTER, 2),
+        (Case(B=0), STEPWISE, 0),
+        *((Case(B=0, regime=regime), STEPWISE, 0) for regime in test_cuda.REGIMES),
     ],
     ids=str,
 )
-def test_regimes(case: Case, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans(case: Case, algorithm: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch a pass where the weights fit into the device, one or two a step elsewhere."""
     assert launches(case, monkeypatch) == expected
+    assert torch.ops.fusedrnn_emulated._cuda_algorithm() == algorithm
 
 
 @pytest.mark.parametrize(
@@ -269,17 +277,15 @@ def test_regimes(case: Case, expected: int, monkeypatch: pytest.MonkeyPatch) -> 
         Case(regime="alone", dtype=torch.float64),
         Case(regime="grid", proj_size=3),
         Case(regime="grid", H=129, multiprocessors=8),  # nine CTAs don't fit
-        Case(regime="cluster"),  # of tensor cores alone
+        Case(regime="cluster"),  # clusters need tensor cores
         Case(regime="cluster", precision="tf32", H=100, multiprocessors=3),  # no room for one
         Case(regime="cluster", precision="tf32", H=257, T=1, multiprocessors=16),
         Case(regime="cluster", dtype=torch.float64),
     ],
     ids=str,
 )
-def test_what_was_asked_for_by_name_and_cannot_run(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error, and nothing else in its place."""
+def test_requested_algorithm_that_cannot_run(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error, and no other algorithm takes its place."""
     before = torch.ops.fusedrnn_emulated.counts()[0]
     message = f"FUSEDRNN_CUDA_REGIME={case.regime}: this device can't run .* {case.H} hidden units"
     with pytest.raises(RuntimeError, match=message):
@@ -288,13 +294,14 @@ def test_what_was_asked_for_by_name_and_cannot_run(
 
 
 def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that has less room than it says: the layer goes step by step, to the same end."""
+    """On a device with less room than it reports the layer runs stepwise, with the same results."""
     problem = Problem(Case(H=70, layout="packed"))
     exact = problem.run(torch.ops.fusedrnn, torch.float64)
     before = ops.counts()[0]
     ops.set(0, 8, 2)
     results = problem.run(ops, torch.float32)
     assert ops.counts()[0] - before == 12  # two uploads; a launch a step
+    assert ops._cuda_algorithm() == STEPWISE
     for ours, e in zip(results, exact, strict=True):
         torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)
     monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", "grid")
@@ -302,7 +309,7 @@ def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         problem.run(ops, torch.float32)
 
 
-# Rows, columns and depth of a product; what is done to each operand, which has room for it.
+# Changes of a GEMM operand's strides.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda t: t,
     "transposed": lambda t: t.t().contiguous().t(),
@@ -318,12 +325,12 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "sizes", [(5, 4, 3), (1, 4, 3), (5, 1, 3), (5, 4, 1), (1, 1, 1), (5, 4, 0)]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
-def test_products_of_any_strides(sizes: tuple[int, ...], dtype: torch.dtype, ops: Any) -> None:
-    """What cuBLAS is told of matrices: the emulator multiplies what that says."""
-    rows, columns, depth = sizes
+def test_gemms_of_any_strides(sizes: tuple[int, ...], dtype: torch.dtype, ops: Any) -> None:
+    """The emulator multiplies by the description that cuBLAS gets."""
+    rows, columns, k = sizes
     for (x, left), (y, right) in itertools.product(VIEWS.items(), repeat=2):
-        a = left(torch.randn(rows, depth)).to(dtype)
-        b = right(torch.randn(depth, columns)).to(dtype)
+        a = left(torch.randn(rows, k)).to(dtype)
+        b = right(torch.randn(k, columns)).to(dtype)
         for add, result in ((False, torch.float32), (False, dtype), (True, dtype)):
             if dtype == torch.float64 != result:
                 continue
@@ -350,7 +357,7 @@ def test_unknown_regime(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("regime", test_cuda.REGIMES)
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", test_cuda.CELLS)
 def test_same_bits_in_any_order(cell: str, regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(cell, torch.bfloat16, regime=regime, layout="lengths", B=19, bidirectional=True)
     monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
@@ -364,7 +371,7 @@ def test_same_bits_in_any_order(cell: str, regime: str, monkeypatch: pytest.Monk
 
 
 def test_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than the 16 bits that cuDNN counts steps in, or a kernel's argument holds positions."""
+    """More step offsets than the arguments of one upload kernel hold."""
     check(Case(T=1000, B=2, H=3, layout="packed", regime="step"), monkeypatch)
     check(Case(T=600, B=2, H=3, layout="packed", regime="grid"), monkeypatch)
     check(Case(T=300, B=2, H=33, layout="packed", regime="cluster", precision="tf32"), monkeypatch)
@@ -372,7 +379,7 @@ def test_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("regime", test_cuda.REGIMES)
 def test_inputs_stay_as_they_are(regime: str, ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where they are strided, or share their memory, and where some of it may not be read."""
+    """The same for strided inputs, shared memory, and padding that must not be read."""
     monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
     precision = test_cuda.float32_of(regime)
     monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", precision)

@@ -1,5 +1,7 @@
-"""The recurrent and step kernels in the emulator without torch: right as they are, under
-ThreadSanitizer too, and wrong with each of these bugs."""
+"""Mutation tests of the CUDA kernels, in the emulator without torch.
+
+The kernels are right, also under ThreadSanitizer. Each of these bugs makes the program fail.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ KINDS = [("Lstm", "BFloat16"), ("Gru", "float"), ("Gru", "Float16"), ("Lstm", "f
 
 @dataclasses.dataclass(frozen=True)
 class Bug:
-    """A text of a file that is replaced, and what must be said of it."""
+    """A mutation: a text of a file and its replacement.
+
+    Attributes:
+        said: a pattern for the report of the failure.
+        kind: the cell and the type.
+        sanitizer: whether only ThreadSanitizer finds it.
+    """
 
     name: str
     file: str
@@ -34,34 +42,37 @@ class Bug:
     sanitizer: bool = False
 
 
-KERNEL, STEP = "csrc/cuda/recurrent.cuh", "csrc/cuda/step.cu"
-WORKERS, PRODUCTS = "csrc/cuda/workers.cuh", "csrc/cuda/products.cuh"
+FORWARD = "csrc/cuda/persistent_forward.cuh"
+KERNELS = "csrc/cuda/persistent_kernels.cuh"
+EXCHANGE, GRID = "csrc/cuda/exchange.cuh", "csrc/cuda/exchange_grid.cuh"
+CTA, CLUSTER = "csrc/cuda/exchange_cta.cuh", "csrc/cuda/exchange_cluster.cuh"
+GEMM, STEP = "csrc/cuda/mma.cuh", "csrc/cuda/stepwise_kernels.cu"
 BUGS = [
     Bug(
-        "no wait for the sums of other warps",
-        WORKERS,
-        "warp * Product::kScratch);\n    sync_cta();",
-        "warp * Product::kScratch);",
+        "no wait for partial sums of other warps",
+        EXCHANGE,
+        "warp * Gemm::kScratchFloats);\n    sync_cta();",
+        "warp * Gemm::kScratchFloats);",
         "wrong",
     ),
     Bug(
-        "sums written while others read them",
-        WORKERS,
-        "} else if (!last || k < this->run_.steps) {",
-        "} else if (last && k < this->run_.steps) {",
+        "partial sums written while others read them",
+        EXCHANGE,
+        "if (!is_last || k < this->params_.steps) sync_cta();",
+        "if (is_last && k < this->params_.steps) sync_cta();",
         "data race",
         sanitizer=True,
     ),
     Bug(
         "no wait for the other CTAs",
-        WORKERS,
+        GRID,
         "while (load_acquire(arrivals_) < uint32_t(k + 1) * gridDim.x) pause();",
         "",
         "wrong",
     ),
     Bug(
         "a wait for one arrival too few",
-        WORKERS,
+        GRID,
         "< uint32_t(k + 1) * gridDim.x)",
         "< uint32_t(k + 1) * gridDim.x - 1)",
         "wrong|data race",
@@ -69,16 +80,16 @@ BUGS = [
     ),
     Bug(
         "a wait for an arrival that never comes",
-        WORKERS,
+        GRID,
         "< uint32_t(k + 1) * gridDim.x)",
         "< uint32_t(k + 2) * gridDim.x)",
         "livelock: .* in pause, line",
     ),
     Bug(
         "an arrival before the others have written",
-        WORKERS,
-        "} else if (!last || k < this->run_.steps) {",
-        "} else if (!last) {",
+        EXCHANGE,
+        "if (!is_last || k < this->params_.steps) sync_cta();",
+        "if (!is_last) sync_cta();",
         "wrong|data race",
         sanitizer=True,
     ),
@@ -99,94 +110,109 @@ BUGS = [
         sanitizer=True,
     ),
     Bug(
-        "one half of the exchange for all steps",
-        WORKERS,
-        "k % 2 * half_",
-        "0 * half_",
+        "one buffer of the exchange for all steps",
+        GRID,
+        "k % 2 * buffer_stride_",
+        "0 * buffer_stride_",
+        "wrong|data race",
+        sanitizer=True,
+    ),
+    Bug(
+        "one buffer of a cluster's exchange for all steps",
+        CLUSTER,
+        "k % 2 * buffer_stride_",
+        "0 * buffer_stride_",
         "wrong|data race",
         sanitizer=True,
     ),
     Bug(
         "a barrier in a branch",
-        WORKERS,
+        GRID,
         "add_release(arrivals_, 1);",
         "add_release(arrivals_, 1), sync_cta();",
         "deadlock.* in sync_cta, line",
     ),
     Bug(
         "a warp's barrier that not all lanes reach",
-        PRODUCTS,
+        GEMM,
         "        sync_warp();\n        unroll<2>",
         "        if (lane < 31) sync_warp();\n        unroll<2>",
         "deadlock|different places",
     ),
     Bug(
         "a thread leaves while others wait",
-        KERNEL,
-        "w.chunks() - 1);\n\n    for (int i = 0;",
-        "w.chunks() - 1);\n    if (threadIdx.x == 7) return;\n\n    for (int i = 0;",
+        FORWARD,
+        "e.chunks() - 1);\n\n    for (int i = 0;",
+        "e.chunks() - 1);\n    if (threadIdx.x == 7) return;\n\n    for (int i = 0;",
         "left the kernel",
     ),
     Bug(
-        "CTAs that wait for each other and may not run together",
-        KERNEL,
-        "cut.reach == Reach::grid,",
-        "false,",
+        "CTAs that wait for each other and need not be resident",
+        KERNELS,
+        "grid.resident = plan.algorithm == Algorithm::persistent_grid;",
+        "grid.resident = false;",
         "livelock",
     ),
     Bug(
         "rows past the batch",
-        WORKERS,
-        "pair.exists = pair.row < run_.rows && ",
+        EXCHANGE,
+        "pair.exists = pair.row < params_.rows && ",
         "pair.exists = ",
         "outside of a buffer|wrong",
     ),
     Bug(
         "units past the layer",
-        WORKERS,
-        " && pair.unit < run_.hidden_size;",
+        EXCHANGE,
+        " && pair.unit < params_.hidden_size;",
         ";",
         "outside of a buffer|wrong",
     ),
     Bug(
         "shared memory that nobody has set",
-        KERNEL,
-        "        w.kept(p, 1) = h;\n      }\n      unroll",
+        FORWARD,
+        "        e.carried(p, kH) = h;\n      }\n      unroll",
         "      }\n      unroll",
         "wrong",
     ),
     Bug(
         "too little shared memory",
-        WORKERS,
-        "size_t(kPartials + kScratch + kept * cut.tile_rows * kUnits)",
-        "size_t(kPartials + kScratch + kept * cut.tile_rows * kUnits - 4)",
-        "outside of a buffer",
+        KERNELS,
+        "grid.shared = size_t(storage.bytes);",
+        "grid.shared = size_t(storage.bytes) - 16;",
+        "outside of a buffer|no address in shared memory",
     ),
     Bug(
         "padding that nobody has cleared",
-        WORKERS,
-        "exchange_[i] = S{};",
+        CTA,
+        "operands_[i] = Element{};",
+        ";",
+        "wrong",
+    ),
+    Bug(
+        "padding of a cluster's CTA that nobody has cleared",
+        CLUSTER,
+        "operands_[i] = Element{};",
         ";",
         "wrong",
     ),
     Bug(
         "rows of a fragment that change places",
-        PRODUCTS,
-        "const S* p = tile + (r + i % 2 * 8) * kPair",
-        "const S* p = tile + (r + i / 2 * 8) * kPair",
+        GEMM,
+        "const Element* p = tile + (r + i % 2 * 8) * kPairK",
+        "const Element* p = tile + (r + i / 2 * 8) * kPairK",
         "wrong",
     ),
     Bug(
         "half of a sum",
-        PRODUCTS,
-        "if constexpr (kHalves == 2) sum += shuffle_xor(sum, 16);",
+        GEMM,
+        "if constexpr (kLanesPerRow == 2) sum += shuffle_xor(sum, 16);",
         "",
         "wrong",
         ("Gru", "float"),
     ),
     Bug(
         "rows staged while others still read the last",
-        PRODUCTS,
+        GEMM,
         "      sync_warp();\n    }\n  }",
         "    }\n  }",
         "data race",
@@ -195,15 +221,15 @@ BUGS = [
     ),
     Bug(
         "one step too many for rows of some length",
-        WORKERS,
-        "return t < run_.lengths[row];",
-        "return t <= run_.lengths[row];",
+        EXCHANGE,
+        "return t < params_.lengths[row];",
+        "return t <= params_.lengths[row];",
         "wrong|outside of a buffer",
     ),
     Bug(
         "the forward order of time in both directions",
-        WORKERS,
-        "return direction ? run_.steps - 1 - i : i;",
+        EXCHANGE,
+        "return direction ? params_.steps - 1 - i : i;",
         "return i;",
         "wrong",
     ),
@@ -230,86 +256,86 @@ BUGS = [
     ),
     Bug(
         "rows of the exchange at odd addresses",
-        WORKERS,
-        "kShared ? operand_stride<S>(kDepth) : kDepth;",
-        "kShared ? operand_stride<S>(kDepth) + 1 : kDepth;",
+        CTA,
+        "operand_stride<typename Base::Element>(Base::kK);",
+        "operand_stride<typename Base::Element>(Base::kK) + 1;",
         "misaligned",
     ),
     Bug(
         "a gradient that is not carried past a row's end",
         STEP,
-        "store(s.dh + at, part ? Pack<T, V>{} : dh);",
-        "store(s.dh + at, Pack<T, V>{});",
+        "store(p.dh + at, active ? Vector<Accum, V>{} : dh);",
+        "store(p.dh + at, Vector<Accum, V>{});",
         "wrong",
     ),
     Bug(
-        "mail before all boxes are open",
-        WORKERS,
+        "stores before all barriers are initialised",
+        CLUSTER,
         "    sync_cluster();\n",
         "    sync_cta();\n",
-        "nobody has opened|data race|wrong",
+        "was not initialised|data race|wrong",
         sanitizer=True,
     ),
     Bug(
-        "no wait for mail",
-        WORKERS,
-        "    wait_for(box(k, chunk), k / 2 % 2);\n",
+        "no wait for a transaction barrier",
+        CLUSTER,
+        "    at(k, chunk)->wait(k / 2 % 2);\n",
         "",
-        "wrong|twice|more mail|left the kernel",
+        "wrong|twice|more bytes|left the kernel",
     ),
     Bug(
-        "a wait for the other phase of a box",
-        WORKERS,
+        "a wait for the other phase of a barrier",
+        CLUSTER,
         "k / 2 % 2);",
         "(k / 2 + 1) % 2);",
-        "wrong|twice|deadlock|more mail|left the kernel",
+        "wrong|twice|deadlock|more bytes|left the kernel",
     ),
     Bug(
-        "less mail expected than comes",
-        WORKERS,
-        "gridDim.x * Sharing::kUnits * this->rows_of(chunk) * sizeof(S);",
-        "(gridDim.x - 1) * Sharing::kUnits * this->rows_of(chunk) * sizeof(S);",
-        "more mail|wrong|twice|deadlock",
+        "fewer bytes announced than sent",
+        CLUSTER,
+        "gridDim.x * Traits::kUnits * this->rows_of(chunk) * sizeof(Element);",
+        "(gridDim.x - 1) * Traits::kUnits * this->rows_of(chunk) * sizeof(Element);",
+        "more bytes|wrong|twice|deadlock",
     ),
     Bug(
-        "more mail expected than comes",
-        WORKERS,
+        "more bytes announced than sent",
+        CLUSTER,
         "((this->rows_of(chunk) + 1) / 2) * 2",
         "((this->rows_of(chunk) + 3) / 2) * 2",
-        "deadlock.* in wait_for, line",
+        "deadlock.* in wait, line",
     ),
     Bug(
-        "a box that is not told what to expect again",
-        WORKERS,
+        "a barrier whose next bytes are not announced",
+        CLUSTER,
         "if (threadIdx.x == 0 && k + 2 < steps_)",
         "if (threadIdx.x == 0 && k + 2 < 0)",
-        "deadlock.* in wait_for, line",
+        "deadlock.* in wait, line",
     ),
     Bug(
-        "one box for both halves",
-        WORKERS,
-        "return boxes_ + k % 2 * chunks_ + chunk;",
-        "return boxes_ + chunk;",
-        "twice|more mail|deadlock|wrong",
+        "one barrier for both buffers",
+        CLUSTER,
+        "return barriers_ + k % 2 * chunks_ + chunk;",
+        "return barriers_ + chunk;",
+        "twice|more bytes|deadlock|wrong",
     ),
     Bug(
-        "mail after the last step",
-        WORKERS,
-        "    if (k == this->run_.steps) return;\n    S* const row =",
-        "    S* const row =",
-        "left the kernel|more mail",
+        "stores after the last step",
+        CLUSTER,
+        "    if (k == this->params_.steps) return;\n    Element* const row =",
+        "    Element* const row =",
+        "left the kernel|more bytes",
     ),
     Bug(
-        "mail that tells of this lane's reads alone",
-        WORKERS,
-        "    sync_warp();  // whoever gets",
-        "    // whoever gets",
+        "stores ordered after this lane's reads alone",
+        CLUSTER,
+        "    sync_warp();  // the receiver",
+        "    // the receiver",
         "data race",
         sanitizer=True,
     ),
     Bug(
-        "sums of one chunk written while others read those of another",
-        WORKERS,
+        "partial sums of one chunk written while others read those of another",
+        CLUSTER,
         "if (this->chunks() > 1) sync_cta();",
         "",
         "wrong|data race",
@@ -317,61 +343,61 @@ BUGS = [
     ),
     Bug(
         "gradients multiplied before all are there",
-        WORKERS,
-        "    if (k == this->run_.steps) return;\n    sync_cta();",
-        "    if (k == this->run_.steps) return;",
+        CLUSTER,
+        "    if (k == this->params_.steps) return;\n    sync_cta();",
+        "    if (k == this->params_.steps) return;",
         "wrong|data race",
         sanitizer=True,
     ),
     Bug(
         "gradients written while others multiply those of the step before",
-        WORKERS,
-        "operands_ + (k % 2 * this->run_.tile_rows + row)",
-        "operands_ + (0 * this->run_.tile_rows + row)",
+        CLUSTER,
+        "operands_ + (k % 2 * this->params_.tile_rows + row)",
+        "operands_ + (0 * this->params_.tile_rows + row)",
         "wrong|data race",
         sanitizer=True,
     ),
     Bug(
         "rows that nobody sends are waited for",
-        WORKERS,
-        "return rows < Sharing::kRows ? rows : Sharing::kRows;",
-        "return Sharing::kRows;",
-        "deadlock.* in wait_for, line",
+        EXCHANGE,
+        "return rows < Traits::kChunkRows ? rows : Traits::kChunkRows;",
+        "return Traits::kChunkRows;",
+        "deadlock.* in wait, line",
     ),
     Bug(
-        "sums where weights are still on their way",
-        WORKERS,
-        "sync_cta();  // that was",
-        "// that was",
+        "partial sums where weights are still being loaded",
+        EXCHANGE,
+        "sync_cta();  // the partial sums",
+        "// the partial sums",
         "data race",
         sanitizer=True,
     ),
     Bug(
-        "two rows' sums that change places",
-        WORKERS,
-        "odd ? uneven : even, odd ? even : uneven",
-        "even, uneven",
+        "two rows' partial dh that change places",
+        CLUSTER,
+        "is_swapped ? odd : even, is_swapped ? even : odd",
+        "even, odd",
         "wrong",
         ("Gru", "float"),
     ),
     Bug(
-        "products sent to the wrong CTA",
-        WORKERS,
-        "const unsigned cta = first / Sharing::kUnits;",
-        "const unsigned cta = first / Sharing::kUnits ^ 1;",
-        "wrong|deadlock|more mail",
+        "partial dh sent to the wrong CTA",
+        CLUSTER,
+        "const unsigned cta = first / Traits::kUnits;",
+        "const unsigned cta = first / Traits::kUnits ^ 1;",
+        "wrong|deadlock|more bytes",
     ),
     Bug(
         "words of a row that change places",
-        WORKERS,
-        "lane % kWords * kOf + i * kPerWord)",
-        "lane % kWords * kOf + (i ^ 1) * kPerWord)",
+        CLUSTER,
+        "lane % kStores * kPerStore + i * kPerWord)",
+        "lane % kStores * kPerStore + (i ^ 1) * kPerWord)",
         "wrong",
         ("Gru", "float"),
     ),
     Bug(
-        "products of all CTAs but the last",
-        WORKERS,
+        "partial dh of all CTAs but the last",
+        CLUSTER,
         "cta < gridDim.x ? at[",
         "cta + 1 < gridDim.x ? at[",
         "wrong",
@@ -381,16 +407,16 @@ BUGS = [
 
 
 EMULATOR = "tests/emulator"
-# The files of the checking program, whether ThreadSanitizer may see them (it must not see the
-# emulator's own work), and on which of the files above they depend.
+# The files of the checking program. For each: whether ThreadSanitizer instruments it, and the
+# mutated files that it depends on. The emulator's own work must not be instrumented.
 PARTS = {
     "check": (
         f"{EMULATOR}/check.cpp",
         True,
-        {KERNEL, WORKERS, PRODUCTS, f"{EMULATOR}/emulator.h"},
+        {FORWARD, KERNELS, EXCHANGE, CTA, GRID, CLUSTER, GEMM, f"{EMULATOR}/emulator.h"},
     ),
     "step": (STEP, True, {STEP, f"{EMULATOR}/emulator.h"}),
-    "cut": ("csrc/cuda/cut.cpp", False, set[str]()),
+    "plan": ("csrc/cuda/plan.cpp", False, set[str]()),
     "emulator": (f"{EMULATOR}/emulator.cpp", False, {f"{EMULATOR}/emulator.h"}),
 }
 
@@ -410,7 +436,7 @@ def compile_part(part: str, root: Path, kind: tuple[str, str], sanitizer: bool) 
 
 
 class Builder:
-    """Builds checking programs; what has no bug in it once for all."""
+    """Builds checking programs. Files without a mutation are compiled once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -430,7 +456,7 @@ class Builder:
         (root / "build").mkdir()
 
     def clean_part(self, part: str, kind: tuple[str, str], sanitizer: bool) -> Path:
-        of_all = part in ("cut", "emulator")
+        of_all = part in ("plan", "emulator")
         key = (part, *(() if of_all else (kind if part == "check" else (), sanitizer)))
         with self.lock:
             if key not in self.parts:
@@ -440,7 +466,7 @@ class Builder:
     def program(
         self, root: Path, kind: tuple[str, str], sanitizer: bool, file: str | None = None
     ) -> Path:
-        """The program of one cell and type; `file` is what differs from the clean sources."""
+        """The program of one cell and type; only `file` differs from the clean sources."""
         objects = [
             compile_part(part, root, kind, sanitizer)
             if file in depends
@@ -487,8 +513,8 @@ def test_right_as_they_are(kind: tuple[str, str], builder: Builder) -> None:
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids="-".join)
 def test_no_race(kind: tuple[str, str], builder: Builder) -> None:
-    # A step's threads have nothing to do with each other.
-    result = run(builder.program(builder.clean, kind, True), 1, "step")
+    # The threads of a stepwise kernel do not interact.
+    result = run(builder.program(builder.clean, kind, True), 1, "stepwise")
     assert result.returncode == 0, result.stdout + result.stderr[:4000]
     assert "WARNING: ThreadSanitizer" not in result.stderr
 
@@ -496,7 +522,7 @@ def test_no_race(kind: tuple[str, str], builder: Builder) -> None:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_planted(bug: Bug, builder: Builder) -> None:
     program = builder.programs[bug.name].result()
-    result = run(program, 2, "step") if bug.sanitizer else run(program, 10)
+    result = run(program, 2, "stepwise") if bug.sanitizer else run(program, 10)
     said = result.stdout + result.stderr
     assert result.returncode != 0, f"not seen: {bug.name}"
     assert re.search(bug.said, said), said[:3000]

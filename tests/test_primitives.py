@@ -1,4 +1,4 @@
-"""What is between the CUDA kernels and the machine, on the emulator and on a GPU: primitives.cu."""
+"""Each function of launch.cuh and ptx.cuh, on the emulator and on a GPU: primitives.cu."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_on_the_emulator(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(CUDA_HOME is None, reason="needs nvcc")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    """Where there is none, it compiles."""
+    """Without a GPU it compiles."""
     nvcc = f"{CUDA_HOME}/bin/nvcc"
     program = tmp_path / "primitives"
     arch = "native" if torch.cuda.is_available() else "sm_90"

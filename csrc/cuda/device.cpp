@@ -18,13 +18,13 @@
 
 namespace fusedrnn::cuda {
 
-struct Device::Guard {
+struct LaunchContext::Guard {
   c10::cuda::CUDAGuard guard;
 };
 
 namespace {
 
-/// Attributes of a device, asked for once: a call of the runtime costs as much as a launch.
+/// Device attributes are queried once: a call of the runtime costs as much as a launch.
 int attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
@@ -34,7 +34,7 @@ int attribute(cudaDeviceAttr attribute, int device) {
 struct Attributes {
   int multiprocessors, major, minor;
 };
-/// By value: another thread's first call on a further device may move the known ones.
+/// By value: another thread's first call on another device may reallocate `known`.
 Attributes attributes_of(int device) {
   static std::mutex mutex;
   static std::vector<std::optional<Attributes>> known;
@@ -48,9 +48,17 @@ Attributes attributes_of(int device) {
   return *known[device];
 }
 
+Precision rnn_precision() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) ==
+                 at::Float32Precision::TF32
+             ? Precision::tf32
+             : Precision::ieee;
+}
+
 }  // namespace
 
-Device::Device(const Tensor& input) : guard_(new Guard{c10::cuda::CUDAGuard(input.device())}) {
+LaunchContext::LaunchContext(const Tensor& input)
+    : precision(rnn_precision()), guard_(new Guard{c10::cuda::CUDAGuard(input.device())}) {
   const int device = input.get_device();
   stream = c10::cuda::getCurrentCUDAStream(device).stream();
   const Attributes attributes = attributes_of(device);
@@ -59,7 +67,7 @@ Device::Device(const Tensor& input) : guard_(new Guard{c10::cuda::CUDAGuard(inpu
               "8.0 or later, and ", input.device(), " has ", attributes.major, ".",
               attributes.minor, ": use torch.nn's layers there");
 }
-Device::~Device() = default;
+LaunchContext::~LaunchContext() = default;
 
 void check(int status) { C10_CUDA_CHECK(static_cast<cudaError_t>(status)); }
 bool launched(int status) {
@@ -69,13 +77,6 @@ bool launched(int status) {
   }
   check(status);
   return true;
-}
-
-Precision rnn_precision() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) ==
-                 at::Float32Precision::TF32
-             ? Precision::tf32
-             : Precision::ieee;
 }
 
 namespace {
@@ -108,8 +109,8 @@ GemmTypes gemm_types(at::ScalarType operands, at::ScalarType result, Precision p
                                                                    : CUBLAS_COMPUTE_32F};
 }
 
-/// torch's handle for this thread and stream, whose mode torch sets each time that it gives it.
-/// While this lives: no TF32 but where a product asks for it, and no sums in a half type.
+/// torch's handle for this thread and stream. torch sets its math mode each time it hands it out.
+/// While this lives, only GEMMs that ask for TF32 use it, and none accumulates in a half type.
 class GemmHandle {
  public:
   GemmHandle() : handle_(at::cuda::getCurrentCUDABlasHandle()) {
@@ -127,13 +128,13 @@ class GemmHandle {
 
 }  // namespace
 
-// Not torch's matmul: what that computes in follows from settings of the whole process, which may
-// refuse a float32 result of a half type, sum in float16, or take TF32 for float32.
+// Not torch's matmul, whose precision follows process-wide settings. It may refuse a float32 result
+// of half types, accumulate in float16, or take TF32 for float32.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision) {
   if (is_empty_gemm(out, a, add)) return;
   const Gemm gemm(out, a, b);
   const GemmTypes types = gemm_types(a.scalar_type(), out.scalar_type(), precision);
-  // cuBLAS reads them in the type that it sums in.
+  // cuBLAS reads alpha and beta in the compute type.
   const float numbers[2] = {0, 1};
   const double double_numbers[2] = {0, 1};
   const auto number = [&](bool one) -> const void* {

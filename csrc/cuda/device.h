@@ -1,48 +1,47 @@
-// What layer_cuda.cpp needs of the device: device.cpp has it from torch and CUDA, the tests'
-// emulator has its own.
+// The backend's interface to torch and CUDA. device.cpp implements it for a GPU, the tests'
+// emulator for tensors of the CPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <memory>
 
-#include "kernels.h"
+#include "plan.h"
 
 namespace fusedrnn::cuda {
 
 using at::Tensor;
 
-/// Makes the tensors' device the current one while it lives, and its current stream `stream`.
-class Device {
+/// Makes the input's device the current one while it lives.
+class LaunchContext {
  public:
-  explicit Device(const Tensor& input);
-  ~Device();
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
+  explicit LaunchContext(const Tensor& input);
+  ~LaunchContext();
+  LaunchContext(const LaunchContext&) = delete;
+  LaunchContext& operator=(const LaunchContext&) = delete;
 
-  void* stream = nullptr;
+  void* stream = nullptr;  ///< the device's current stream
   int64_t multiprocessors = 0;
+  /// As torch.backends.cudnn.rnn.fp32_precision asks for.
+  Precision precision = Precision::ieee;
 
  private:
   struct Guard;
   std::unique_ptr<Guard> guard_;
 };
 
-/// Throws if a function of kernels.h returned an error.
+/// Throws if a function of kernel_table.h returned an error.
 void check(int status);
-/// The same, but false where CTAs that wait for each other found no room to run together: the
-/// device may have less than it tells, say beside other processes.
+/// The same, but false where CTAs that must be resident found no room. A device may have less room
+/// than it reports, for example beside other processes.
 bool launched(int status);
 
-/// The precision that torch.backends.cudnn.rnn.fp32_precision asks for.
-Precision rnn_precision();
-
-/// out = a b, or += with add, on the device's stream; products of float32 in the given precision,
-/// those of the half types summed in float32. `out` has the type of the operands or, for the half
-/// types, float32; its rows are contiguous.
+/// out = a b, or += with add, on the device's current stream. `precision` applies to float32; the
+/// half types accumulate in float32. `out` has the operands' type or, for the half types, float32.
+/// Its rows are contiguous.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision);
 
-/// Makes the device's work fail, with this message, if any of `wrong` is true; without waiting.
+/// Makes the device's work fail with this message if any of `wrong` is true, without waiting.
 void check_later(const Tensor& wrong, const char* message);
 
 }  // namespace fusedrnn::cuda

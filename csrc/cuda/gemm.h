@@ -1,5 +1,5 @@
-// A product of row-major matrices in the terms of cuBLAS, which counts columns first. device.cpp
-// hands it to cuBLAS, the tests' emulator multiplies what it says.
+// A GEMM of row-major matrices in the terms of cuBLAS, whose matrices are column-major. device.cpp
+// hands it to cuBLAS; the tests' emulator multiplies by the same description.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,16 +9,16 @@
 
 namespace fusedrnn::cuda {
 
-/// A matrix in memory as cuBLAS sees it: column-major, `stride` elements from column to column.
+/// A matrix in memory as cuBLAS sees it: column-major, columns `stride` elements apart.
 struct GemmMatrix {
   at::Tensor tensor;  ///< holds the memory: the given tensor, or a copy with usable strides
-  bool transpose;     ///< whether the product takes the transpose of what cuBLAS sees
+  bool transpose;     ///< whether the GEMM takes the transpose of this column-major matrix
   int64_t stride;     ///< the leading dimension, at least the length of a column
 
-  /// cuBLAS sees a row-major matrix as its transpose, and so the product needs none.
+  /// A row-major matrix is its own transpose in column-major order, so it needs none.
   explicit GemmMatrix(const at::Tensor& t) {
     const auto by_rows = [&](int64_t row, int64_t column) {
-      // Strides of a single row or column mean nothing.
+      // The stride of a single row or column is arbitrary.
       return (t.size(column) <= 1 || t.stride(column) == 1) &&
              (t.size(row) <= 1 || t.stride(row) >= t.size(column));
     };
@@ -41,7 +41,7 @@ struct Gemm {
   int64_t m, n, k;
 };
 
-/// Whether a product has nothing to multiply; `out` is then what it should be.
+/// Whether a GEMM has nothing to multiply. If so, `out` already has the result.
 inline bool is_empty_gemm(const at::Tensor& out, const at::Tensor& a, bool add) {
   if (out.numel() > 0 && a.size(1) > 0) return false;
   if (!add) out.zero_();

@@ -1,7 +1,7 @@
-// The recurrent and step kernels of one cell and type without torch, against plain loops in double:
-// what ThreadSanitizer's pass runs, and what must fail when a bug is planted.
+// The persistent and stepwise kernels of one cell and type without torch, against plain loops in
+// double. ThreadSanitizer runs this program, and mutation tests make it fail.
 //
-//   check [seeds [regime that is left out]]
+//   check [seeds [an algorithm to leave out]]
 //
 // Built with -DFUSEDRNN_CELL=Lstm|Gru -DFUSEDRNN_OPERAND=float|BFloat16|Float16. Every buffer ends
 // at a page that can't be touched.
@@ -13,371 +13,520 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <random>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "recurrent.cuh"
+#include "persistent_kernels.cuh"
 
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
 using Cell = scalar::FUSEDRNN_CELL;
-using S = FUSEDRNN_OPERAND;
-constexpr int G = Cell::kGates, A = Cell::kSaved, kPreacts = Cell::kPreacts;
+using Element = FUSEDRNN_OPERAND;
+constexpr int G = Cell::kGates, A = Cell::kSaved, S = Cell::kPreacts;
 
 namespace {
 
+// ---- buffers ------------------------------------------------------------------------------------
+
+/// Memory whose end is the end of a page. Never freed: a late access must fault too.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t size, T value = T{}) : size_(size) {
-    const size_t page = size_t(sysconf(_SC_PAGESIZE)), bytes = size * sizeof(T);
+  explicit Buffer(int64_t size, T value = T{}) : size_(size_t(size)) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), bytes = size_ * sizeof(T);
     const size_t pages = (bytes + page - 1) / page * page;
     auto* base = static_cast<unsigned char*>(
         mmap(nullptr, pages + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (pages && mprotect(base, pages, PROT_READ | PROT_WRITE)) std::abort();
     data_ = reinterpret_cast<T*>(base + pages - bytes);
-    std::fill_n(data_, size, value);
+    std::fill_n(data_, size_, value);
   }
   T* data() const { return data_; }
-  T& operator[](size_t i) const { return data_[i]; }
-  size_t size() const { return size_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+  int64_t size() const { return int64_t(size_); }
 
- private:  // never given back: a late access would not be seen else
+ private:
   size_t size_;
   T* data_;
 };
 
-const float kNan = std::nanf("");
+using Doubles = std::vector<double>;
 
 double rounded(double x) {
-  S s;
-  round_to(s, float(x));
-  return value_of(s);
+  Element e;
+  round_to(e, float(x));
+  return value_of(e);
 }
-
-struct Case {
-  const char* regime;
-  Precision precision;
-  int T, B, H, D;
-  const char* layout;
-  int multiprocessors;
-};
-
-struct Problem {
-  const Case& c;
-  std::mt19937 random;
-  std::vector<int64_t> lengths, position;
-  int64_t N;
-
-  Problem(const Case& c, unsigned seed) : c(c), random(seed), lengths(c.B, c.T) {
-    const bool packed = std::string(c.layout) == "packed";
-    if (std::string(c.layout) != "padded") {
-      for (auto& l : lengths) l = int64_t(random() % unsigned(c.T + !packed)) + packed;
-    }
-    if (packed) {
-      std::sort(lengths.rbegin(), lengths.rend());
-      lengths[0] = c.T;
-    }
-    position.push_back(0);
-    for (int t = 0; t < c.T; ++t) {
-      const auto size =
-          std::count_if(lengths.begin(), lengths.end(), [&](int64_t l) { return l > t; });
-      position.push_back(packed ? position.back() + size : int64_t(t + 1) * c.B);
-    }
-    N = position.back();
-  }
-  int64_t at(int64_t t, int64_t b) const { return position[t] + b; }
-  float next() { return float(int(random() % 2001) - 1000) / 1000; }
-  template <class V>
-  Buffer<V> values(size_t n, float scale = 1) {
-    Buffer<V> v(n);
-    for (size_t i = 0; i < n; ++i) round_to(v[i], next() * scale);
-    return v;
-  }
-};
-
-/// The worst error of `got`, taking NaN for infinite; skips positions that hold nothing.
-template <class V, class F>
-double worst(const Buffer<V>& got, const F& expected) {
-  double error = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double e = expected(i);
-    if (std::isnan(e)) continue;
-    const double difference = std::fabs(double(value_of(got[i])) - e);
-    error = std::isnan(difference) ? INFINITY : std::max(error, difference);
-  }
-  return error;
+/// Poison for results.
+Element element_nan() {
+  Element e;
+  round_to(e, std::nanf(""));
+  return e;
 }
-
-double dot(const S* w, int64_t stride, const double* x, int64_t n) {
+double dot(const Element* w, int64_t stride, const double* x, int64_t n) {
   double sum = 0;
   for (int64_t k = 0; k < n; ++k) sum += double(value_of(w[k * stride])) * x[k];
   return sum;
 }
 
-std::string status_text(int status) { return status ? emulator::last_error() : ""; }
+// ---- a problem ----------------------------------------------------------------------------------
 
-/// Runs one case, forward and back; returns what is wrong with it.
-std::string run(const Case& c, unsigned seed) {
-  Problem p(c, seed);
-  const int64_t T = c.T, B = c.B, H = c.H, D = c.D, N = p.N;
-  const bool step = std::string(c.regime) == "step";
-  const bool packed = std::string(c.layout) == "packed";
-  emulator::set({seed, c.multiprocessors, c.multiprocessors});
-  const auto weight = p.values<S>(size_t(D * G * H * H), 1.5f / std::sqrt(float(H)));
-  // One element more than is used, so that it is not aligned to more than one.
-  const auto bias_ih = p.values<S>(size_t(D * G * H + 1)), bias_hh = p.values<S>(size_t(D * G * H));
-  const auto x = p.values<float>(size_t(D * N * G * H));
-  const auto h0 = p.values<float>(size_t(D * B * H)), c0 = p.values<float>(size_t(D * B * H));
-  const auto dy = p.values<float>(size_t(N * D * H));
-  const auto dh_n = p.values<float>(size_t(D * B * H)), dc_n = p.values<float>(size_t(D * B * H));
-  Buffer<int64_t> lengths(p.lengths.size()), position(p.position.size());
-  std::copy(p.lengths.begin(), p.lengths.end(), lengths.data());
-  std::copy(p.position.begin(), p.position.end(), position.data());
+struct Case {
+  Algorithm algorithm;
+  Precision precision;
+  int T, B, H, D;
+  const char* layout;  ///< padded, packed or lengths
+  int multiprocessors;
+};
 
-  // What should come out.
-  const auto nan = [](int64_t n) { return std::vector<double>(size_t(n), std::nan("")); };
-  std::vector<double> y = nan(N * D * H), h_n = nan(D * B * H), c_n = h_n,
-                      saved = nan(D * N * A * H);
-  std::vector<double> dgates = nan(D * N * kPreacts * H), h_previous = nan(D * N * H);
-  std::vector<double> dh0 = nan(D * B * H), dc0 = dh0;
-  for (int64_t d = 0; d < D; ++d) {
-    const S* w = weight.data() + d * G * H * H;
-    for (int64_t b = 0; b < B; ++b) {
-      std::vector<double> h(h0.data() + (d * B + b) * H, h0.data() + (d * B + b + 1) * H),
-          state = h;
-      if (Cell::kHasCellState) {
-        state.assign(c0.data() + (d * B + b) * H, c0.data() + (d * B + b + 1) * H);
-      }
-      std::vector<int64_t> times;
-      for (int64_t t = 0; t < p.lengths[b]; ++t) times.push_back(t);
-      if (d == 1) std::reverse(times.begin(), times.end());
-      for (const int64_t t : times) {
-        std::vector<double> operand(h.size()), next(h.size());
-        std::transform(h.begin(), h.end(), operand.begin(), rounded);
-        for (int64_t u = 0; u < H; ++u) {
-          double sum[kPreacts] = {}, kept[A];
-          for (int g = 0; g < G; ++g) {
-            const int64_t row = g * H + u;
-            sum[Cell::input_preact[g]] += x[size_t((d * N + p.at(t, b)) * G * H + row)] +
-                                          value_of(bias_ih[size_t(d * G * H + row)]);
-            sum[Cell::hidden_preact[g]] +=
-                dot(w + row * H, 1, operand.data(), H) + value_of(bias_hh[size_t(d * G * H + row)]);
-          }
-          next[u] = Cell::forward(sum, state[u], kept);
-          for (int a = 0; a < A; ++a) saved[((d * N + p.at(t, b)) * A + a) * H + u] = kept[a];
-          y[(p.at(t, b) * D + d) * H + u] = next[u];
-        }
-        for (int64_t u = 0; u < H; ++u) h_previous[(d * N + p.at(t, b)) * H + u] = operand[u];
-        h = next;
-      }
-      for (int64_t u = 0; u < H; ++u) {
-        h_n[(d * B + b) * H + u] = h[u];
-        c_n[(d * B + b) * H + u] = state[u];
-      }
-      // Back.
-      std::vector<double> dh(dh_n.data() + (d * B + b) * H, dh_n.data() + (d * B + b + 1) * H);
-      std::vector<double> dstate(h.size());
-      if (Cell::kHasCellState) {
-        dstate.assign(dc_n.data() + (d * B + b) * H, dc_n.data() + (d * B + b + 1) * H);
-      }
-      for (size_t i = times.size(); i-- > 0;) {
-        const int64_t t = times[i];
-        std::vector<double> fed(size_t(G * H));
-        for (int64_t u = 0; u < H; ++u) {
-          double kept[A], dgate[kPreacts];
-          for (int a = 0; a < A; ++a) kept[a] = saved[((d * N + p.at(t, b)) * A + a) * H + u];
-          const int64_t from = i ? p.at(times[i - 1], b) : 0;
-          const double before = i ? saved[((d * N + from) * A + Cell::kSavedState) * H + u]
-                                  : (!Cell::kHasCellState ? h0 : c0)[size_t((d * B + b) * H + u)];
-          Cell::backward(kept, before, dh[u] + dy[size_t((p.at(t, b) * D + d) * H + u)], dstate[u],
-                         dgate);
-          for (int s = 0; s < kPreacts; ++s)
-            dgates[((d * N + p.at(t, b)) * kPreacts + s) * H + u] = dgate[s];
-          for (int g = 0; g < G; ++g) fed[g * H + u] = rounded(dgate[Cell::hidden_preact[g]]);
-        }
-        for (int64_t u = 0; u < H; ++u) dh[u] = dot(w + u, H, fed.data(), G * H);
-      }
-      for (int64_t u = 0; u < H; ++u) {
-        dh0[(d * B + b) * H + u] = dh[u] + (!Cell::kHasCellState ? dstate[u] : 0);
-        dc0[(d * B + b) * H + u] = dstate[u];
+/// The sequences of a case and the order of their steps.
+struct Batch {
+  std::vector<int64_t> row_lengths, offsets;  ///< [B], [T + 1]
+  bool packed;
+  int64_t tokens;
+
+  Batch(const Case& c, std::mt19937& random) : row_lengths(size_t(c.B), c.T) {
+    packed = std::string(c.layout) == "packed";
+    if (std::string(c.layout) != "padded") {
+      for (auto& l : row_lengths) l = int64_t(random() % unsigned(c.T + !packed)) + packed;
+    }
+    if (packed) {
+      std::sort(row_lengths.rbegin(), row_lengths.rend());
+      row_lengths[0] = c.T;
+    }
+    offsets.push_back(0);
+    for (int t = 0; t < c.T; ++t) {
+      const auto size =
+          std::count_if(row_lengths.begin(), row_lengths.end(), [&](int64_t l) { return l > t; });
+      offsets.push_back(packed ? offsets.back() + size : int64_t(t + 1) * c.B);
+    }
+    tokens = offsets.back();
+  }
+  int64_t token(int64_t t, int64_t b) const { return offsets[size_t(t)] + b; }
+  int64_t rows(int64_t t) const { return offsets[size_t(t) + 1] - offsets[size_t(t)]; }
+  /// The times of a row's steps in the order of direction d.
+  std::vector<int64_t> times(int64_t b, int64_t d) const {
+    std::vector<int64_t> times;
+    for (int64_t t = 0; t < row_lengths[size_t(b)]; ++t) times.push_back(t);
+    if (d == 1) std::reverse(times.begin(), times.end());
+    return times;
+  }
+};
+
+struct Problem {
+  const Case& c;
+  std::mt19937 random;
+  Batch batch;
+  int64_t T, B, H, D, N;
+  Buffer<int64_t> lengths, step_offset;
+  Buffer<Element> weight;  ///< [D, G*H, H]
+  /// [D, G*H]. bias_ih has one element more, so that it is not aligned to more than an element.
+  Buffer<Element> bias_ih, bias_hh;
+  Buffer<float> x_product;   ///< [D, N, G*H]
+  Buffer<float> h0, c0;      ///< [D, B, H]
+  Buffer<float> dy;          ///< [N, D, H]
+  Buffer<float> dh_n, dc_n;  ///< [D, B, H]
+
+  Problem(const Case& c, unsigned seed)
+      : c(c),
+        random(seed),
+        batch(c, random),
+        T(c.T),
+        B(c.B),
+        H(c.H),
+        D(c.D),
+        N(batch.tokens),
+        lengths(B),
+        step_offset(T + 1),
+        weight(values<Element>(D * G * H * H, 1.5f / std::sqrt(float(H)))),
+        bias_ih(values<Element>(D * G * H + 1)),
+        bias_hh(values<Element>(D * G * H)),
+        x_product(values<float>(D * N * G * H)),
+        h0(values<float>(D * B * H)),
+        c0(values<float>(D * B * H)),
+        dy(values<float>(N * D * H)),
+        dh_n(values<float>(D * B * H)),
+        dc_n(values<float>(D * B * H)) {
+    std::copy(batch.row_lengths.begin(), batch.row_lengths.end(), lengths.data());
+    std::copy(batch.offsets.begin(), batch.offsets.end(), step_offset.data());
+  }
+  template <class V>
+  Buffer<V> values(int64_t n, float scale = 1) {
+    Buffer<V> v(n);
+    for (int64_t i = 0; i < n; ++i) {
+      round_to(v[i], float(int(random() % 2001) - 1000) / 1000 * scale);
+    }
+    return v;
+  }
+  const Element* weight_of(int64_t d) const { return weight.data() + d * G * H * H; }
+  /// The part of a tensor [D, B, H].
+  template <class V>
+  V* of_direction(const Buffer<V>& state, int64_t d) const {
+    return state.data() + d * B * H;
+  }
+  /// The state before a direction's first step.
+  const Buffer<float>& initial_state() const { return Cell::kHasCellState ? c0 : h0; }
+  const int64_t* lengths_or_null() const { return batch.packed ? nullptr : lengths.data(); }
+};
+
+// ---- the expected results -----------------------------------------------------------------------
+
+/// Shapes as in params.h. NaN: not checked.
+struct Expected {
+  Doubles y, h_n, c_n, saved, dgates, h_previous, dh0, dc0;
+
+  explicit Expected(const Problem& p)
+      : y(size_t(p.N * p.D * p.H), std::nan("")),
+        h_n(size_t(p.D * p.B * p.H), std::nan("")),
+        c_n(h_n),
+        saved(size_t(p.D * p.N * A * p.H), std::nan("")),
+        dgates(size_t(p.D * p.N * S * p.H), std::nan("")),
+        h_previous(size_t(p.D * p.N * p.H), std::nan("")),
+        dh0(h_n),
+        dc0(h_n) {
+    for (int64_t d = 0; d < p.D; ++d) {
+      for (int64_t b = 0; b < p.B; ++b) {
+        forward(p, d, b);
+        backward(p, d, b);
       }
     }
   }
 
-  // What does.
-  Buffer<float> saved_in(saved.size());
-  for (size_t i = 0; i < saved.size(); ++i) saved_in[i] = float(saved[i]);
-  S poison;
-  round_to(poison, kNan);
-  Buffer<S> out_y(y.size(), poison), out_h_n(h_n.size(), poison);
-  Buffer<float> out_c_n(c_n.size(), kNan), out_saved(saved.size(), kNan);
-  Buffer<S> out_dgates(dgates.size()), out_h_previous(h_previous.size(), poison);
-  Buffer<float> out_dh0(dh0.size(), kNan), out_dc0(dc0.size(), kNan);
+ private:
+  /// A tensor's vector [H] for row b of direction d.
+  static Doubles row(const Problem& p, const Buffer<float>& state, int64_t d, int64_t b) {
+    const float* const begin = p.of_direction(state, d) + b * p.H;
+    return Doubles(begin, begin + p.H);
+  }
+
+  void forward(const Problem& p, int64_t d, int64_t b) {
+    const int64_t H = p.H;
+    Doubles h = row(p, p.h0, d, b), state = row(p, p.initial_state(), d, b);
+    for (const int64_t t : p.batch.times(b, d)) {
+      const int64_t token = p.batch.token(t, b), at = d * p.N + token;
+      Doubles operand(h.size()), next(h.size());
+      std::transform(h.begin(), h.end(), operand.begin(), rounded);
+      for (int64_t u = 0; u < H; ++u) {
+        double preact[S] = {}, of_unit[A];
+        for (int g = 0; g < G; ++g) {
+          const int64_t i = g * H + u;
+          preact[Cell::input_preact[g]] +=
+              p.x_product[at * G * H + i] + value_of(p.bias_ih[d * G * H + i]);
+          preact[Cell::hidden_preact[g]] += dot(p.weight_of(d) + i * H, 1, operand.data(), H) +
+                                            value_of(p.bias_hh[d * G * H + i]);
+        }
+        next[size_t(u)] = Cell::forward(preact, state[size_t(u)], of_unit);
+        for (int a = 0; a < A; ++a) saved[size_t((at * A + a) * H + u)] = of_unit[a];
+        y[size_t((token * p.D + d) * H + u)] = next[size_t(u)];
+        h_previous[size_t(at * H + u)] = operand[size_t(u)];
+      }
+      h = next;
+    }
+    std::copy(h.begin(), h.end(), h_n.begin() + (d * p.B + b) * H);
+    std::copy(state.begin(), state.end(), c_n.begin() + (d * p.B + b) * H);
+  }
+
+  void backward(const Problem& p, int64_t d, int64_t b) {
+    const int64_t H = p.H, first = (d * p.B + b) * H;
+    const std::vector<int64_t> times = p.batch.times(b, d);
+    Doubles dh = row(p, p.dh_n, d, b), dstate(dh.size());
+    if (Cell::kHasCellState) dstate = row(p, p.dc_n, d, b);
+    for (size_t i = times.size(); i-- > 0;) {
+      const int64_t token = p.batch.token(times[i], b), at = d * p.N + token;
+      const int64_t previous = i ? d * p.N + p.batch.token(times[i - 1], b) : -1;
+      Doubles dhidden(size_t(G * H));
+      for (int64_t u = 0; u < H; ++u) {
+        double of_unit[A], dgate[S];
+        for (int a = 0; a < A; ++a) of_unit[a] = saved[size_t((at * A + a) * H + u)];
+        const double state = previous >= 0
+                                 ? saved[size_t((previous * A + Cell::kSavedState) * H + u)]
+                                 : p.initial_state()[first + u];
+        Cell::backward(of_unit, state, dh[size_t(u)] + p.dy[(token * p.D + d) * H + u],
+                       dstate[size_t(u)], dgate);
+        for (int s = 0; s < S; ++s) dgates[size_t((at * S + s) * H + u)] = dgate[s];
+        for (int g = 0; g < G; ++g) {
+          dhidden[size_t(g * H + u)] = rounded(dgate[Cell::hidden_preact[g]]);
+        }
+      }
+      for (int64_t u = 0; u < H; ++u) {
+        dh[size_t(u)] = dot(p.weight_of(d) + u, H, dhidden.data(), G * H);
+      }
+    }
+    for (int64_t u = 0; u < H; ++u) {
+      dh0[size_t(first + u)] = dh[size_t(u)] + (!Cell::kHasCellState ? dstate[size_t(u)] : 0);
+      dc0[size_t(first + u)] = dstate[size_t(u)];
+    }
+  }
+};
+
+// ---- the kernels' results -----------------------------------------------------------------------
+
+struct Results {
+  Buffer<Element> y, h_n;
+  Buffer<float> c_n, saved;
+  Buffer<float> expected_saved;  ///< read by the backward pass
+  Buffer<Element> dgates, h_previous;
+  Buffer<float> dh0, dc0;
+
+  Results(const Problem& p, const Expected& expected)
+      : y(p.N * p.D * p.H, element_nan()),
+        h_n(p.D * p.B * p.H, element_nan()),
+        c_n(p.D * p.B * p.H, std::nanf("")),
+        saved(p.D * p.N * A * p.H, std::nanf("")),
+        expected_saved(saved.size()),
+        dgates(p.D * p.N * S * p.H),
+        h_previous(p.D * p.N * p.H, element_nan()),
+        dh0(p.D * p.B * p.H, std::nanf("")),
+        dc0(p.D * p.B * p.H, std::nanf("")) {
+    std::copy(expected.saved.begin(), expected.saved.end(), expected_saved.data());
+  }
+};
+
+std::string error_of(int status) { return status ? emulator::last_error() : ""; }
+
+PersistentParams common_params(const Problem& p, const LaunchPlan& plan) {
+  PersistentParams params;
+  params.steps = p.c.T;
+  params.rows = p.c.B;
+  params.hidden_size = p.c.H;
+  params.directions = p.c.D;
+  params.tile_rows = int(plan.tile_rows);
+  params.lengths = p.lengths_or_null();
+  params.step_offset = p.batch.packed ? p.step_offset.data() : nullptr;
+  params.arrivals = Buffer<uint32_t>(p.D * plan.groups).data();
+  return params;
+}
+
+Element* new_exchange(const LaunchPlan& plan, int64_t values) {
+  return Buffer<Element>(2 * plan.groups * plan.tile_rows * values * plan.max_units).data();
+}
+
+PersistentForwardParams<Element> forward_params(const Problem& p, const Results& r,
+                                                const LaunchPlan& plan) {
+  PersistentForwardParams<Element> params;
+  static_cast<PersistentParams&>(params) = common_params(p, plan);
+  params.y_stride = p.D * p.H;
+  params.h0_stride = params.c0_stride = p.H;
+  for (int64_t d = 0; d < p.D; ++d) {
+    params.direction[d] = {p.weight_of(d),
+                           p.bias_ih.data() + d * G * p.H,
+                           p.bias_hh.data() + d * G * p.H,
+                           p.x_product.data() + d * p.N * G * p.H,
+                           p.of_direction(p.h0, d),
+                           p.of_direction(p.c0, d),
+                           r.y.data() + d * p.H,
+                           p.of_direction(r.h_n, d),
+                           p.of_direction(r.c_n, d),
+                           r.saved.data() + d * p.N * A * p.H,
+                           new_exchange(plan, 1)};
+  }
+  return params;
+}
+
+PersistentBackwardParams<Element> backward_params(const Problem& p, const Results& r,
+                                                  const LaunchPlan& plan) {
+  PersistentBackwardParams<Element> params;
+  static_cast<PersistentParams&>(params) = common_params(p, plan);
+  params.dy_stride = p.D * p.H;
+  params.h0_stride = params.c0_stride = p.H;
+  for (int64_t d = 0; d < p.D; ++d) {
+    params.direction[d] = {p.weight_of(d),
+                           r.expected_saved.data() + d * p.N * A * p.H,
+                           p.of_direction(p.h0, d),
+                           p.of_direction(p.c0, d),
+                           p.dy.data() + d * p.H,
+                           p.of_direction(p.dh_n, d),
+                           Cell::kHasCellState ? p.of_direction(p.dc_n, d) : nullptr,
+                           r.dgates.data() + d * p.N * S * p.H,
+                           r.h_previous.data() + d * p.N * p.H,
+                           p.of_direction(r.dh0, d),
+                           p.of_direction(r.dc0, d),
+                           new_exchange(plan, G)};
+  }
+  return params;
+}
+
+std::string run_persistent(const Problem& p, const Results& r) {
+  // The kernels of this cell alone: fewer to compile.
+  const auto& kernels = persistent_kernels_of<Element>(0, scalar::CellList<Cell>());
+  PlanProblem problem;
+  problem.steps = p.T;
+  problem.rows = p.B;
+  problem.hidden_size = p.H;
+  problem.directions = p.D;
+  problem.precision = p.c.precision;
+  problem.multiprocessors = p.c.multiprocessors;
+  problem.requested = p.c.algorithm;
+  const LaunchPlan forward = plan_forward(problem, &kernels);
+  const LaunchPlan backward = plan_backward(problem, &kernels);
+  int status = kernels.forward(forward_params(p, r, forward), forward, nullptr);
+  if (!status) status = kernels.backward(backward_params(p, r, backward), backward, nullptr);
+  return error_of(status);
+}
+
+/// The stepwise kernels of one direction, with GEMMs in plain loops between them.
+class Stepwise {
+ public:
+  Stepwise(const Problem& p, const Results& r, int64_t d)
+      : p_(p), r_(r), d_(d), h_(p.B * p.H), state_(p.B * p.H), dh_(p.B * p.H) {}
+
+  int run() {
+    int status = 0;
+    const int64_t size = p_.B * p_.H, first = d_ * size;
+    for (int64_t i = 0; i < size; ++i) {
+      round_to(h_[i], p_.h0[first + i]);
+      state_[i] = p_.initial_state()[first + i];
+    }
+    for (int64_t i = 0; i < p_.T && !status; ++i) status = forward(i);
+    for (int64_t i = 0; i < size; ++i) {
+      r_.h_n[first + i] = h_[i];
+      r_.c_n[first + i] = state_[i];
+      dh_[i] = p_.dh_n[first + i];
+      state_[i] = Cell::kHasCellState ? p_.dc_n[first + i] : 0;
+    }
+    Buffer<float> product(size);
+    for (int64_t i = p_.T - 1; i >= 0 && !status; --i) status = backward(i, product);
+    for (int64_t i = 0; i < size; ++i) {
+      r_.dh0[first + i] = dh_[i] + product[i] + (!Cell::kHasCellState ? state_[i] : 0);
+      r_.dc0[first + i] = state_[i];
+    }
+    return status;
+  }
+
+ private:
+  int64_t time(int64_t i) const { return i < 0 ? -1 : d_ ? p_.T - 1 - i : i; }
+  /// The token of row 0, in tensors of all directions.
+  int64_t token(int64_t t) const { return d_ * p_.N + p_.batch.token(t, 0); }
+  StepRows rows(int64_t t) const { return {p_.batch.rows(t), t, p_.lengths_or_null()}; }
+
+  /// product [rows, n] = operands [rows, k] w^T, w [n, k] with these strides.
+  static void multiply(const Buffer<float>& product, const Buffer<Element>& operands,
+                       const Element* w, int64_t rows, int64_t n, int64_t k, int64_t n_stride,
+                       int64_t k_stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+      Doubles operand(static_cast<size_t>(k));
+      for (int64_t j = 0; j < k; ++j) operand[size_t(j)] = value_of(operands[row * k + j]);
+      for (int64_t i = 0; i < n; ++i) {
+        product[row * n + i] = float(dot(w + i * n_stride, k_stride, operand.data(), k));
+      }
+    }
+  }
+
+  int forward(int64_t i) {
+    const int64_t H = p_.H, t = time(i);
+    ForwardStepParams<Element> s;
+    static_cast<StepRows&>(s) = rows(t);
+    const Buffer<float> h_product(p_.B * G * H);
+    multiply(h_product, h_, p_.weight_of(d_), s.rows, G * H, H, H, 1);
+    s.hidden_size = H;
+    s.x_product = p_.x_product.data() + token(t) * G * H;
+    s.h_product = h_product.data();
+    s.bias_ih = p_.bias_ih.data() + d_ * G * H;
+    s.bias_hh = p_.bias_hh.data() + d_ * G * H;
+    s.state = state_.data();
+    s.h = h_.data();
+    s.y = r_.y.data() + (p_.batch.token(t, 0) * p_.D + d_) * H;
+    s.y_stride = p_.D * H;
+    s.saved = r_.saved.data() + token(t) * A * H;
+    return kernels().forward(s, nullptr);
+  }
+
+  int backward(int64_t i, const Buffer<float>& product) {
+    const int64_t H = p_.H, t = time(i);
+    BackwardStepParams<Element> s;
+    static_cast<StepRows&>(s) = rows(t);
+    s.previous = time(i - 1);
+    s.previous_rows = s.previous < 0 ? 0 : p_.batch.rows(s.previous);
+    s.dy = p_.dy.data() + (p_.batch.token(t, 0) * p_.D + d_) * H;
+    s.dy_stride = p_.D * H;
+    s.product = product.data();
+    s.dh = dh_.data();
+    s.hidden_size = H;
+    s.saved = r_.expected_saved.data() + token(t) * A * H;
+    s.previous_saved = r_.expected_saved.data() + token(std::max<int64_t>(s.previous, 0)) * A * H;
+    s.h0 = p_.of_direction(p_.h0, d_);
+    s.c0 = p_.of_direction(p_.c0, d_);
+    s.h0_stride = s.c0_stride = H;
+    s.dstate = state_.data();
+    s.dgates = r_.dgates.data() + token(t) * S * H;
+    s.dhidden = dhidden_.data();
+    s.h_previous = r_.h_previous.data() + token(t) * H;
+    const int status = kernels().backward(s, nullptr);
+    multiply(product, dhidden_, p_.weight_of(d_), s.rows, H, G * H, 1, H);
+    return status;
+  }
+
+  static const StepKernels<Element>& kernels() {
+    return step_kernels<Element>(scalar::Cells::index_of<Cell>());
+  }
+
+  const Problem& p_;
+  const Results& r_;
+  const int64_t d_;
+  Buffer<Element> h_;
+  Buffer<float> state_, dh_;
+  Buffer<Element> dhidden_{p_.B * G * p_.H};
+};
+
+std::string run_stepwise(const Problem& p, const Results& r) {
   int status = 0;
-  if (!step) {
-    const std::string regime = c.regime;
-    const auto cut_for = [&](bool backward) {
-      if (regime != "cluster") {
-        return cut_of(T, B, H, D, sizeof(S), c.multiprocessors, regime == "grid");
-      }
-      const Cut cut = cluster_cut_of(T, B, H, sizeof(S));
-      return spread(cut, B, D, recurrent_clusters<Cell, S>(cut, backward, c.precision));
-    };
-    const Cut cut = cut_for(false), back = cut_for(true);
-    const Reach reach = regime == "alone"     ? Reach::cta
-                        : regime == "cluster" ? Reach::cluster
-                                              : Reach::grid;
-    if (cut.groups == 0 || cut.reach != reach) return "the case has another cut";
-    const auto set = [&](Recurrence& r, const Cut& cut) {
-      r.steps = int(T);
-      r.rows = int(B);
-      r.hidden_size = int(H);
-      r.directions = int(D);
-      r.tile_rows = int(cut.tile_rows);
-      r.lengths = packed ? nullptr : lengths.data();
-      r.position = packed ? position.data() : nullptr;
-      r.arrivals = Buffer<uint32_t>(size_t(D * cut.groups)).data();
-    };
-    const auto exchange = [&](int64_t parts) {
-      return Buffer<S>(size_t(2 * cut.groups * cut.tile_rows * parts * cut.depth)).data();
-    };
-    RecurrentForward<S> f;
-    RecurrentBackward<S> r;
-    set(f, cut);
-    set(r, back);
-    f.y_stride = r.dy_stride = D * H;
-    f.h0_stride = f.c0_stride = r.h0_stride = r.c0_stride = H;
-    for (int64_t d = 0; d < D; ++d) {
-      const auto state = [&](const Buffer<float>& s) { return s.data() + d * B * H; };
-      f.direction[d] = {weight.data() + d * G * H * H,
-                        bias_ih.data() + d * G * H,
-                        bias_hh.data() + d * G * H,
-                        x.data() + d * N * G * H,
-                        state(h0),
-                        state(c0),
-                        out_y.data() + d * H,
-                        out_h_n.data() + d * B * H,
-                        state(out_c_n),
-                        out_saved.data() + d * N * A * H,
-                        exchange(1)};
-      r.direction[d] = {weight.data() + d * G * H * H,
-                        saved_in.data() + d * N * A * H,
-                        state(h0),
-                        state(c0),
-                        dy.data() + d * H,
-                        state(dh_n),
-                        !Cell::kHasCellState ? nullptr : state(dc_n),
-                        out_dgates.data() + d * N * kPreacts * H,
-                        out_h_previous.data() + d * N * H,
-                        state(out_dh0),
-                        state(out_dc0),
-                        exchange(G)};
-    }
-    status = recurrent_forward<Cell>(f, cut, c.precision, nullptr);
-    if (!status) status = recurrent_backward<Cell>(r, back, c.precision, nullptr);
-  } else {
-    for (int64_t d = 0; d < D && !status; ++d) {
-      const S* w = weight.data() + d * G * H * H;
-      Buffer<S> h(size_t(B * H));
-      Buffer<float> state(size_t(B * H)), product(size_t(B * G * H)), dh(size_t(B * H));
-      Buffer<float> back(size_t(B * H));
-      Buffer<S> dhidden(size_t(B * G * H));
-      for (int64_t i = 0; i < B * H; ++i) {
-        round_to(h[i], h0[size_t(d * B * H + i)]);
-        state[i] = (!Cell::kHasCellState ? h0 : c0)[size_t(d * B * H + i)];
-      }
-      const auto rows_of = [&](int64_t t) { return p.position[t + 1] - p.position[t]; };
-      const auto time = [&](int64_t i) { return i < 0 ? -1 : d ? T - 1 - i : i; };
-      for (int64_t i = 0; i < T && !status; ++i) {
-        ForwardStep<S> s;
-        s.t = time(i);
-        s.rows = rows_of(s.t);
-        for (int64_t j = 0; j < s.rows * G * H; ++j) {
-          std::vector<double> operand(static_cast<size_t>(H));
-          for (int64_t k = 0; k < H; ++k) operand[k] = value_of(h[j / (G * H) * H + k]);
-          product[j] = float(dot(w + j % (G * H) * H, 1, operand.data(), H));
-        }
-        s.lengths = packed ? nullptr : lengths.data();
-        s.hidden_size = H;
-        s.x_product = x.data() + (d * N + p.position[s.t]) * G * H;
-        s.h_product = product.data();
-        s.bias_ih = bias_ih.data() + d * G * H;
-        s.bias_hh = bias_hh.data() + d * G * H;
-        s.state = state.data();
-        s.h = h.data();
-        s.y = out_y.data() + (p.position[s.t] * D + d) * H;
-        s.y_stride = D * H;
-        s.saved = out_saved.data() + (d * N + p.position[s.t]) * A * H;
-        status = forward_step<Cell>(s, nullptr);
-      }
-      for (int64_t i = 0; i < B * H; ++i) {
-        out_h_n[size_t(d * B * H + i)] = h[i];
-        out_c_n[size_t(d * B * H + i)] = state[i];
-        dh[i] = dh_n[size_t(d * B * H + i)];
-        state[i] = !Cell::kHasCellState ? 0 : dc_n[size_t(d * B * H + i)];
-      }
-      for (int64_t i = T - 1; i >= 0 && !status; --i) {
-        BackwardStep<S> s;
-        s.t = time(i);
-        s.before = time(i - 1);
-        s.rows = rows_of(s.t);
-        s.rows_before = s.before < 0 ? 0 : rows_of(s.before);
-        s.lengths = packed ? nullptr : lengths.data();
-        s.hidden_size = H;
-        s.saved = saved_in.data() + (d * N + p.position[s.t]) * A * H;
-        s.saved_before =
-            saved_in.data() + (d * N + p.position[std::max<int64_t>(s.before, 0)]) * A * H;
-        s.h0 = h0.data() + d * B * H;
-        s.c0 = c0.data() + d * B * H;
-        s.h0_stride = s.c0_stride = H;
-        s.dy = dy.data() + (p.position[s.t] * D + d) * H;
-        s.dy_stride = D * H;
-        s.product = back.data();
-        s.dh = dh.data();
-        s.dstate = state.data();
-        s.dgates = out_dgates.data() + (d * N + p.position[s.t]) * kPreacts * H;
-        s.dhidden = dhidden.data();
-        s.h_previous = out_h_previous.data() + (d * N + p.position[s.t]) * H;
-        status = backward_step<Cell>(s, nullptr);
-        for (int64_t j = 0; j < s.rows * H; ++j) {
-          std::vector<double> fed(static_cast<size_t>(G * H));
-          for (int64_t k = 0; k < G * H; ++k) fed[k] = value_of(dhidden[j / H * G * H + k]);
-          back[j] = float(dot(w + j % H, H, fed.data(), G * H));
-        }
-      }
-      for (int64_t i = 0; i < B * H; ++i) {
-        out_dh0[size_t(d * B * H + i)] = dh[i] + back[i] + (!Cell::kHasCellState ? state[i] : 0);
-        out_dc0[size_t(d * B * H + i)] = state[i];
-      }
-    }
-  }
-  if (status) return status_text(status);
+  for (int64_t d = 0; d < p.D && !status; ++d) status = Stepwise(p, r, d).run();
+  return error_of(status);
+}
 
-  const double unit = sizeof(S) == 4 ? (c.precision == Precision::tf32 && !step ? 1e-3 : 1e-6)
-                      : std::is_same_v<S, BFloat16> ? 8e-3
-                                                    : 1e-3;
-  const auto of = [](const std::vector<double>& v) { return [&v](size_t i) { return v[i]; }; };
+// ---- comparison ---------------------------------------------------------------------------------
+
+/// The largest error; infinite where a result is NaN.
+template <class V>
+double largest_error(const Buffer<V>& found, const Doubles& expected) {
+  double largest = 0;
+  for (int64_t i = 0; i < found.size(); ++i) {
+    const double e = expected[size_t(i)];
+    if (std::isnan(e)) continue;
+    const double error = std::fabs(double(value_of(found[i])) - e);
+    largest = std::isnan(error) ? INFINITY : std::max(largest, error);
+  }
+  return largest;
+}
+
+/// About one rounding of the operands.
+double unit_of(const Case& c) {
+  if (std::is_same_v<Element, BFloat16>) return 8e-3;
+  if (std::is_same_v<Element, Float16>) return 1e-3;
+  return c.precision == Precision::tf32 && c.algorithm != Algorithm::stepwise ? 1e-3 : 1e-6;
+}
+
+/// Runs one case, forward and backward; returns its error, empty if there is none.
+std::string run(const Case& c, unsigned seed) {
+  emulator::set({seed, c.multiprocessors, c.multiprocessors});
+  const Problem p(c, seed);
+  const Expected expected(p);
+  const Results found(p, expected);
+  const std::string failure =
+      c.algorithm == Algorithm::stepwise ? run_stepwise(p, found) : run_persistent(p, found);
+  if (!failure.empty()) return failure;
   const struct {
     const char* name;
     double error;
-  } errors[] = {{"y", worst(out_y, of(y))},
-                {"h_n", worst(out_h_n, of(h_n))},
-                {"c_n", worst(out_c_n, of(c_n))},
-                {"saved", worst(out_saved, of(saved))},
-                {"dgates", worst(out_dgates, of(dgates))},
-                {"h_previous", worst(out_h_previous, of(h_previous))},
-                {"dh0", worst(out_dh0, of(dh0))},
-                {"dc0", worst(out_dc0, of(dc0))}};
+  } errors[] = {{"y", largest_error(found.y, expected.y)},
+                {"h_n", largest_error(found.h_n, expected.h_n)},
+                {"c_n", largest_error(found.c_n, expected.c_n)},
+                {"saved", largest_error(found.saved, expected.saved)},
+                {"dgates", largest_error(found.dgates, expected.dgates)},
+                {"h_previous", largest_error(found.h_previous, expected.h_previous)},
+                {"dh0", largest_error(found.dh0, expected.dh0)},
+                {"dc0", largest_error(found.dc0, expected.dc0)}};
   for (const auto& [name, error] : errors) {
-    if (!(error < 10 * unit))
+    if (!(error < 10 * unit_of(c))) {
       return std::string("wrong ") + name + ": error " + std::to_string(error);
+    }
   }
   return "";
 }
+
+// ---- the program --------------------------------------------------------------------------------
 
 void on_fault(int signal) {
   const std::string_view text = signal == SIGILL ? "FAILED: a misaligned access\n"
@@ -386,12 +535,8 @@ void on_fault(int signal) {
   _exit(written > 0 ? 1 : 2);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int seeds = argc > 1 ? std::atoi(argv[1]) : 1;
-  const std::string left_out = argc > 2 ? argv[2] : "";
-  // Not on the stack of the fiber, which may be what was left.
+void catch_faults() {
+  // Not on the fiber's stack, whose end may be the fault.
   stack_t stack = {};
   stack.ss_size = 64 * 1024;
   stack.ss_sp = std::malloc(stack.ss_size);
@@ -400,32 +545,49 @@ int main(int argc, char** argv) {
   action.sa_handler = on_fault;
   action.sa_flags = SA_ONSTACK;
   for (const int signal : {SIGSEGV, SIGBUS, SIGILL}) sigaction(signal, &action, nullptr);
+}
 
-  // Alone: all units in one CTA. Grid: two or three CTAs a group; tiles of one and of two products.
-  const Precision own = sizeof(S) == 4 ? Precision::ieee : Precision::tf32;
+std::vector<Case> all_cases() {
+  constexpr Algorithm step = Algorithm::stepwise, cta = Algorithm::persistent_cta;
+  constexpr Algorithm grid = Algorithm::persistent_grid, cluster = Algorithm::persistent_cluster;
+  const Precision own = sizeof(Element) == 4 ? Precision::ieee : Precision::tf32;
+  constexpr Precision tf32 = Precision::tf32;
   std::vector<Case> cases = {
-      {"step", own, 3, 5, 7, 2, "padded", 8},    {"step", own, 4, 3, 8, 2, "packed", 8},
-      {"step", own, 4, 3, 4, 2, "lengths", 8},   {"alone", own, 3, 3, 21, 1, "padded", 8},
-      {"alone", own, 4, 17, 8, 2, "lengths", 8}, {"grid", own, 3, 3, 21, 2, "padded", 8},
-      {"grid", own, 4, 20, 18, 1, "packed", 2},  {"grid", own, 4, 20, 18, 1, "lengths", 4},
+      {step, own, 3, 5, 7, 2, "padded", 8},
+      {step, own, 4, 3, 8, 2, "packed", 8},
+      {step, own, 4, 3, 4, 2, "lengths", 8},
+      {cta, own, 3, 3, 21, 1, "padded", 8},
+      {cta, own, 4, 17, 8, 2, "lengths", 8},
+      // Two or three CTAs a group; tiles of one chunk and of two.
+      {grid, own, 3, 3, 21, 2, "padded", 8},
+      {grid, own, 4, 20, 18, 1, "packed", 2},
+      {grid, own, 4, 20, 18, 1, "lengths", 4},
+      // Two or three CTAs a cluster; tiles of two chunks where few clusters find room.
+      {cluster, tf32, 3, 3, 21, 2, "padded", 8},
+      {cluster, tf32, 5, 20, 40, 1, "packed", 2},
+      {cluster, tf32, 4, 12, 70, 2, "lengths", 6},
   };
-  // Clusters of two and three CTAs; tiles of one chunk, and of two where few clusters find room.
-  const Case clusters[] = {
-      {"cluster", Precision::tf32, 3, 3, 21, 2, "padded", 8},
-      {"cluster", Precision::tf32, 5, 20, 40, 1, "packed", 2},
-      {"cluster", Precision::tf32, 4, 12, 70, 2, "lengths", 6},
-  };
-  cases.insert(cases.end(), std::begin(clusters), std::end(clusters));
-  if (sizeof(S) == 4) {
-    cases.push_back({"alone", Precision::tf32, 3, 3, 21, 1, "padded", 8});
-    cases.push_back({"grid", Precision::tf32, 3, 20, 18, 2, "lengths", 4});
+  if (sizeof(Element) == 4) {
+    cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8});
+    cases.push_back({grid, tf32, 3, 20, 18, 2, "lengths", 4});
   }
+  return cases;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int seeds = argc > 1 ? std::atoi(argv[1]) : 1;
+  const std::string left_out = argc > 2 ? argv[2] : "";
+  catch_faults();
+  const std::vector<Case> cases = all_cases();
   for (int seed = 0; seed < seeds; ++seed) {
     for (const Case& c : cases) {
-      const std::string wrong = c.regime == left_out ? "" : run(c, unsigned(seed));
+      if (name_of(c.algorithm) == left_out) continue;
+      const std::string wrong = run(c, unsigned(seed));
       if (wrong.empty()) continue;
-      std::printf("FAILED: %s, %s, T %d, B %d, H %d, D %d, seed %d: %s\n", c.regime, c.layout, c.T,
-                  c.B, c.H, c.D, seed, wrong.c_str());
+      std::printf("FAILED: %s, %s, T %d, B %d, H %d, D %d, seed %d: %s\n", name_of(c.algorithm),
+                  c.layout, c.T, c.B, c.H, c.D, seed, wrong.c_str());
       return 1;
     }
   }

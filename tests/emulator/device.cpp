@@ -9,24 +9,27 @@
 #include <string_view>
 
 #include "../../csrc/cuda/gemm.h"
-#include "../../csrc/cuda/primitives.cuh"
+#include "../../csrc/cuda/ptx.cuh"
 
 namespace fusedrnn::cuda {
 
-struct Device::Guard {};
-Device::Device(const Tensor&) : multiprocessors(emulator::settings().multiprocessors) {}
-Device::~Device() = default;
+namespace {
+Precision asked_precision() {
+  const char* asked = std::getenv("FUSEDRNN_EMULATOR_PRECISION");
+  return asked && std::string_view(asked) == "tf32" ? Precision::tf32 : Precision::ieee;
+}
+}  // namespace
+
+struct LaunchContext::Guard {};
+LaunchContext::LaunchContext(const Tensor&)
+    : multiprocessors(emulator::settings().multiprocessors), precision(asked_precision()) {}
+LaunchContext::~LaunchContext() = default;
 
 void check(int status) { TORCH_CHECK(status == 0, emulator::last_error()); }
 bool launched(int status) {
   if (status == emulator::kNoRoom) return false;
   check(status);
   return true;
-}
-
-Precision rnn_precision() {
-  const char* asked = std::getenv("FUSEDRNN_EMULATOR_PRECISION");
-  return asked && std::string_view(asked) == "tf32" ? Precision::tf32 : Precision::ieee;
 }
 
 namespace {
@@ -46,7 +49,7 @@ Tensor operand_of(const GemmMatrix& m, int64_t rows, int64_t columns) {
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision) {
   if (is_empty_gemm(out, a, add)) return;
   const Gemm gemm(out, a, b);
-  // As on a GPU: operands of a half type, sums of float32.
+  // As on a GPU: half types accumulate in float32.
   const at::ScalarType type = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor result = columns_of(gemm.out, gemm.m, gemm.n);
   Tensor product = at::mm(operand_of(gemm.b, gemm.m, gemm.k).to(type),

@@ -1,9 +1,11 @@
-// The scheduler of the emulator: fibers, their waits, and what can be said when they wait for ever.
+// The emulator's scheduler: fibers, their waits, and reports of deadlocks.
 //
-// What makes a wrong kernel fail here, where on a GPU it might pass for months: schedules differ
-// from launch to launch (see Order), shared memory begins as NaN and ends at a page that can't be
-// touched, it is gone when its CTA is, no more CTAs run together than a launch asks for, and a
-// launch that can't go on ends with a report of who waits where.
+// A wrong kernel fails here, though it might pass for months on a GPU:
+//   - Schedules differ from launch to launch (see Order).
+//   - Shared memory begins as NaN, ends at a page that can't be touched, and is unmapped with its
+//   CTA.
+//   - No more CTAs run together than a launch asks for.
+//   - A launch that can't go on ends with a report of the waiting threads.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -17,7 +19,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/primitives.cuh"
+#include "../../csrc/cuda/ptx.cuh"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -25,7 +27,7 @@
 
 Index3 threadIdx, blockIdx, gridDim;
 
-// ThreadSanitizer's interface, where the program is linked with it.
+// ThreadSanitizer's interface; null in a program without it.
 extern "C" {
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void* __tsan_create_fiber(unsigned);
@@ -55,7 +57,7 @@ struct Context {
   void* stack_pointer = nullptr;
 };
 extern "C" void fusedrnn_switch(void** save, void* to);
-// Keeps what the calling convention says a function must keep, on the stack that it leaves.
+// Saves the callee-saved registers on the stack that it leaves.
 asm(R"(
 .text
 .type fusedrnn_switch, @function
@@ -102,7 +104,7 @@ void make_context(Context& context, unsigned char* stack, size_t size, void (*en
 
 const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 
-/// Memory with pages that can't be touched on both sides; what is asked for ends at the second.
+/// Memory between two pages that can't be touched. It ends at the second.
 class Guarded {
  public:
   explicit Guarded(size_t size) : size_(size), pages_((size + kPage - 1) / kPage * kPage) {
@@ -136,20 +138,20 @@ struct Fiber {
   unsigned thread = 0;
   State state = State::ready;
   Where where = {"start", 0};
-  size_t place = 0;  ///< in the list of its state
+  size_t place = 0;  ///< index in the list of its state
   bool starved = false;
   void* tsan = nullptr;
   std::unique_ptr<Guarded> stack;
 };
 
-/// Threads that wait for each other: a CTA's or a warp's.
+/// A barrier of a warp, a CTA or a cluster.
 struct Barrier {
   unsigned size = 0, gone = 0;
   std::vector<Fiber*> waiting;
 
   void expect(unsigned threads) {
     size = threads;
-    waiting.reserve(threads);  // what grows later, ThreadSanitizer takes for the kernel's
+    waiting.reserve(threads);  // ThreadSanitizer would count later growth as the kernel's
   }
 };
 
@@ -159,25 +161,25 @@ struct Warp {
   alignas(64) unsigned char slots[2][32 * 64];
 };
 
-/// CTAs that run together and write into each other's shared memory; where a launch asks for none,
-/// each CTA is one by itself.
+/// CTAs that run together and write into each other's shared memory. Without clusters each CTA has
+/// its own.
 struct Cluster {
   Barrier barrier;
   std::vector<Cta*> ctas;  ///< null where one is gone
 };
 
-/// A mailbox: it ends a phase when it has been told what to expect and all that has come.
-struct Box {
-  uint64_t phases = 0;  ///< that have ended
-  bool told = false;    ///< in this phase
-  int64_t missing = 0;  ///< bytes, less than none before it is told
+/// A transaction barrier. A phase completes when its bytes are announced and have all arrived.
+struct TxBarrier {
+  uint64_t phases = 0;     ///< completed
+  bool announced = false;  ///< in this phase
+  int64_t pending = 0;     ///< bytes to come; negative if some arrived before the announcement
   std::vector<Fiber*> waiting = {};
 };
 
 struct Cta {
   Index3 index;
   std::shared_ptr<Cluster> cluster;
-  std::map<size_t, Box> boxes;  ///< by where they are in shared memory
+  std::map<size_t, TxBarrier> tx_barriers;  ///< by offset in shared memory
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<Fiber*> fibers;
@@ -185,21 +187,21 @@ struct Cta {
   unsigned gone = 0;
 };
 
-/// Who is next, of those who can go on.
+/// How the next thread is chosen among those that can go on.
 enum class Order {
   random,        ///< any thread
-  warps,         ///< the lanes of a warp, as long as one can go on; then any other warp
+  warps,         ///< the lanes of a warp while one can go on, then any other warp
   in_turn,       ///< the one that has waited longest
   last_first,    ///< the one that became ready last
-  starving_cta,  ///< random, but for the threads of one CTA, which go when nothing else can
+  starving_cta,  ///< random, except that one CTA's threads go on only if no others can
   starving_warp,
   kCount
 };
 
-/// What is on its way to another CTA.
+/// An asynchronous store that has not arrived yet.
 struct Message {
   Cta* to;
-  size_t at, box;  ///< in its shared memory
+  size_t at, barrier;  ///< offsets in its shared memory
   unsigned char data[16];
   unsigned bytes;
 };
@@ -218,8 +220,8 @@ struct Launch {
   void* main_tsan = nullptr;
   Fiber* current = nullptr;
   size_t alive = 0, idle_polls = 0;
-  std::vector<Message> mail = {};
-  bool late_mail = false;  ///< it comes when nothing else can go on
+  std::vector<Message> in_flight = {};
+  bool late_stores = false;  ///< they arrive when nothing else can go on
   std::string error = {};
 };
 
@@ -258,7 +260,7 @@ void switch_to(Fiber* f) {
   if (has_tsan) __tsan_switch_to_fiber(f->tsan, 1);
   switch_context(active->main, f->context);
 }
-/// Back to the scheduler, until it chooses this fiber again.
+/// Returns to the scheduler until it chooses this fiber again.
 void leave(State state, Where where) {
   Fiber* f = active->current;
   f->where = where;
@@ -303,7 +305,7 @@ void arrive(Barrier& barrier, Where where, bool orders) {
   } else {
     for (Fiber* f : barrier.waiting) put_in(f, State::ready);
     barrier.waiting.clear();
-    leave(State::ready, where);  // the last to come is not always the first to go on
+    leave(State::ready, where);  // the last to arrive need not be the first to go on
   }
   if (orders) acquire(&barrier);
 }
@@ -311,7 +313,7 @@ void arrive(Barrier& barrier, Where where, bool orders) {
 Warp& own_warp() { return active->current->cta->warps[active->current->thread / 32]; }
 
 void enter() {
-  for (;;) {  // a fiber is used again, from here, when its thread has ended
+  for (;;) {  // a fiber whose thread has ended is reused from here
     Launch& l = *active;
     Fiber* const f = l.current;
     l.thread(l.kernel, f->cta->shared->data());
@@ -384,8 +386,8 @@ void start_cta(Index3 index, const std::shared_ptr<Cluster>& cluster) {
   l.ctas.push_back(std::move(cta));
 }
 
-/// Keeps the fiber of a thread that has ended, but for ThreadSanitizer, to which each thread is a
-/// new one; of other threads only the stack is of use.
+/// Keeps the fiber of an ended thread, and of an aborted thread only the stack. With
+/// ThreadSanitizer it keeps only stacks: each thread is a new fiber there.
 void give_back(Fiber* f) {
   if (has_tsan) {
     __tsan_destroy_fiber(f->tsan);
@@ -446,43 +448,44 @@ void report_deadlock() {
   fail(text);
 }
 
-void end_phase(Box& box) {
-  if (!box.told || box.missing != 0) return;
-  box.told = false;
-  ++box.phases;
-  for (Fiber* f : box.waiting) put_in(f, State::ready);
-  box.waiting.clear();
+void complete_phase(TxBarrier& barrier) {
+  if (!barrier.announced || barrier.pending != 0) return;
+  barrier.announced = false;
+  ++barrier.phases;
+  for (Fiber* f : barrier.waiting) put_in(f, State::ready);
+  barrier.waiting.clear();
 }
 
-/// Where something of the running CTA is in its shared memory.
-size_t place_of(const void* p, size_t bytes, Where where) {
+/// The offset of `bytes` at p in the shared memory of the running CTA.
+size_t offset_of(const void* p, size_t bytes, Where where) {
   const Guarded& shared = *active->current->cta->shared;
   const auto at = size_t(static_cast<const unsigned char*>(p) - shared.data());
   if (at + bytes > shared.size() || at % bytes) {
-    fail_here("no place in shared memory, or one that is not aligned", where);
+    fail_here("no address in shared memory, or a misaligned one", where);
   }
   return at;
 }
-Box& own_box(void* p, Where where) {
-  std::map<size_t, Box>& boxes = active->current->cta->boxes;
-  const auto box = boxes.find(place_of(p, sizeof(uint64_t), where));
-  if (box == boxes.end()) fail_here("a mailbox that nobody has opened", where);
-  return box->second;
+TxBarrier& own_barrier(void* p, Where where) {
+  std::map<size_t, TxBarrier>& barriers = active->current->cta->tx_barriers;
+  const auto found = barriers.find(offset_of(p, sizeof(uint64_t), where));
+  if (found == barriers.end()) fail_here("a barrier that was not initialised", where);
+  return found->second;
 }
 
-/// One message, any of those on their way, comes.
+/// Any one of the stores in flight arrives.
 void deliver() {
   Launch& l = *active;
-  std::swap(l.mail[l.random() % l.mail.size()], l.mail.back());
-  const Message m = l.mail.back();
-  l.mail.pop_back();
+  std::swap(l.in_flight[l.random() % l.in_flight.size()], l.in_flight.back());
+  const Message m = l.in_flight.back();
+  l.in_flight.pop_back();
   l.idle_polls = 0;
   for (unsigned i = 0; i < m.bytes; ++i) m.to->shared->data()[m.at + i] = m.data[i];
-  const auto box = m.to->boxes.find(m.box);
-  if (box == m.to->boxes.end()) return fail("mail for a box that nobody has opened");
-  box->second.missing -= m.bytes;
-  if (box->second.told && box->second.missing < 0) fail("more mail than was expected");
-  end_phase(box->second);
+  const auto found = m.to->tx_barriers.find(m.barrier);
+  if (found == m.to->tx_barriers.end()) return fail("bytes for a barrier that was not initialised");
+  TxBarrier& barrier = found->second;
+  barrier.pending -= m.bytes;
+  if (barrier.announced && barrier.pending < 0) fail("more bytes than announced");
+  complete_phase(barrier);
 }
 
 void run_all() {
@@ -506,20 +509,20 @@ void run_all() {
     }
     if (l.alive == 0 && waiting.empty()) return;
     const bool idle = l.ready.empty() && l.starved.empty();
-    if (!l.mail.empty() && (idle || (!l.late_mail && l.random() % 2))) {
+    if (!l.in_flight.empty() && (idle || (!l.late_stores && l.random() % 2))) {
       deliver();
       if (!l.error.empty()) return;
       continue;
     }
-    // Each that polls has looked again, and all that it could wait for waits too.
+    // Every polling thread has polled again, and all other threads wait.
     if (idle && l.idle_polls >= 2 * l.polling.size()) return report_deadlock();
     switch_to(next());
     if (!l.error.empty()) return;
     Cta* const cta = l.current->cta;
-    if (cta->gone == l.threads) {  // its shared memory goes with it
-      if (std::any_of(l.mail.begin(), l.mail.end(),
+    if (cta->gone == l.threads) {  // unmaps its shared memory
+      if (std::any_of(l.in_flight.begin(), l.in_flight.end(),
                       [&](const Message& m) { return m.to == cta; })) {
-        return fail("mail is on its way to a CTA that has left the kernel");
+        return fail("a store is in flight to a CTA that has left the kernel");
       }
       acquire(&l);
       l.current = nullptr;
@@ -535,12 +538,12 @@ void run_all() {
 }  // namespace
 
 std::vector<Kernel>& all_kernels() {
-  static std::vector<Kernel> all;  // its first user is an initialiser
+  static std::vector<Kernel> all;  // initialisers of other files use it
   return all;
 }
 
 size_t add_kernel(const char* name) {
-  // Of "static const char* fusedrnn::cuda::Place<Kernel>::name() [with Kernel = ...]", the dots.
+  // The dots in "static const char* fusedrnn::cuda::Place<Kernel>::name() [with Kernel = ...]".
   std::string text = name;
   const size_t begin = text.find("Kernel = ");
   if (begin != std::string::npos) text = text.substr(begin + 9, text.rfind(']') - begin - 9);
@@ -558,7 +561,7 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
            size_t place) {
   const std::lock_guard<std::mutex> lock(mutex);
   const uint64_t total = uint64_t(grid.x) * grid.y * grid.z;
-  // The limits of a device of compute capability 8.0 and up, for clusters of 9.0.
+  // The limits of compute capability 8.0, or 9.0 for clusters.
   if (threads == 0 || threads > 1024 || total == 0 || grid.y > 65535 || grid.z > 65535 ||
       grid.x > 0x7fffffffu || grid.shared > (grid.cluster ? 227 : 99) * 1024u ||
       grid.cluster > 16 || grid.cluster == 1 || (grid.cluster && grid.x % grid.cluster)) {
@@ -575,10 +578,10 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
   ++all_kernels()[place].launches;
   ++counted.launches;
   l.order = Order(l.random() % uint64_t(Order::kCount));
-  l.late_mail = l.random() % 4 == 0;
+  l.late_stores = l.random() % 4 == 0;
   if (has_tsan) l.main_tsan = __tsan_get_current_fiber();
   gridDim = {grid.x, grid.y, grid.z};
-  if (grid.cluster) l.mail.reserve(1 << 16);  // as for Barrier's
+  if (grid.cluster) l.in_flight.reserve(1 << 16);  // as in Barrier::expect
   active = &l;
   run_all();
   for (const auto& cta : l.ctas) {
@@ -594,45 +597,48 @@ void sync_warp(Where where) { arrive(own_warp().barrier, where, true); }
 void pause(Where where) { leave(State::polling, where); }
 void sync_cluster(Where where) { arrive(active->current->cta->cluster->barrier, where, true); }
 
-void open(void* p, Where where) {
-  active->current->cta->boxes[place_of(p, sizeof(uint64_t), where)].waiting.reserve(
-      active->threads);  // as for Barrier's
+void barrier_init(void* p, Where where) {
+  active->current->cta->tx_barriers[offset_of(p, sizeof(uint64_t), where)].waiting.reserve(
+      active->threads);  // as in Barrier::expect
 }
-void expect(void* p, uint32_t bytes, Where where) {
-  Box& box = own_box(p, where);
-  if (box.told) fail_here("a mailbox that is told twice what to expect", where);
+void barrier_arrive_and_expect_tx(void* p, uint32_t bytes, Where where) {
+  TxBarrier& barrier = own_barrier(p, where);
+  if (barrier.announced) fail_here("bytes announced twice in a phase", where);
   release(p);
-  box.told = true;
-  box.missing += bytes;
-  if (box.missing < 0) fail_here("more mail than was expected", where);
-  end_phase(box);
+  barrier.announced = true;
+  barrier.pending += bytes;
+  if (barrier.pending < 0) fail_here("more bytes than announced", where);
+  complete_phase(barrier);
 }
-void wait_for(void* p, uint32_t phase, Where where) {
-  Box& box = own_box(p, where);
+void barrier_wait(void* p, uint32_t phase, Where where) {
+  TxBarrier& barrier = own_barrier(p, where);
   ++counted.waits;
-  // As mbarrier.test_wait.parity: done is a phase of the other parity than the one that goes on.
-  while (box.phases % 2 == phase) {
-    box.waiting.push_back(active->current);
+  // As mbarrier.test_wait.parity: a phase of the other parity than the current one is complete.
+  while (barrier.phases % 2 == phase) {
+    barrier.waiting.push_back(active->current);
     leave(State::waiting, where);
   }
   acquire(p);
 }
-void send(const void* data, unsigned bytes, void* to, void* box, unsigned cta, Where where) {
+void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigned cta,
+              Where where) {
   const std::vector<Cta*>& ctas = active->current->cta->cluster->ctas;
-  if (ctas.size() < 2) fail_here("mail in a cluster of one CTA, which PTX does not define", where);
-  if (cta >= ctas.size()) fail_here("mail to a CTA that is not of the cluster", where);
-  if (!ctas[cta]) fail_here("mail to a CTA that has left the kernel", where);
-  const size_t at = place_of(to, bytes, where), of_box = place_of(box, sizeof(uint64_t), where);
-  Message m = {ctas[cta], at, of_box, {}, bytes};
+  if (ctas.size() < 2) fail_here("a store in a cluster of one CTA is undefined in PTX", where);
+  if (cta >= ctas.size()) fail_here("a store to a CTA outside of the cluster", where);
+  if (!ctas[cta]) fail_here("a store to a CTA that has left the kernel", where);
+  const size_t at = offset_of(to, bytes, where);
+  const size_t barrier_at = offset_of(barrier, sizeof(uint64_t), where);
+  Message m = {ctas[cta], at, barrier_at, {}, bytes};
   for (unsigned i = 0; i < bytes; ++i) m.data[i] = static_cast<const unsigned char*>(data)[i];
-  // To ThreadSanitizer the sender writes now, and whoever finds the box complete has waited for it.
+  // For ThreadSanitizer the sender writes now. A thread that finds the phase complete has waited
+  // for it.
   unsigned char* const shared = ctas[cta]->shared->data();
   if (has_tsan) {
-    __tsan_read8(shared + of_box);
+    __tsan_read8(shared + barrier_at);
     __tsan_write_range(shared + at, bytes);
   }
-  release(shared + of_box);
-  active->mail.push_back(m);
+  release(shared + barrier_at);
+  active->in_flight.push_back(m);
 }
 
 const unsigned char* exchange(const void* own, unsigned bytes, Where where) {

@@ -1,8 +1,8 @@
-// What csrc/cuda/primitives.cuh is on a GPU, for the host's compiler: a CUDA thread is a fiber, and
-// a scheduler (emulator.cpp) runs the fibers of a launch one at a time on the calling thread.
+// The twins of csrc/cuda/launch.cuh and ptx.cuh for the host's compiler. A CUDA thread is a fiber.
+// A scheduler (emulator.cpp) runs the fibers of a launch one at a time on the calling thread.
 //
-// The functions here are inlined into the kernels' files, so that ThreadSanitizer, which knows
-// fibers, sees the kernels' own accesses; what emulator.cpp does itself it does not see.
+// These functions are inlined into the kernels' files. ThreadSanitizer, which knows fibers, then
+// sees the kernels' own accesses, and does not see the work of emulator.cpp.
 #pragma once
 
 #include <cstdint>
@@ -22,24 +22,24 @@ namespace fusedrnn::emulator {
 /// How the fibers of a launch take turns, and on what device.
 struct Settings {
   uint64_t seed = 0;        ///< of all launches from now on, each of which takes another schedule
-  int multiprocessors = 8;  ///< what the device says that it has
-  int room = 8;             ///< the CTAs that can run together
+  int multiprocessors = 8;  ///< as the device reports
+  int room = 8;             ///< CTAs that can run together
 };
 void set(const Settings& settings);
 const Settings& settings();
 
-/// What a launch returns whose CTAs can't run together, as CUDA does.
+/// The status of a launch whose CTAs can't run together, the same as CUDA's.
 constexpr int kNoRoom = 720;
 
-/// What was wrong with the last launch that failed.
+/// The error of the last launch that failed.
 const char* last_error();
-/// The kernels that this program has, each with the times that it was launched.
+/// The program's kernels and how often each was launched.
 struct Kernel {
   std::string name;
   uint64_t launches;
 };
 const std::vector<Kernel>& kernels();
-size_t add_kernel(const char* name);  ///< returns its place among them
+size_t add_kernel(const char* name);  ///< returns its index
 
 /// CTAs and waits of all launches so far.
 struct Counts {
@@ -47,7 +47,7 @@ struct Counts {
 };
 Counts counts();
 
-/// Where in the kernel a thread is, for reports.
+/// A thread's position in the kernel, for reports.
 struct Where {
   const char* what;
   int line;
@@ -60,21 +60,21 @@ void sync_cluster(Where where);
 void sync_cta(Where where);
 void sync_warp(Where where);
 void pause(Where where);
-/// Waits until all lanes of the warp are here with `bytes` of theirs; returns those of all 32, 64
-/// bytes apart. It orders nothing else.
+/// Waits until every lane of the warp has brought `bytes`. Returns the bytes of all 32 lanes, 64
+/// bytes apart. Orders nothing else.
 const unsigned char* exchange(const void* own, unsigned bytes, Where where);
 
-/// Mailboxes, known by their address. What is sent comes some time later, in any order.
-void open(void* box, Where where);
-void expect(void* box, uint32_t bytes, Where where);
-void wait_for(void* box, uint32_t phase, Where where);
-void send(const void* data, unsigned bytes, void* to, void* box, unsigned cta, Where where);
+/// Transaction barriers, known by their address. Stores arrive some time later, in any order.
+void barrier_init(void* barrier, Where where);
+void barrier_arrive_and_expect_tx(void* barrier, uint32_t bytes, Where where);
+void barrier_wait(void* barrier, uint32_t phase, Where where);
+void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigned cta, Where where);
 
 }  // namespace fusedrnn::emulator
 
 namespace fusedrnn::cuda {
 
-/// Where a kernel is among emulator::kernels(), from before the program begins.
+/// A kernel's index in emulator::kernels(), set before the program begins.
 template <class Kernel>
 struct Place {
   static const char* name() { return __PRETTY_FUNCTION__; }
@@ -91,7 +91,7 @@ int launch(const Kernel& kernel, const Grid& grid, void*) {
       Place<Kernel>::value);
 }
 
-/// All of the emulated device's room.
+/// As many as the emulated device has room for.
 template <class Kernel>
 int active_clusters(const Grid& grid) {
   return grid.cluster < 2 || grid.cluster > 16 ? 0 : emulator::settings().room / int(grid.cluster);
@@ -108,23 +108,24 @@ inline void pause(int line = __builtin_LINE()) { emulator::pause({"pause", line}
 inline void sync_cluster(int line = __builtin_LINE()) {
   emulator::sync_cluster({"sync_cluster", line});
 }
-struct alignas(8) Mailbox {
+struct alignas(8) TransactionBarrier {
   uint64_t state;
+
+  void init(int line = __builtin_LINE()) {
+    state = 0;
+    emulator::barrier_init(this, {"init", line});
+  }
+  void arrive_and_expect_tx(uint32_t bytes, int line = __builtin_LINE()) {
+    emulator::barrier_arrive_and_expect_tx(this, bytes, {"arrive_and_expect_tx", line});
+  }
+  void wait(uint32_t phase, int line = __builtin_LINE()) {
+    emulator::barrier_wait(this, phase, {"wait", line});
+  }
 };
-inline void open(Mailbox* box, int line = __builtin_LINE()) {
-  box->state = 0;
-  emulator::open(box, {"open", line});
-}
-inline void expect(Mailbox* box, uint32_t bytes, int line = __builtin_LINE()) {
-  emulator::expect(box, bytes, {"expect", line});
-}
-inline void wait_for(Mailbox* box, uint32_t phase, int line = __builtin_LINE()) {
-  emulator::wait_for(box, phase, {"wait_for", line});
-}
-inline void send(float a, float b, float* to, Mailbox* box, unsigned cta,
-                 int line = __builtin_LINE()) {
+inline void st_async(float a, float b, float* to, TransactionBarrier* barrier, unsigned cta,
+                     int line = __builtin_LINE()) {
   const float both[2] = {a, b};
-  emulator::send(both, sizeof(both), to, box, cta, {"send", line});
+  emulator::st_async(both, sizeof(both), to, barrier, cta, {"st_async", line});
 }
 
 inline uint32_t shuffle(uint32_t value, int from, int line = __builtin_LINE()) {
@@ -141,10 +142,10 @@ inline float shuffle_xor(float value, int mask, int line = __builtin_LINE()) {
 struct alignas(16) Words {
   uint32_t word[4];
 };
-inline Words load_shared_by_ctas(const void* p) { return *static_cast<const Words*>(p); }
-inline void send(const Words& w, void* to, Mailbox* box, unsigned cta,
-                 int line = __builtin_LINE()) {
-  emulator::send(w.word, sizeof(w.word), to, box, cta, {"send", line});
+inline Words load_cg(const void* p) { return *static_cast<const Words*>(p); }
+inline void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta,
+                     int line = __builtin_LINE()) {
+  emulator::st_async(w.word, sizeof(w.word), to, barrier, cta, {"st_async", line});
 }
 
 inline float float_of(uint32_t bits) {
@@ -196,39 +197,48 @@ inline uint32_t tf32_of(float x) {
 
 inline float reciprocal(float x) { return 1 / x; }
 
-/// The value that a register of a fragment holds at `place` of those in it.
-template <class S>
+/// The value at `place` among those in a fragment's register.
+template <class Element>
 float element(uint32_t word, int place) {
-  if constexpr (sizeof(S) == 2) {
-    return value_of(S{uint16_t(place ? word >> 16 : word)});
+  if constexpr (sizeof(Element) == 2) {
+    return value_of(Element{uint16_t(place ? word >> 16 : word)});
   } else {
-    return float_of(word & 0xffffe000u);  // what the tensor cores read of a float
+    return float_of(word & 0xffffe000u);  // tensor cores read no more of a float
   }
 }
 
-template <class S>
+template <class Element>
 void mma_m16n8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                       int line = __builtin_LINE()) {
+               emulator::Where where) {
   const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const unsigned char* all = emulator::exchange(own, sizeof(own), {"mma_m16n8", line});
+  const unsigned char* all = emulator::exchange(own, sizeof(own), where);
   const auto word = [&](int lane, int i) {
     uint32_t w;
     std::memcpy(&w, all + 64 * lane + 4 * i, sizeof(w));
     return w;
   };
-  constexpr int per_word = 4 / int(sizeof(S));
+  constexpr int per_word = 4 / int(sizeof(Element));
   const int lane = int(threadIdx.x % 32), r = lane / 4, q = lane % 4;
-  for (int half = 0; half < 2; ++half) {  // of the depth
+  for (int half = 0; half < 2; ++half) {  // of K
     for (int from = 0; from < 4; ++from) {
       for (int place = 0; place < per_word; ++place) {
-        const float b[2] = {element<S>(word(4 * (2 * q) + from, 4 + half), place),
-                            element<S>(word(4 * (2 * q + 1) + from, 4 + half), place)};
+        const float b[2] = {element<Element>(word(4 * (2 * q) + from, 4 + half), place),
+                            element<Element>(word(4 * (2 * q + 1) + from, 4 + half), place)};
         for (int i = 0; i < 4; ++i) {
-          c[i] += element<S>(word(4 * r + from, 2 * half + i / 2), place) * b[i % 2];
+          c[i] += element<Element>(word(4 * r + from, 2 * half + i / 2), place) * b[i % 2];
         }
       }
     }
   }
+}
+template <class Element>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  int line = __builtin_LINE()) {
+  mma_m16n8<Element>(c, a, b0, b1, {"mma_m16n8k16", line});
+}
+inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                        int line = __builtin_LINE()) {
+  mma_m16n8<float>(c, a, b0, b1, {"mma_m16n8k8", line});
 }
 
 }  // namespace fusedrnn::cuda

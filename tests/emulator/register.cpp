@@ -2,8 +2,8 @@
 #include <torch/library.h>
 
 #include "../../csrc/cuda/device.h"
-#include "../../csrc/cuda/layer_cuda.h"
-#include "../../csrc/cuda/primitives.cuh"
+#include "../../csrc/cuda/ops_cuda.h"
+#include "../../csrc/cuda/ptx.cuh"
 
 namespace {
 
@@ -35,6 +35,7 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("set(int seed, int multiprocessors, int? room=None) -> ()", &set);
   m.def("counts() -> int[]", &counts);
   m.def("kernels() -> str[]", &kernels);
+  m.def("_cuda_algorithm() -> str", &fusedrnn::cuda::last_algorithm);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()", &multiply);
   fusedrnn::scalar::Cells::for_each([&](auto cell) {
     for (const std::string& name :

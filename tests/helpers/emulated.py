@@ -69,13 +69,14 @@ def build_ops() -> Path:
     standard = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else "c++17"
     torch_flags = [f"-std={standard}", f"-I{EMULATOR}", *(f"-I{p}" for p in include_paths())]
     torch_flags.append(f"-DFUSEDRNN_TORCH_VERSION={torch.__version__}")
+    cuda = ROOT / "csrc" / "cuda"
     host = [
         ROOT / "csrc" / "layer.cpp",
-        ROOT / "csrc" / "cuda" / "layer_cuda.cpp",
+        *(cuda / f"{name}.cpp" for name in ("ops_cuda", "persistent", "stepwise")),
         EMULATOR / "device.cpp",
         EMULATOR / "register.cpp",
     ]
-    kernels = [*KERNELS, ROOT / "csrc" / "cuda" / "cut.cpp", EMULATOR / "emulator.cpp"]
+    kernels = [*KERNELS, cuda / "plan.cpp", EMULATOR / "emulator.cpp"]
     objects = compile_all(
         [*((p, torch_flags) for p in host), *((p, kernel_flags()) for p in kernels)], BUILD / "ops"
     )

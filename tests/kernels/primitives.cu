@@ -1,10 +1,11 @@
-// Every primitive of csrc/cuda/primitives.cuh by itself: a line each, exit 1 if one is wrong.
+// Every function of csrc/cuda/launch.cuh and ptx.cuh by itself: a line each, exit 1 if one is
+// wrong.
 //
 //   nvcc -std=c++17 --expt-relaxed-constexpr -arch=native -Icsrc tests/kernels/primitives.cu
 //   g++ -std=c++17 -Icsrc -Itests/emulator -x c++ tests/*/{primitives.cu,emulator.cpp}
 //
-// The second is of the emulator, so that what it says of the kernels holds on a GPU.
-#include "cuda/primitives.cuh"
+// The second tests the emulator: its functions must do the same as the GPU's.
+#include "cuda/ptx.cuh"
 
 #include <algorithm>
 #include <cmath>
@@ -35,7 +36,7 @@ int multiprocessors() {
 }
 const char* why(int status) { return cudaGetErrorString(cudaError_t(status)); }
 
-/// `size` elements on the device, and what they are to begin with.
+/// Elements on the device with initial values.
 template <class T>
 class Memory {
  public:
@@ -95,7 +96,7 @@ void report(const char* name, size_t wrong, size_t of, const char* first = "") {
 
 // ---- launching ----------------------------------------------------------------------------------
 
-/// A place in the grid for each thread, from an argument of almost 4 KB.
+/// Each thread writes its position in the grid, with an argument of almost 4 KB.
 struct Places {
   static constexpr int kThreads = 96;
   uint32_t* out;
@@ -128,7 +129,7 @@ void test_launch() {
     }
   }
   report("launch", wrong, i);
-  // What no device has room for is an error, not a launch. (An error that is not sticky.)
+  // A launch without room is an error, which is not sticky.
   const size_t accepted = (launch(kernel, {1, 1, 1, 8 << 20}, nullptr) == 0) +
                           (launch(kernel, {100000, 1, 1, 0, true}, nullptr) == 0);
 #ifdef __CUDACC__
@@ -137,7 +138,7 @@ void test_launch() {
   report("launch, errors", accepted, 2);
 }
 
-/// Shared memory: each thread writes words, and reads those of another, end to end.
+/// Each thread writes words of shared memory and reads another thread's, from end to end.
 struct SharedMemory {
   static constexpr int kThreads = 256;
   uint32_t* out;
@@ -154,7 +155,7 @@ struct SharedMemory {
 };
 
 void test_shared_memory() {
-  for (const int bytes : {1024, 48 * 1024, 96 * 1024}) {  // over 48 KB it has to be asked for
+  for (const int bytes : {1024, 48 * 1024, 96 * 1024}) {  // more than 48 KB needs an attribute
     const int words = bytes / 4, ctas = 3;
     Memory<uint32_t> out(size_t(ctas) * words);
     if (!ran("shared memory", SharedMemory{out.data(), words}, {ctas, 1, 1, size_t(bytes)})) {
@@ -173,9 +174,9 @@ void test_shared_memory() {
   }
 }
 
-// ---- threads that wait for each other -----------------------------------------------------------
+// ---- synchronisation ----------------------------------------------------------------------------
 
-/// Rounds in which each thread reads what another wrote: of its warp, or of the CTA.
+/// In each round a thread reads a value written by another of its warp or CTA.
 template <bool kWarp>
 struct Turns {
   static constexpr int kThreads = 256;
@@ -214,7 +215,7 @@ void test_turns(const char* name) {
   report(name, sum, wrong.values().size() * Turns<kWarp>::kRounds);
 }
 
-/// CTAs that all run at once and hand on 16 bytes a thread in each round, as recurrent.cuh does.
+/// CTAs that are all resident exchange 16 bytes a thread in each round, as exchange_grid.cuh does.
 struct Handshake {
   static constexpr int kThreads = 64;
   Words* exchange;  ///< [2, CTAs, kThreads]
@@ -229,10 +230,10 @@ struct Handshake {
     const uint32_t ctas = gridDim.x, thread = threadIdx.x;
     uint32_t count = 0;
     for (uint32_t round = 0; round < rounds; ++round) {
-      Words* const half = exchange + round % 2 * ctas * kThreads;
+      Words* const buffer = exchange + round % 2 * ctas * kThreads;
       Words own;
       for (int i = 0; i < 4; ++i) own.word[i] = value(round, blockIdx.x, thread, i);
-      half[blockIdx.x * kThreads + thread] = own;
+      buffer[blockIdx.x * kThreads + thread] = own;
       sync_cta();
       if (thread == 0) {
         add_release(arrivals, 1);
@@ -242,7 +243,7 @@ struct Handshake {
       for (uint32_t k = 1; k <= 3; ++k) {  // neighbours, the other end, and itself
         const uint32_t from = (blockIdx.x + (k == 3 ? ctas : k * (ctas / 2) + 1)) % ctas;
         const uint32_t other = (thread + 7 * k) % kThreads;
-        const Words w = load_shared_by_ctas(half + from * kThreads + other);
+        const Words w = load_cg(buffer + from * kThreads + other);
         for (int i = 0; i < 4; ++i) count += w.word[i] != value(round, from, other, i);
       }
     }
@@ -254,7 +255,7 @@ void test_handshake() {
   const unsigned ctas = unsigned(multiprocessors()), rounds = 300;
   Memory<Words> exchange(size_t(2) * ctas * Handshake::kThreads);
   Memory<uint32_t> arrivals(1), wrong(ctas * Handshake::kThreads);
-  const char* const name = "load_acquire, add_release, pause, load_shared_by_ctas";
+  const char* const name = "load_acquire, add_release, pause, load_cg";
   const Handshake kernel{exchange.data(), arrivals.data(), wrong.data(), rounds};
   if (!ran(name, kernel, {ctas, 1, 1, 0, true})) return;
   size_t sum = arrivals.values()[0] != ctas * rounds;
@@ -264,7 +265,7 @@ void test_handshake() {
 
 // ---- clusters -----------------------------------------------------------------------------------
 
-/// Rounds in which each thread reads what one of another CTA of the cluster wrote.
+/// In each round a thread reads a value written in another CTA of the cluster.
 struct ClusterTurns : UsesClusters {
   static constexpr int kThreads = 64, kRounds = 20;
   uint32_t* values;  ///< [CTAs, kThreads]
@@ -297,37 +298,38 @@ struct AllToAll : UsesClusters {
     return uint32_t(round) * 2654435761u + cta * 4096 + thread * 8 + uint32_t(i);
   }
   static size_t shared_bytes(unsigned size) {
-    return 2 * size * kThreads * (sizeof(Words) + 2 * sizeof(float)) + 2 * sizeof(Mailbox);
+    return 2 * size * kThreads * (sizeof(Words) + 2 * sizeof(float)) +
+           2 * sizeof(TransactionBarrier);
   }
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
-    const int half = int(size) * kThreads;
-    Words* const words = reinterpret_cast<Words*>(memory);            // [2, size, kThreads]
-    float* const pairs = reinterpret_cast<float*>(words + 2 * half);  // [2, size, kThreads, 2]
-    Mailbox* const boxes = reinterpret_cast<Mailbox*>(pairs + 4 * half);
-    const uint32_t bytes = uint32_t(half) * (sizeof(Words) + 2 * sizeof(float));
+    const int buffer = int(size) * kThreads;
+    Words* const words = reinterpret_cast<Words*>(memory);              // [2, size, kThreads]
+    float* const pairs = reinterpret_cast<float*>(words + 2 * buffer);  // [2, size, kThreads, 2]
+    auto* const barriers = reinterpret_cast<TransactionBarrier*>(pairs + 4 * buffer);
+    const uint32_t bytes = uint32_t(buffer) * (sizeof(Words) + 2 * sizeof(float));
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; ++i) open(boxes + i);
-      expect(boxes, bytes);
+      for (int i = 0; i < 2; ++i) barriers[i].init();
+      barriers[0].arrive_and_expect_tx(bytes);
     }
     sync_cluster();
     const unsigned rank = blockIdx.x % size, thread = threadIdx.x;
     uint32_t count = 0;
     for (int round = 0; round < rounds; ++round) {
-      const int at = round % 2 * half + int(rank * kThreads + thread);
-      Mailbox* const box = boxes + round % 2;
-      // Of the next round; some of its mail may come before it is told.
-      if (thread == 0 && round + 1 < rounds) expect(boxes + (round + 1) % 2, bytes);
+      const int at = round % 2 * buffer + int(rank * kThreads + thread);
+      TransactionBarrier* const barrier = barriers + round % 2;
+      // For the next round, some of whose bytes may have arrived before.
+      if (thread == 0 && round + 1 < rounds) barriers[(round + 1) % 2].arrive_and_expect_tx(bytes);
       Words own;
       for (int i = 0; i < 4; ++i) own.word[i] = value(round, rank, thread, i);
       const float a = float(round + 1000 * int(thread)), b = float(rank) + 0.5f;
       for (unsigned cta = 0; cta < size; ++cta) {
-        send(own, words + at, box, cta);
-        send(a, b, pairs + 2 * at, box, cta);
+        st_async(own, words + at, barrier, cta);
+        st_async(a, b, pairs + 2 * at, barrier, cta);
       }
-      wait_for(box, uint32_t(round / 2 % 2));
+      barrier->wait(uint32_t(round / 2 % 2));
       for (unsigned cta = 0; cta < size; ++cta) {
         const unsigned other = (thread + 7 * cta + unsigned(round)) % kThreads;
-        const int from = round % 2 * half + int(cta * kThreads + other);
+        const int from = round % 2 * buffer + int(cta * kThreads + other);
         for (int i = 0; i < 4; ++i) count += words[from].word[i] != value(round, cta, other, i);
         count += pairs[2 * from] != float(round + 1000 * int(other));
         count += pairs[2 * from + 1] != float(cta) + 0.5f;
@@ -353,7 +355,7 @@ void test_clusters() {
     size_t sum = 0;
     for (const uint32_t w : wrong.values()) sum += w;
     report(name, sum, threads * ClusterTurns::kRounds);
-    std::snprintf(name, sizeof(name), "open, expect, send, wait_for, %u CTAs", size);
+    std::snprintf(name, sizeof(name), "TransactionBarrier, st_async, %u CTAs", size);
     const int rounds = 100;
     if (!ran(name, AllToAll{{}, wrong.data(), size, rounds}, all)) return;
     sum = 0;
@@ -379,7 +381,7 @@ struct Shuffle {
   }
 };
 
-/// Each lane another's value, by a pattern that is no exclusive or.
+/// Each lane reads another's value, by a pattern that is no exclusive or.
 struct ShuffleFrom {
   static constexpr int kThreads = 64;
   uint32_t* out;  ///< [32, kThreads]
@@ -433,37 +435,41 @@ FUSEDRNN_DEVICE uint32_t word_of(const float* at, int next, Float16) {
 }
 FUSEDRNN_DEVICE uint32_t word_of(const float* at, int, float) { return tf32_of(at[0]); }
 
-/// c += a b for two warps with matrices of their own; the fragments as primitives.cuh says.
-template <class S>
-struct MultiplyAdd {
-  static constexpr int kThreads = 64, kPer = 4 / int(sizeof(S)), kDepth = 8 * kPer;
-  const float* a;  ///< [2, 16, kDepth]
-  const float* b;  ///< [2, kDepth, 8]
+/// c += a b for two warps with matrices of their own; fragments as in ptx.cuh.
+template <class Element>
+struct Mma {
+  static constexpr int kThreads = 64, kPer = 4 / int(sizeof(Element)), kK = 8 * kPer;
+  const float* a;  ///< [2, 16, kK]
+  const float* b;  ///< [2, kK, 8]
   float* c;        ///< [2, 16, 8]
 
   FUSEDRNN_DEVICE void operator()(unsigned char*) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
-    const float* const A = a + warp * 16 * kDepth;
-    const float* const B = b + warp * kDepth * 8;
+    const float* const A = a + warp * 16 * kK;
+    const float* const B = b + warp * kK * 8;
     float* const C = c + warp * 16 * 8;
-    // Depth of the first element: 2q and 2q + 8, or q and q + 4.
-    const int depth[2] = {kPer * q, kPer * q + kDepth / 2};
-    const uint32_t words[4] = {word_of(A + r * kDepth + depth[0], 1, S{}),
-                               word_of(A + (r + 8) * kDepth + depth[0], 1, S{}),
-                               word_of(A + r * kDepth + depth[1], 1, S{}),
-                               word_of(A + (r + 8) * kDepth + depth[1], 1, S{})};
-    float sums[4];
-    for (int i = 0; i < 4; ++i) sums[i] = C[(r + i / 2 * 8) * 8 + 2 * q + i % 2];
-    mma_m16n8<S>(sums, words, word_of(B + depth[0] * 8 + r, 8, S{}),
-                         word_of(B + depth[1] * 8 + r, 8, S{}));
-    for (int i = 0; i < 4; ++i) C[(r + i / 2 * 8) * 8 + 2 * q + i % 2] = sums[i];
+    // k of the first element: 2q and 2q + 8, or q and q + 4.
+    const int k[2] = {kPer * q, kPer * q + kK / 2};
+    const uint32_t words[4] = {
+        word_of(A + r * kK + k[0], 1, Element{}), word_of(A + (r + 8) * kK + k[0], 1, Element{}),
+        word_of(A + r * kK + k[1], 1, Element{}), word_of(A + (r + 8) * kK + k[1], 1, Element{})};
+    float accum[4];
+    for (int i = 0; i < 4; ++i) accum[i] = C[(r + i / 2 * 8) * 8 + 2 * q + i % 2];
+    const uint32_t b0 = word_of(B + k[0] * 8 + r, 8, Element{});
+    const uint32_t b1 = word_of(B + k[1] * 8 + r, 8, Element{});
+    if constexpr (sizeof(Element) == 2) {
+      mma_m16n8k16<Element>(accum, words, b0, b1);
+    } else {
+      mma_m16n8k8(accum, words, b0, b1);
+    }
+    for (int i = 0; i < 4; ++i) C[(r + i / 2 * 8) * 8 + 2 * q + i % 2] = accum[i];
   }
 };
 
-/// Integers, all different within a matrix and exact in the type, as are the sums of products.
-template <class S>
-void test_multiply_add(const char* name, int first) {
-  constexpr int K = MultiplyAdd<S>::kDepth;
+/// Integers, all different within a matrix. They and the results are exact in the type.
+template <class Element>
+void test_mma(const char* name, int first) {
+  constexpr int K = Mma<Element>::kK;
   std::mt19937 random(1);
   std::vector<float> a(2 * 16 * K), b(2 * K * 8), c(2 * 16 * 8);
   for (int w = 0; w < 2; ++w) {
@@ -474,7 +480,7 @@ void test_multiply_add(const char* name, int first) {
     std::shuffle(b.begin() + w * K * 8, b.begin() + (w + 1) * K * 8, random);
   }
   Memory<float> on_a(a), on_b(b), on_c(c);
-  if (!ran(name, MultiplyAdd<S>{on_a.data(), on_b.data(), on_c.data()}, {1})) return;
+  if (!ran(name, Mma<Element>{on_a.data(), on_b.data(), on_c.data()}, {1})) return;
   const auto found = on_c.values();
   size_t wrong = 0;
   char first_wrong[100] = "";
@@ -498,14 +504,14 @@ void test_multiply_add(const char* name, int first) {
 
 // ---- types --------------------------------------------------------------------------------------
 
-/// A type of floating point: bits of its mantissa, and its exponents.
+/// A floating-point type: the bits of its mantissa and its range of exponents.
 struct Format {
   int mantissa, lowest, highest;
   double most() const { return std::ldexp(2 - std::ldexp(1.0, -mantissa), highest); }
 };
 constexpr Format kBfloat16 = {7, -126, 127}, kFloat16 = {10, -14, 15}, kTf32 = {10, -126, 127};
 
-/// x rounded to the format, from what rounding means.
+/// x rounded to the format, by the definition of rounding.
 double rounded(double x, Format f, bool ties_to_even) {
   if (std::isnan(x) || std::isinf(x) || x == 0) return x;
   const int exponent = std::max(std::ilogb(x), f.lowest);
@@ -595,8 +601,8 @@ struct Widen {
   }
 };
 
-/// Each format's values of every exponent, the points halfway between them, what is next to those,
-/// and floats at random.
+/// Values of every exponent of each format, the points halfway between them, their neighbours, and
+/// random floats.
 std::vector<float> numbers_to_round() {
   std::vector<float> in = {0.f, -0.f, INFINITY, -INFINITY, NAN, 65504.f, 65519.996f, 65520.f};
   in.push_back(std::numeric_limits<float>::max());
@@ -647,7 +653,7 @@ void test_types() {
   compare("round_to(BFloat16)", kBfloat16, true,
           [&](size_t i) { return decoded(b[i], kBfloat16); });
   compare("round_to(Float16)", kFloat16, true, [&](size_t i) { return decoded(h[i], kFloat16); });
-  // What a product does not read of it is left out.
+  // Without the bits that an mma does not read.
   compare("tf32_of", kTf32, false, [&](size_t i) { return float_with(t[i] & 0xffffe000u); });
 
   Memory<float> from_bfloat16(65536), from_float16(65536);
@@ -673,9 +679,9 @@ int main() {
   test_handshake();
   test_shuffle();
   test_shuffle_from();
-  test_multiply_add<BFloat16>("mma_m16n8<BFloat16>", 0);
-  test_multiply_add<Float16>("mma_m16n8<Float16>", 1500);
-  test_multiply_add<float>("mma_m16n8<float>", 1500);
+  test_mma<BFloat16>("mma_m16n8k16<BFloat16>", 0);
+  test_mma<Float16>("mma_m16n8k16<Float16>", 1500);
+  test_mma<float>("mma_m16n8k8", 1500);
   test_types();
   test_reciprocal();
   test_clusters();

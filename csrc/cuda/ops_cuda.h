@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "plan.h"
 
 namespace torch {
 class Library;
@@ -18,5 +19,8 @@ struct Cuda {
 
 /// Registers the kernels of every cell.
 void register_cuda_ops(torch::Library& m);
+
+/// The algorithm of this thread's last forward or backward pass; "none" before the first.
+std::string last_algorithm();
 
 }  // namespace fusedrnn::cuda

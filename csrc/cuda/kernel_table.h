@@ -1,0 +1,44 @@
+// The kernels of every cell as functions, and tables of them by the cell's index in scalar::Cells.
+//
+// A function launches on `stream`, a cudaStream_t, and returns a cudaError_t. stepwise_kernels.cu
+// and persistent_*.cu fill the tables from the list of cells.
+#pragma once
+
+#include "params.h"
+#include "plan.h"
+
+namespace fusedrnn::cuda {
+
+template <class Element>
+struct StepKernels {
+  int (*forward)(const ForwardStepParams<Element>& params, void* stream);
+  int (*backward)(const BackwardStepParams<Element>& params, void* stream);
+};
+template <class Element>
+const StepKernels<Element>& step_kernels(int cell);
+
+/// A projection does not depend on the cell.
+template <class Element>
+int projection_step(const ProjectionStepParams<Element>& params, void* stream);
+template <class Element>
+int projection_backward_step(const ProjectionBackwardStepParams<Element>& params, void* stream);
+
+/// Writes `count` numbers from host memory to device memory. They travel as a kernel's arguments: a
+/// copy could wait for the host, and a captured graph would read host memory that is gone.
+int upload(const int64_t* numbers, int64_t count, int64_t* to, void* stream);
+
+template <class Element>
+struct PersistentKernels {
+  int (*forward)(const PersistentForwardParams<Element>& params, const LaunchPlan& plan,
+                 void* stream);
+  int (*backward)(const PersistentBackwardParams<Element>& params, const LaunchPlan& plan,
+                  void* stream);
+  /// How many clusters of a plan the device runs at the same time; 0: it can't run one.
+  int (*forward_clusters)(const LaunchPlan& plan);
+  int (*backward_clusters)(const LaunchPlan& plan);
+};
+/// Not for double, which has no persistent kernels.
+template <class Element>
+const PersistentKernels<Element>& persistent_kernels(int cell);
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,153 @@
+// The ops on CUDA: allocate, plan, run. Nothing here waits for the device.
+#include "ops_cuda.h"
+
+#include <torch/library.h>
+
+#include "persistent.h"
+#include "stepwise.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+thread_local const char* last_name = "none";
+
+PlanProblem plan_problem(const Layer& layer, const LaunchContext& context) {
+  PlanProblem problem;
+  problem.steps = layer.T;
+  problem.rows = layer.B;
+  problem.hidden_size = layer.H;
+  problem.directions = layer.D;
+  problem.has_projection = layer.has_projection;
+  problem.precision = context.precision;
+  problem.multiprocessors = context.multiprocessors;
+  problem.requested = requested_algorithm();
+  return problem;
+}
+
+void check_lengths(const Layer& layer) {
+  if (!layer.lengths.defined()) return;
+  check_later(layer.lengths.lt(0).logical_or(layer.lengths.gt(layer.T)),
+              "lengths must be from 0 to the sequence length");
+}
+
+template <class Element>
+LayerOutput allocate_output(const Layer& layer, bool save) {
+  using Accum = Accumulator<Element>;
+  const int64_t D = layer.D, B = layer.B;
+  LayerOutput out;
+  out.output = new_tokens<Element>(layer, layer.shape(D * layer.P));
+  out.h_n = new_tensor<Element>(layer, {D, B, layer.P});
+  if (layer.cell.has_cell_state) out.c_n = new_tensor<Accum>(layer, {D, B, layer.H});
+  out.saved = save ? new_tokens<Accum>(layer, {D, layer.N, layer.cell.saved, layer.H})
+                   : new_tensor<Accum>(layer, {0});
+  return out;
+}
+
+template <class Element>
+LayerOutput forward(const Layer& layer, bool save) {
+  const LaunchContext context(layer.input);
+  check_lengths(layer);
+  LayerOutput out = allocate_output<Element>(layer, save);
+  const PlanProblem problem = plan_problem(layer, context);
+  const LaunchPlan plan = plan_forward(problem, persistent_kernels_for<Element>(layer));
+  last_name = name_of(plan.algorithm);
+  if (!run_forward_persistent<Element>(layer, plan, context, out)) {
+    check_fallback<Element>(plan, problem);
+    last_name = name_of(Algorithm::stepwise);
+    run_forward_stepwise<Element>(layer, context, out);
+  }
+  if (out.c_n.defined()) out.c_n = in_type(out.c_n, layer.type);
+  return out;
+}
+
+template <class Element>
+StepGradients allocate_gradients(const Layer& layer) {
+  using Accum = Accumulator<Element>;
+  const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
+  // The weight-gradient GEMMs read the padding too: it must be zero.
+  const auto tokens = [&](int64_t features) {
+    return new_tokens<Element>(layer, {D, N, features});
+  };
+  StepGradients out;
+  out.gates.dgates = tokens(layer.cell.preacts * H);
+  out.gates.h_previous = tokens(P);
+  if (layer.has_projection) {
+    out.gates.dr = tokens(P);
+    out.gates.h_raw = tokens(H);
+  }
+  out.dh0 = new_tensor<Accum>(layer, {D, B, P});
+  if (layer.cell.has_cell_state) out.dc0 = new_tensor<Accum>(layer, {D, B, H});
+  return out;
+}
+
+/// The GEMMs of layer_gradients().
+struct DeviceGemms : Gemms {
+  explicit DeviceGemms(Precision precision) : precision(precision) {}
+  void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
+    cuda::multiply(out, a, b, add, precision);
+  }
+  void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const override {
+    cuda::multiply(out, a.t(), b, false, precision);
+  }
+  Precision precision;
+};
+
+template <class Element>
+LayerGradients backward(const Layer& layer, const OutputGradients& gradients) {
+  const LaunchContext context(layer.input);
+  StepGradients steps = allocate_gradients<Element>(layer);
+  const PlanProblem problem = plan_problem(layer, context);
+  const LaunchPlan plan = plan_backward(problem, persistent_kernels_for<Element>(layer));
+  last_name = name_of(plan.algorithm);
+  if (!run_backward_persistent<Element>(layer, gradients, plan, context, steps)) {
+    check_fallback<Element>(plan, problem);
+    last_name = name_of(Algorithm::stepwise);
+    run_backward_stepwise<Element>(layer, gradients, context, steps);
+  }
+  return layer_gradients(layer, gradients, steps.gates, steps.dh0, steps.dc0,
+                         DeviceGemms(context.precision));
+}
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+/// Calls f(TypeTag<Element>) for the type of the layer's operands.
+template <class F>
+auto dispatch_element(const Layer& layer, const F& f) {
+  switch (layer.type) {
+    case at::kDouble:
+      return f(TypeTag<double>{});
+    case at::kBFloat16:
+      return f(TypeTag<BFloat16>{});
+    case at::kHalf:
+      return f(TypeTag<Float16>{});
+    default:
+      return f(TypeTag<float>{});
+  }
+}
+
+}  // namespace
+
+template <class Cell>
+LayerOutput Cuda::forward(const ForwardArgs& args) {
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  return dispatch_element(layer, [&](auto tag) {
+    return cuda::forward<typename decltype(tag)::type>(layer, args.save);
+  });
+}
+template <class Cell>
+LayerGradients Cuda::backward(const BackwardArgs& args) {
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  const OutputGradients gradients(layer, args);
+  return dispatch_element(layer, [&](auto tag) {
+    return cuda::backward<typename decltype(tag)::type>(layer, gradients);
+  });
+}
+
+void register_cuda_ops(torch::Library& m) { register_ops<Cuda>(m); }
+
+std::string last_algorithm() { return last_name; }
+
+}  // namespace fusedrnn::cuda
