@@ -97,6 +97,61 @@ struct Gru {
   }
 };
 
+/// Elman 1990 in torch.nn.RNN's form: h = f(x + W_hh h). One gate, one pre-activation; saved: h.
+/// Nonlinearity: f, and its derivative as a function of h.
+template <class Nonlinearity>
+struct Rnn {
+  static constexpr int kGates = 1, kPreacts = 1, kSaved = 1;
+  static constexpr int input_preact[kGates] = {0};
+  static constexpr int hidden_preact[kGates] = {0};
+  static constexpr bool kHasCellState = false, kHasProjection = false;
+  static constexpr int kSavedState = 0;
+
+  template <class V>
+  static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved) {
+    return saved[0] = h = Nonlinearity::value(preact[0]);
+  }
+
+  template <class V>
+  static FUSEDRNN_INLINE V output(const V* saved) {
+    return saved[0];
+  }
+
+  /// dh: gradient of this step's output. No part of it bypasses the gate.
+  template <class V>
+  static FUSEDRNN_INLINE void backward(const V* saved, V, V dh, V&, V* dgates) {
+    dgates[0] = Nonlinearity::gradient(saved[0], dh);
+  }
+};
+
+struct Tanh {
+  template <class V>
+  static FUSEDRNN_INLINE V value(V x) {
+    return saturating_tanh(x);
+  }
+  template <class V>
+  static FUSEDRNN_INLINE V gradient(V h, V dh) {
+    return dh * (typename Value<V>::scalar(1) - h * h);
+  }
+};
+/// NaN stays NaN, and its gradient passes, as in torch.relu.
+struct Relu {
+  template <class V>
+  static FUSEDRNN_INLINE V value(V x) {
+    return x < V{} ? V{} : x;
+  }
+  template <class V>
+  static FUSEDRNN_INLINE V gradient(V h, V dh) {
+    return h <= V{} ? V{} : dh;
+  }
+};
+struct RnnTanh : Rnn<Tanh> {
+  static constexpr char kName[] = "rnn_tanh";
+};
+struct RnnRelu : Rnn<Relu> {
+  static constexpr char kName[] = "rnn_relu";
+};
+
 /// A list of cells. Code that tells cells apart at run time uses their indices in it.
 template <class... Cell>
 struct CellList {
@@ -122,7 +177,7 @@ struct CellList {
 };
 
 /// The library's cells.
-using Cells = CellList<Lstm, Gru>;
+using Cells = CellList<Lstm, Gru, RnnTanh, RnnRelu>;
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET
 

@@ -1,4 +1,4 @@
-"""Fused LSTM and GRU layers that take the place of torch.nn.LSTM, torch.nn.GRU and their cells."""
+"""Fused layers that take the place of torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN and their cells."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,7 +10,14 @@ except ImportError as _error:
     ) from _error
 
 from fusedrnn import functional
-from fusedrnn.modules import FusedGRU, FusedGRUCell, FusedLSTM, FusedLSTMCell
+from fusedrnn.modules import (
+    FusedGRU,
+    FusedGRUCell,
+    FusedLSTM,
+    FusedLSTMCell,
+    FusedRNN,
+    FusedRNNCell,
+)
 from fusedrnn.swap import fuse, unfuse
 
 try:
@@ -23,6 +30,8 @@ __all__ = [
     "FusedGRUCell",
     "FusedLSTM",
     "FusedLSTMCell",
+    "FusedRNN",
+    "FusedRNNCell",
     "__version__",
     "functional",
     "fuse",

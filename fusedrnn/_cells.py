@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,10 +64,31 @@ def gru_step(
     return ((1 - z) * n + z * h,)
 
 
+def _rnn_step(nonlinearity: Callable[[Tensor], Tensor]) -> Step:
+    def step(
+        x: Tensor, states: States, weight_hh: Tensor, bias_hh: Tensor | None, _: Tensor | None
+    ) -> States:
+        """One step of a plain RNN, equations as in torch.nn.RNN."""
+        (h,) = states
+        return (nonlinearity(x + F.linear(h, weight_hh, bias_hh)),)
+
+    return step
+
+
 # A cell's Python side, by name.
 _ROWS: dict[str, dict[str, Any]] = {
     "lstm": {"step": lstm_step, "layer_casts_on_cpu": True},
     "gru": {"step": gru_step},
+    "rnn_tanh": {
+        "step": _rnn_step(torch.tanh),
+        "layer_casts_on_cpu": True,
+        "cell_casts_on_cpu": True,
+    },
+    "rnn_relu": {
+        "step": _rnn_step(torch.relu),
+        "layer_casts_on_cpu": True,
+        "cell_casts_on_cpu": True,
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""The stateless forms: all layers of an LSTM or a GRU from a flat list of weights.
+"""The stateless forms: all layers of a recurrent network from a flat list of weights.
 
 Shapes: T steps, B batch rows, I input_size, H hidden_size, P = proj_size or H, D directions,
 L layers, N = sum(batch_sizes).
@@ -7,6 +7,7 @@ L layers, N = sum(batch_sizes).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fusedrnn import _ops
 
-__all__ = ["gru", "lstm"]
+__all__ = ["gru", "lstm", "rnn"]
 
 States = tuple[Tensor, ...]
 
@@ -160,6 +161,60 @@ def gru(
     _check("gru", weights, num_layers, bidirectional, lengths)
     output, (h_n,) = run(
         "gru",
+        input,
+        (hx,),
+        weights,
+        num_layers,
+        dropout,
+        training,
+        bidirectional,
+        batch_sizes,
+        lengths,
+    )
+    return output, h_n
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    nonlinearity: Literal["tanh", "relu"] = "tanh",
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All layers of a plain RNN (Elman 1990; equations of torch.nn.RNN).
+
+    Args:
+        input: as in `lstm`.
+        hx: h_0 `[L*D, B, H]`; None for zeros.
+        weights: for each layer, for each direction: weight_ih `[H, I or D*H]`, weight_hh [H, H],
+            bias_ih [H] and bias_hh [H] or neither.
+        num_layers: L.
+        nonlinearity: "tanh" or "relu".
+        dropout: as in `lstm`, and so are the rest.
+        training: see `lstm`.
+        bidirectional: see `lstm`.
+        batch_sizes: see `lstm`.
+        lengths: see `lstm`.
+
+    Returns:
+        output `[T, B, D*H]` or `[N, D*H]`, h_n `[L*D, B, H]`.
+
+    Raises:
+        ValueError: the number of weights fits no RNN; an unknown nonlinearity.
+        TypeError, RuntimeError: as `lstm`.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    cell = f"rnn_{nonlinearity}"
+    _check(cell, weights, num_layers, bidirectional, lengths)
+    output, (h_n,) = run(
+        cell,
         input,
         (hx,),
         weights,

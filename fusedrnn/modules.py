@@ -19,11 +19,19 @@ from fusedrnn import _ops
 from fusedrnn._cells import Cell
 from fusedrnn.functional import run
 
-__all__ = ["FusedGRU", "FusedGRUCell", "FusedLSTM", "FusedLSTMCell"]
+__all__ = [
+    "FusedGRU",
+    "FusedGRUCell",
+    "FusedLSTM",
+    "FusedLSTMCell",
+    "FusedRNN",
+    "FusedRNNCell",
+]
 
 Lengths = Sequence[int] | Tensor
 
 _LSTM, _GRU = _ops.CELLS["lstm"], _ops.CELLS["gru"]
+_RNN = {"tanh": _ops.CELLS["rnn_tanh"], "relu": _ops.CELLS["rnn_relu"]}
 
 if TYPE_CHECKING:
     F = TypeVar("F")
@@ -128,9 +136,9 @@ def _time_major(
             raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
         return input.data
     if input.dim() not in (2, 3):
-        raise ValueError(
-            f"{module.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-        )
+        name = module.mode.partition("_")[0]  # RNN of RNN_TANH
+        got = f"{input.dim()}D tensor" if name == "RNN" else f"{input.dim()}D"
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {got} instead")
     if input.dim() == 2:
         return input.unsqueeze(1)
     return input.transpose(0, 1) if module.batch_first else input
@@ -447,6 +455,100 @@ class FusedGRU(_FusedRNN):
             """As forward."""
 
 
+class FusedRNN(_FusedRNN):
+    """A plain (Elman) RNN of one or more layers that takes the place of torch.nn.RNN.
+
+    Equations, parameters and their initial values are those of torch.nn.RNN
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html). Arguments: as FusedLSTM,
+    without proj_size, and in the place of `bias` first the nonlinearity.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        num_layers: L.
+        nonlinearity: "tanh" or "relu".
+        bias: as FusedLSTM, and so are the rest.
+        batch_first: see FusedLSTM.
+        dropout: see FusedLSTM.
+        bidirectional: see FusedLSTM.
+        device: see FusedLSTM.
+        dtype: see FusedLSTM.
+
+    Raises:
+        TypeError, ValueError: as torch.nn.RNN.
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: Literal[0] = 0,  # where nn.RNN has it
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if proj_size:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self.nonlinearity = nonlinearity
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Runs all layers over all steps. Arguments and results: as FusedGRU.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as torch.nn.RNN, in its words where it has them.
+        """
+        # The mode decides, as in torch's forward: fuse() swaps the class of both kinds.
+        if lengths is None and not is_dynamo_compiling():
+            cell = _ops.CELLS[self.mode.lower()]
+            result = _ops.fast_layers(self.__dict__, cell.index, input, hx)
+            if result is not None:
+                return cast("tuple[Tensor, Tensor]", result)
+        return _layers_of_h(self, "RNN", input, hx, lengths)
+
+    if TYPE_CHECKING:
+
+        @_of(forward)
+        def __call__(self) -> None:
+            """As forward."""
+
+
 def _cell(
     module: nn.RNNCellBase, cell: Cell, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:
@@ -611,10 +713,68 @@ class FusedGRUCell(nn.RNNCellBase):
             """As forward."""
 
 
+class FusedRNNCell(nn.RNNCellBase):
+    """One step of a plain RNN; takes the place of torch.nn.RNNCell.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        bias: whether there are bias_ih and bias_hh.
+        nonlinearity: "tanh" or "relu".
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16.
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Runs one step.
+
+        Args:
+            input: [B, I] or [I].
+            hx: h [B, H] or [H]; None for zeros.
+
+        Returns:
+            The next h [B, H], without B if the input had none.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn.RNNCell.
+            TypeError: hx is not a tensor.
+        """
+        cell = _RNN.get(self.nonlinearity)
+        if cell is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        if not is_dynamo_compiling():
+            result = _ops.fast_cell(self.__dict__, cell.index, input, hx)
+            if result is not None:
+                return cast(Tensor, result[0])
+        return _cell_of_h(self, "RNNCell", cell, input, hx)
+
+    if TYPE_CHECKING:
+
+        @_of(forward)
+        def __call__(self) -> None:
+            """As forward."""
+
+
 # torch's modules with their fused counterparts.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: FusedLSTM,
     nn.GRU: FusedGRU,
     nn.LSTMCell: FusedLSTMCell,
     nn.GRUCell: FusedGRUCell,
+    nn.RNN: FusedRNN,
+    nn.RNNCell: FusedRNNCell,
 }

@@ -200,6 +200,8 @@ def test_like_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         Case(dtype=torch.bfloat16, H=129, T=6, B=9, multiprocessors=9),
         Case(cell="gru", dtype=torch.float16, H=530, T=2, B=2, regime="grid", multiprocessors=34),
         Case(cell="gru", dtype=torch.float32, H=64, T=6, B=16),
+        Case(cell="rnn_tanh", dtype=torch.float32, H=64, T=6, B=16),
+        Case(cell="rnn_relu", dtype=torch.float16, H=129, T=3, B=2, regime="cluster"),
         Case(dtype=torch.float32, H=65, T=6, B=40, multiprocessors=5),
         Case(dtype=torch.float32, H=260, T=2, B=2, regime="grid", multiprocessors=17),
         Case(cell="gru", dtype=torch.float32, precision="tf32", H=290, T=2, B=2, regime="grid",

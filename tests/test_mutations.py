@@ -20,7 +20,14 @@ from helpers import emulated
 
 pytestmark = pytest.mark.long  # many compilations, and ThreadSanitizer
 
-KINDS = [("Lstm", "BFloat16"), ("Gru", "float"), ("Gru", "Float16"), ("Lstm", "float")]
+KINDS = [
+    ("Lstm", "BFloat16"),
+    ("Gru", "float"),
+    ("Gru", "Float16"),
+    ("Lstm", "float"),
+    ("RnnTanh", "BFloat16"),
+    ("RnnRelu", "float"),
+]
 
 
 @dataclasses.dataclass(frozen=True)

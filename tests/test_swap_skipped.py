@@ -165,8 +165,11 @@ LEFT = {
         r"ClosedLSTM: its class can't be extended",
     ),
     "own pickling": (lambda: Reduced(5, 6), r"Reduced: __reduce__ of its own"),
-    "Elman": (lambda: nn.RNN(5, 6), r"RNN: no counterpart"),
-    "Elman's cell": (lambda: nn.RNNCell(5, 6), r"RNNCell: no counterpart"),
+    "a layer's base class": (lambda: nn.RNNBase("GRU", 5, 6), r"RNNBase: no counterpart"),
+    "a cell's base class": (
+        lambda: nn.RNNCellBase(5, 6, True, 2),
+        r"RNNCellBase: no counterpart",
+    ),
     "quantised": (quantised, r"LSTM: scripted or quantised"),
     "quantisable": (quantisable, r"LSTM: scripted or quantised"),
     "scripted": (scripted, r"RecursiveScriptModule: scripted or quantised"),

@@ -6,6 +6,7 @@ runs in every test, and a cell without a row is an error.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ class Cell:
     """A cell: torch's layer and single step, and ours.
 
     Attributes:
-        name: of the op, torch.ops.fusedrnn.<name>, and of the function in fusedrnn.functional.
+        name: of the op, torch.ops.fusedrnn.<name>, with "_backward" of its gradient.
         mode: of the layer, as in nn.RNNBase.
         plain: torch's layer.
         fused: our layer.
@@ -65,7 +66,7 @@ class Cell:
 
     @property
     def function(self) -> Callable[..., Any]:
-        return getattr(functional, self.name)
+        return functools.partial(getattr(functional, self.plain.__name__.lower()), **self.options)
 
     def forward_op(self, ops: Any = torch.ops.fusedrnn) -> Any:
         return getattr(ops, self.name)
@@ -156,6 +157,29 @@ CELLS = (
         fused_cell=fusedrnn.FusedGRUCell,
         gates=3,
         saved=5,
+    ),
+    Cell(
+        name="rnn_tanh",
+        mode="RNN_TANH",
+        plain=nn.RNN,
+        fused=fusedrnn.FusedRNN,
+        plain_cell=nn.RNNCell,
+        fused_cell=fusedrnn.FusedRNNCell,
+        gates=1,
+        saved=1,
+        options={"nonlinearity": "tanh"},
+    ),
+    Cell(
+        name="rnn_relu",
+        mode="RNN_RELU",
+        plain=nn.RNN,
+        fused=fusedrnn.FusedRNN,
+        plain_cell=nn.RNNCell,
+        fused_cell=fusedrnn.FusedRNNCell,
+        gates=1,
+        saved=1,
+        has_dead_units=True,
+        options={"nonlinearity": "relu"},
     ),
 )
 # Ops of cells that torch has no module for: they have tests of their own.
