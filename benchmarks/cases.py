@@ -128,6 +128,12 @@ CASES: tuple[Case, ...] = (
     dataclasses.replace(_TAGGER, name="GRU tagger", cell="GRU"),
     Case("GRU B64 T100 H256", "GRU", B=64, T=100, H=256),
     Case("GRU B64 T100 H256 packed", "GRU", B=64, T=100, H=256, layout="packed"),
+    # Plain RNN.
+    Case("RNN tiny", "RNN", T=5, H=6),
+    Case("RNN step H64", "RNN", H=64),
+    Case("RNNCell B1 H64", "RNNCell", H=64),
+    Case("RNN B1 T100 H256", "RNN", T=100, H=256),
+    Case("RNN B64 T100 H256", "RNN", B=64, T=100, H=256),
     # Other types.
     Case("B1 T50 H1024 bfloat16", T=50, H=1024, dtype="bfloat16"),
     Case("B8 T50 H256 bfloat16", B=8, T=50, H=256, dtype="bfloat16"),

@@ -56,6 +56,7 @@ CELLS = {
         Cell("LSTM", 4, ("h", "c"), (0, 3, 1, 2)),
         # nn orders the gates r z n, ONNX z r h.
         Cell("GRU", 3, ("h",), (1, 0, 2), lambda directions: {"linear_before_reset": 1}),
+        Cell("RNN", 1, ("h",), (0,)),  # with tanh, the default of both
     )
 }
 # The layer and the single-step module of each cell, by a case's name for them.
