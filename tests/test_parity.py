@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.cells import CELLS, EACH_CELL, EACH_LAYER, EACH_STEP, Cell, Pair
-from helpers.parity import Nearby, assert_as_exact, double, fused_like
+from helpers.parity import Nearby, assert_as_exact, double, error, fused_like
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -172,8 +172,13 @@ def check(c: Configuration, device: str = "cpu", eps: float | None = None) -> No
         results = [run(c, m, c.dtype) for m in (fused_like(theirs), theirs)]
         exact = run(c, double(theirs), torch.float64)
         nearby = Nearby(c.dtype, eps)
-        close = run(c, nearby.weights(theirs), torch.float64, nearby)
-    assert_as_exact(results[0], results[1], exact, close, c.dtype, 4 * c.scale, eps)
+        # relu's gradient jumps where a pre-activation is near zero: a single draw may miss the jump.
+        draws = 8 if c.cell.has_dead_units else 1
+        close = [run(c, nearby.weights(theirs), torch.float64, nearby) for _ in range(draws)]
+    farthest = [
+        max(tensors, key=lambda t: error(t, e)) for e, *tensors in zip(exact, *close, strict=True)
+    ]
+    assert_as_exact(results[0], results[1], exact, farthest, c.dtype, 4 * c.scale, eps)
 
 
 @settings(
