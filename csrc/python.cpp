@@ -3,7 +3,7 @@
 // torch.ops converts every argument to its schema and back. For one step of a small layer this
 // costs more than the layer. `layers` and `cell` take a module's attributes and call the ops
 // through the dispatcher. They know the plain case only. In any other case, and for a wrong
-// argument, they return None before they call an op; fusedrnn/modules.py then takes the slow path,
+// argument, they return None before they call an op; fusedrnn/_forward.py then takes the slow path,
 // which words the error. After an op was called its exception goes to the caller: hooks may have
 // run, and must not run twice.
 #include <ATen/PythonTorchFunctionTLS.h>

@@ -6,7 +6,7 @@ instances. Parameters, their order and initial values, state_dict and errors are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeVar, cast, overload
 
 import torch
@@ -15,9 +15,8 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from fusedrnn import _ops
-from fusedrnn._cells import Cell
-from fusedrnn.functional import run
+from fusedrnn import _forward, _ops
+from fusedrnn._forward import Lengths
 
 __all__ = [
     "FusedGRU",
@@ -28,10 +27,9 @@ __all__ = [
     "FusedRNNCell",
 ]
 
-Lengths = Sequence[int] | Tensor
-
 _LSTM, _GRU = _ops.CELLS["lstm"], _ops.CELLS["gru"]
 _RNN = {"tanh": _ops.CELLS["rnn_tanh"], "relu": _ops.CELLS["rnn_relu"]}
+_INDEX = {cell.name.upper(): cell.index for cell in _ops.CELLS.values()}  # by nn.RNNBase's mode
 
 if TYPE_CHECKING:
     F = TypeVar("F")
@@ -39,225 +37,6 @@ if TYPE_CHECKING:
     def _of(function: F) -> Callable[[object], F]:
         """Gives a call forward's type, where nn.Module's is Any. An alias would keep Any."""
         return lambda _: function
-
-
-def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """The current weights: a parametrization or weight_norm may compute them at each access."""
-    parameters = module._parameters
-    found = [parameters.get(name) for name in names]
-    return [getattr(module, n) if w is None else w for n, w in zip(names, found, strict=True)]
-
-
-def _check_devices(input: Tensor, states: Sequence[Tensor], weight: Tensor) -> None:
-    if input.device != weight.device:
-        raise RuntimeError(
-            "Input and parameter tensors are not at the same device, found input tensor at "
-            f"{input.device} and parameter tensor at {weight.device}"
-        )
-    for state in states:
-        if state.device != weight.device:
-            raise RuntimeError(
-                "Input and hidden tensors are not at the same device, found input tensor at "
-                f"{input.device} and hidden tensor at {state.device}"
-            )
-
-
-def _checked_lengths(lengths: Lengths, input: Tensor, is_batched: bool) -> Tensor:
-    if not is_batched:
-        raise ValueError("lengths needs batched 3-D input")
-    if not isinstance(lengths, Tensor) and len(lengths) == 0:
-        lengths = torch.empty(0, dtype=torch.int64)
-    found = torch.as_tensor(lengths)
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(f"lengths should be integers, got: {found.dtype}")
-    rows = input.size(1)
-    if found.shape != (rows,):
-        raise ValueError(
-            f"Expected lengths to have size [{rows}], one for each row of the batch, got "
-            f"{list(found.shape)}"
-        )
-    if found.device.type == "cpu" != input.device.type and not is_dynamo_compiling():
-        # Here an error is an exception; on a GPU it would end all work there.
-        _ops.check_lengths(found, input.size(0))
-    return found.to(input.device, torch.int64)
-
-
-def _weight_names(module: nn.RNNBase) -> list[str]:
-    """The active weights' names: not all, if an attribute was changed after construction."""
-    names: list[str] = module._flat_weights_names
-    layers = module.num_layers
-    if layers < 1:
-        raise ValueError("num_layers must be greater than zero")
-    per_layer = (2 if module.bidirectional else 1) * (2 + 2 * module.bias + (module.proj_size > 0))
-    if len(names) == layers * per_layer:
-        return names
-    ends = [f"_l{i}" for i in range(min(layers, len(names)))]
-    if module.bidirectional:
-        ends += [f"{end}_reverse" for end in ends]
-    found = [n for n in names if n.endswith(tuple(ends)) and (module.bias or "bias" not in n)]
-    if len(found) != layers * per_layer:
-        raise RuntimeError(
-            f"Expected {layers * per_layer} weights for num_layers={layers}, bias={module.bias}, "
-            f"bidirectional={module.bidirectional} and proj_size={module.proj_size}, got "
-            f"{len(found)}"
-        )
-    return found
-
-
-def _check_states(module: nn.RNNBase, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
-    layers = module.num_layers * (2 if module.bidirectional else 1)
-    widths = (module.proj_size or module.hidden_size, module.hidden_size)
-    for i, (state, width) in enumerate(zip(states, widths, strict=False)):
-        name = "hidden" if len(states) == 1 else f"hidden[{i}]"
-        expected = (layers, rows, width)
-        if state.shape != expected:
-            raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-        if state.dtype != input.dtype:
-            raise ValueError(
-                f"RNN {name} dtype ({state.dtype}) does not match input dtype ({input.dtype})"
-            )
-
-
-def _check_flags(module: nn.RNNBase) -> None:
-    for name in ("bias", "batch_first", "bidirectional", "training"):
-        flag = getattr(module, name)
-        if not isinstance(flag, bool):  # torch's call refuses it, its constructor in these words
-            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-
-
-def _time_major(
-    module: nn.RNNBase, input: Tensor | PackedSequence, lengths: Lengths | None
-) -> Tensor:
-    """The input as [T, B, I], or [N, I] if packed."""
-    if isinstance(input, PackedSequence):
-        if lengths is not None:
-            raise ValueError("lengths can't be given with a PackedSequence, which has its own")
-        if input.data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
-        return input.data
-    if input.dim() not in (2, 3):
-        name = module.mode.partition("_")[0]  # RNN of RNN_TANH
-        got = f"{input.dim()}D tensor" if name == "RNN" else f"{input.dim()}D"
-        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {got} instead")
-    if input.dim() == 2:
-        return input.unsqueeze(1)
-    return input.transpose(0, 1) if module.batch_first else input
-
-
-def _check_input(module: nn.RNNBase, input: Tensor, weight: Tensor) -> None:
-    if input.dtype != weight.dtype:
-        raise ValueError(
-            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-            f"Convert input: input.to({weight.dtype}), or convert model: "
-            f"model.to({input.dtype})"
-        )
-    if input.size(-1) != module.input_size:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got "
-            f"{input.size(-1)}"
-        )
-
-
-def _initial_states(
-    module: nn.RNNBase,
-    input: Tensor,
-    states: Sequence[Tensor],
-    packed: PackedSequence | None,
-    is_batched: bool,
-) -> Sequence[Tensor]:
-    """The states as the ops take them, [L*D, B, ...] in the batch's order."""
-    dims = [s.dim() for s in states]
-    if packed is None and any(d != (3 if is_batched else 2) for d in dims):
-        kind = "batched 3-D" if is_batched else "unbatched 2-D"
-        got = f"({dims[0]}-D, {dims[1]}-D) tensors" if len(dims) == 2 else f"{dims[0]}-D tensor"
-        raise RuntimeError(
-            f"For {kind} input, {'hx and cx' if len(dims) == 2 else 'hx'} should also be "
-            f"{3 if is_batched else 2}-D but got {got}"
-        )
-    if not is_batched:
-        states = [s.unsqueeze(1) for s in states]
-    if packed is None:
-        rows = input.size(1)
-    elif is_dynamo_compiling():  # its value is data: the op checks it
-        rows = states[0].size(1)
-    else:
-        rows = int(packed.batch_sizes[0])
-    _check_states(module, states, input, rows)
-    if packed is not None and packed.sorted_indices is not None:
-        states = [s.index_select(1, packed.sorted_indices) for s in states]
-    return states
-
-
-def _in_layout(
-    module: nn.RNNBase,
-    output: Tensor,
-    final: tuple[Tensor, ...],
-    packed: PackedSequence | None,
-    is_batched: bool,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-    """Output and final states in the input's layout."""
-    if packed is not None:
-        if packed.unsorted_indices is not None:
-            final = tuple(s.index_select(1, packed.unsorted_indices) for s in final)
-        return PackedSequence(
-            output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
-        ), final
-    if not is_batched:
-        return output.squeeze(1), tuple(s.squeeze(1) for s in final)
-    if not module.batch_first:
-        return output, final
-    if _ops.can_reshape_in_place():
-        return output.transpose_(0, 1), final
-    return output.transpose(0, 1), final
-
-
-def _layers(
-    module: nn.RNNBase,
-    input: Tensor | PackedSequence,
-    states: Sequence[Tensor] | None,
-    lengths: Lengths | None,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-    """All layers of a module over all steps, in any layout. Errors as torch's where it has them."""
-    _check_flags(module)
-    packed = input if isinstance(input, PackedSequence) else None
-    x = _time_major(module, input, lengths)
-    is_batched = packed is not None or input.dim() == 3  # type: ignore[union-attr]
-    cell = _ops.CELLS[module.mode.lower()]
-    x, states, weights = _ops.autocast(
-        cell, True, x, states, _weights(module, _weight_names(module))
-    )
-    _check_input(module, x, weights[0])
-    if states is not None:
-        states = _initial_states(module, x, states, packed, is_batched)
-    if x.device != weights[0].device or states is not None:
-        _check_devices(x, states or (), weights[0])
-    output, final = run(
-        cell.name,
-        x,
-        (None,) * cell.states if states is None else states,
-        weights,
-        module.num_layers,
-        module.dropout,
-        module.training,
-        module.bidirectional,
-        None if packed is None else packed.batch_sizes,
-        None if lengths is None else _checked_lengths(lengths, x, is_batched),
-    )
-    return _in_layout(module, output, final, packed, is_batched)
-
-
-def _layers_of_h(
-    module: nn.RNNBase,
-    name: str,
-    input: Tensor | PackedSequence,
-    hx: Tensor | None,
-    lengths: Lengths | None,
-) -> tuple[Tensor | PackedSequence, Tensor]:
-    """_layers for a cell whose only state is h; `name` is torch's, for errors."""
-    if hx is not None and not isinstance(hx, Tensor):
-        raise TypeError(f"{name}: Expected hx to be a tensor, got {type(hx).__name__}")
-    output, (h_n,) = _layers(module, input, None if hx is None else (hx,), lengths)
-    return output, h_n
 
 
 class _FusedRNN(nn.RNNBase):
@@ -365,7 +144,7 @@ class FusedLSTM(_FusedRNN):
                 f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
             )
             raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
-        output, (h_n, c_n) = _layers(self, input, hx, lengths)
+        output, (h_n, c_n) = _forward.layers(self, input, hx, lengths)
         return output, (h_n, c_n)
 
     if TYPE_CHECKING:
@@ -375,7 +154,52 @@ class FusedLSTM(_FusedRNN):
             """As forward."""
 
 
-class FusedGRU(_FusedRNN):
+class _LayerOfH(_FusedRNN):
+    """A layer whose only state is h."""
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Runs all layers over all steps.
+
+        Args:
+            input: as FusedLSTM.
+            hx: h_0 `[L*D, B, H]`, without B if unbatched; None for zeros.
+            lengths: as FusedLSTM.
+
+        Returns:
+            output `[T, B, D*H]` in the layout of the input, h_n `[L*D, B, H]`.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as torch's layer, in its words where it has them.
+        """
+        if lengths is None and not is_dynamo_compiling():
+            # By the mode, as torch's forward: an nn.RNN has the class for tanh and for relu.
+            result = _ops.fast_layers(self.__dict__, _INDEX[self.mode], input, hx)
+            if result is not None:
+                return cast("tuple[Tensor, Tensor]", result)
+        return _forward.layers_of_h(self, input, hx, lengths)
+
+    if TYPE_CHECKING:
+
+        @_of(forward)
+        def __call__(self) -> None:
+            """As forward."""
+
+
+class FusedGRU(_LayerOfH):
     """A GRU of one or more layers that takes the place of torch.nn.GRU.
 
     Equations, parameters and their initial values are those of torch.nn.GRU
@@ -414,48 +238,8 @@ class FusedGRU(_FusedRNN):
             dtype=dtype,
         )
 
-    @overload
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
-    ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """Runs all layers over all steps.
 
-        Args:
-            input: as FusedLSTM.
-            hx: h_0 `[L*D, B, H]`, without B if unbatched; None for zeros.
-            lengths: as FusedLSTM.
-
-        Returns:
-            output `[T, B, D*H]` in the layout of the input, h_n `[L*D, B, H]`.
-
-        Raises:
-            RuntimeError, ValueError, TypeError: as torch.nn.GRU, in its words where it has them.
-        """
-        if lengths is None and not is_dynamo_compiling():
-            result = _ops.fast_layers(self.__dict__, _GRU.index, input, hx)
-            if result is not None:
-                return cast("tuple[Tensor, Tensor]", result)
-        return _layers_of_h(self, "GRU", input, hx, lengths)
-
-    if TYPE_CHECKING:
-
-        @_of(forward)
-        def __call__(self) -> None:
-            """As forward."""
-
-
-class FusedRNN(_FusedRNN):
+class FusedRNN(_LayerOfH):
     """A plain (Elman) RNN of one or more layers that takes the place of torch.nn.RNN.
 
     Equations, parameters and their initial values are those of torch.nn.RNN
@@ -514,100 +298,6 @@ class FusedRNN(_FusedRNN):
         )
         self.nonlinearity = nonlinearity
 
-    @overload
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
-    ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """Runs all layers over all steps. Arguments and results: as FusedGRU.
-
-        Raises:
-            RuntimeError, ValueError, TypeError: as torch.nn.RNN, in its words where it has them.
-        """
-        # The mode decides, as in torch's forward: fuse() swaps the class of both kinds.
-        if lengths is None and not is_dynamo_compiling():
-            cell = _ops.CELLS[self.mode.lower()]
-            result = _ops.fast_layers(self.__dict__, cell.index, input, hx)
-            if result is not None:
-                return cast("tuple[Tensor, Tensor]", result)
-        return _layers_of_h(self, "RNN", input, hx, lengths)
-
-    if TYPE_CHECKING:
-
-        @_of(forward)
-        def __call__(self) -> None:
-            """As forward."""
-
-
-def _cell(
-    module: nn.RNNCellBase, cell: Cell, input: Tensor, states: Sequence[Tensor] | None
-) -> tuple[Tensor, ...]:
-    """One step of a module, as a layer of one step, and of one row if unbatched."""
-    # Like torch's cells: the weights decide, not the attribute `bias`.
-    ih, hh, *biases = _weights(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    there = [b for b in biases if b is not None]
-    if len(there) == 1:
-        biases = [torch.zeros_like(there[0]) if b is None else b for b in biases]
-    is_batched = input.dim() == 2
-    if input.size(-1) != ih.size(1):
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.size(-1)} expected {ih.size(1)}"
-        )
-    rows = input.size(0) if is_batched else 1
-    if states is not None:
-        states = states if is_batched else [s.unsqueeze(0) for s in states]
-        for i, s in enumerate(states):
-            if s.size(0) != rows:
-                raise RuntimeError(
-                    f"Input batch size {rows} doesn't match hidden{i} batch size {s.size(0)}"
-                )
-            if s.dim() != 2 or s.size(1) != hh.size(1):
-                raise RuntimeError(
-                    f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected "
-                    f"{hh.size(1)}"
-                )
-    input, states, weights = _ops.autocast(
-        cell, False, input, states, [ih, hh, *(biases if there else [])]
-    )
-    _check_devices(input, states or (), weights[0])
-    _, final = _ops.layer(
-        cell,
-        input.unsqueeze(0) if is_batched else input.view(1, 1, -1),
-        (None,) * cell.states if states is None else [s.unsqueeze(0) for s in states],
-        weights,
-        False,
-        None,
-        None,
-    )
-    if is_batched and _ops.can_reshape_in_place():
-        return tuple(s.squeeze_(0) for s in final)
-    return tuple(s[0] if is_batched else s[0, 0] for s in final)
-
-
-def _cell_of_h(
-    module: nn.RNNCellBase, name: str, cell: Cell, input: Tensor, hx: Tensor | None
-) -> Tensor:
-    """_cell for a cell whose only state is h; `name` is torch's, for errors."""
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    if hx is not None:
-        if not isinstance(hx, Tensor):
-            raise TypeError(f"{name}: Expected hx to be a tensor, got {type(hx).__name__}")
-        if hx.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-    (h,) = _cell(module, cell, input, None if hx is None else (hx,))
-    return h
-
 
 class FusedLSTMCell(nn.RNNCellBase):
     """One step of an LSTM; takes the place of torch.nn.LSTMCell.
@@ -663,7 +353,7 @@ class FusedLSTMCell(nn.RNNCellBase):
                     raise ValueError(
                         f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {value.dim()}D instead"
                     )
-        h, c = _cell(self, _LSTM, input, hx)
+        h, c = _forward.cell_step(self, _LSTM, input, hx)
         return h, c
 
     if TYPE_CHECKING:
@@ -704,7 +394,7 @@ class FusedGRUCell(nn.RNNCellBase):
             result = _ops.fast_cell(self.__dict__, _GRU.index, input, hx)
             if result is not None:
                 return cast(Tensor, result[0])
-        return _cell_of_h(self, "GRUCell", _GRU, input, hx)
+        return _forward.cell_of_h(self, "GRUCell", _GRU, input, hx)
 
     if TYPE_CHECKING:
 
@@ -760,7 +450,7 @@ class FusedRNNCell(nn.RNNCellBase):
             result = _ops.fast_cell(self.__dict__, cell.index, input, hx)
             if result is not None:
                 return cast(Tensor, result[0])
-        return _cell_of_h(self, "RNNCell", cell, input, hx)
+        return _forward.cell_of_h(self, "RNNCell", cell, input, hx)
 
     if TYPE_CHECKING:
 
