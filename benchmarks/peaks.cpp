@@ -1,5 +1,5 @@
-// Measures a core's peaks: the rates of multiply-adds and of reads. benchmarks/roofline.py compiles
-// this file for the current machine and calls it from all of torch's threads at once.
+// Measures a core's peak multiply-add and read rates. benchmarks/roofline.py compiles this file for
+// the current machine and calls it from all torch threads at once.
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -89,7 +89,7 @@ double peak_read(double seconds, const void* memory, std::size_t bytes) {
   constexpr std::size_t kUnroll = 8;
   const std::size_t blocks = bytes / sizeof(Vector) / kUnroll;
   const auto* data = static_cast<const Vector*>(memory);
-  // Reads small sets many times between two readings of the clock.
+  // Reads small sets many times between two clock readings.
   const std::size_t passes = 1 + (std::size_t(1) << 20) / bytes;
   const double runs = rate(seconds, [&] {
     Vector accumulators[kUnroll] = {};

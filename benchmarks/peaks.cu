@@ -31,7 +31,7 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-/// Milliseconds of the work that `run` enqueues; the minimum of a few tries.
+/// Milliseconds for the work that `run` enqueues; the minimum of a few tries.
 template <class Run>
 double milliseconds(Run run) {
   cudaEvent_t begin, end;
@@ -52,7 +52,7 @@ double milliseconds(Run run) {
   return least;
 }
 
-/// Nanoseconds per step, without the cost of a launch.
+/// Nanoseconds per step, without a launch's cost.
 template <class Run>
 double nanoseconds(Run run) {
   constexpr int kFew = 1000, kMany = 11000;
@@ -123,7 +123,7 @@ double tflops(float* out) {
 
 constexpr int kHidden = 128;  // values that a CTA sends
 
-/// Between the threads of a CTA, through shared memory.
+/// Between a CTA's threads, through shared memory.
 struct InCta {
   static constexpr int kThreads = kHidden;
   float* out;

@@ -21,7 +21,7 @@ struct Lstm {
   static constexpr int input_preact[kGates] = {0, 1, 2, 3};
   static constexpr int hidden_preact[kGates] = {0, 1, 2, 3};
   static constexpr bool kHasCellState = true, kHasProjection = true;
-  static constexpr int kSavedState = 4;  ///< index of the state in `saved`
+  static constexpr int kSavedState = 4;  ///< the state's index in `saved`
 
   template <class V>
   static FUSEDRNN_INLINE V forward(const V* preact, V& c, V* saved) {
@@ -38,7 +38,7 @@ struct Lstm {
     return saved[3] * tanh(saved[4]);
   }
 
-  /// dh: this step's output gradient. dc: gradient of c, this step's on entry, the previous step's
+  /// dh: this step's output gradient. dc: c's gradient, this step's on entry, the previous step's
   /// on return.
   template <class V>
   static FUSEDRNN_INLINE void backward(const V* saved, V c_previous, V dh, V& dc, V* dgates) {
@@ -117,7 +117,7 @@ struct Rnn {
     return saved[0];
   }
 
-  /// dh: gradient of this step's output. No part of it bypasses the gate.
+  /// dh: this step's output gradient. No part bypasses the gate.
   template <class V>
   static FUSEDRNN_INLINE void backward(const V* saved, V, V dh, V&, V* dgates) {
     dgates[0] = Nonlinearity::gradient(saved[0], dh);

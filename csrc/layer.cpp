@@ -157,7 +157,7 @@ Tensor input_of(const Layer& layer, const Tensor& tokens) {
   return x.masked_fill(steps.ge(layer.lengths).view({layer.N, 1}), 0);
 }
 
-/// Of weight_hh. Row blocks whose pre-activations are neighbours share a GEMM.
+/// weight_hh's gradient. Row blocks whose pre-activations are neighbours share a GEMM.
 Tensor hidden_weight_gradient(const Layer& layer, const Tensor& dgates, const Tensor& h_previous,
                               const Gemms& gemms) {
   const CellInfo& cell = layer.cell;
@@ -172,7 +172,7 @@ Tensor hidden_weight_gradient(const Layer& layer, const Tensor& dgates, const Te
   return out;
 }
 
-/// Of bias_ih and bias_hh.
+/// The gradients of bias_ih and bias_hh.
 std::pair<Tensor, Tensor> bias_gradients(const Layer& layer, const Tensor& dgates) {
   const CellInfo& cell = layer.cell;
   const int64_t H = layer.H;

@@ -74,7 +74,7 @@ struct Layer {
   at::TensorOptions options() const { return input.options(); }
   /// The input as [N, its features], contiguous.
   Tensor flat_input() const;
-  /// The shape of a tensor of `features` for each token: [T, B, features] or [N, features].
+  /// A tensor's shape with `features` per token: [T, B, features] or [N, features].
   std::vector<int64_t> shape(int64_t features) const;
 
  private:

@@ -74,7 +74,7 @@ TORCH_LIBRARY(fusedrnn, m) {
   // The CPU instruction set in use.
   m.def("_cpu_isa() -> str");
   // The algorithm of this thread's last pass on CUDA: stepwise, persistent_cta, persistent_cluster,
-  // persistent_grid, or none before the first. A backward pass of autograd is on another thread.
+  // persistent_grid, or none before the first. Autograd runs a backward pass on another thread.
   m.def("_cuda_algorithm() -> str");
 }
 

@@ -1,9 +1,9 @@
-// The extension as a Python module: a fast path from the modules to the ops, and a list of cells.
+// The extension as a Python module: a fast path from the modules to the ops, and a cell list.
 //
 // torch.ops converts every argument to its schema and back. For one step of a small layer this
 // costs more than the layer. `layers` and `cell` take a module's attributes and call the ops
 // through the dispatcher. They know the plain case only. In any other case, and for a wrong
-// argument, they return None before they call an op; fusedrnn/_forward.py then takes the slow path,
+// argument, they return None before they call an op. fusedrnn/_forward.py then takes the slow path,
 // which words the error. After an op was called its exception goes to the caller: hooks may have
 // run, and must not run twice.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -42,8 +42,8 @@ int64_t read_number(PyObject* value) {
   return value && PyLong_CheckExact(value) ? PyLong_AsLongAndOverflow(value, &overflow) : -1;
 }
 
-/// Whether input's device has kernels, and no mode is active that the ops have no rule for or that
-/// intercepts calls of torch.
+/// Whether input's device has kernels, no mode intercepts torch calls, and the ops have rules for
+/// all active modes.
 bool is_plain(const Tensor& input, int cell) {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   const auto key = c10::legacyExtractDispatchKey(input.key_set());
@@ -87,10 +87,10 @@ bool read_states(PyObject* hx, bool has_cell_state, int64_t dim, States& states)
   return true;
 }
 
-/// The arguments of `layers` and `cell`: a module's attributes, its cell's index, input, hx.
+/// The arguments to `layers` and `cell`: a module's attributes, its cell's index, input, hx.
 class Arguments {
  public:
-  /// Whether it is the plain case, with an input of `dim` dimensions.
+  /// Whether it is the plain case, and the input has `dim` dimensions.
   bool read(PyObject* const* args, Py_ssize_t count, int64_t dim) {
     FUSEDRNN_NAME(_parameters);
     if (count != 4 || !PyDict_CheckExact(args[0])) return false;
@@ -201,7 +201,7 @@ class BelowAutograd {
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
 };
 
-/// layers(attributes, cell, input, hx): the result of a layer module's forward, or None.
+/// layers(attributes, cell, input, hx): a layer module's forward result, or None.
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   FUSEDRNN_NAME(_flat_weights_names);
   FUSEDRNN_NAME(num_layers);
@@ -301,7 +301,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return module.has_cell_state ? tuple_of(h, THPVariable_Wrap(std::move(result.c_n))) : tuple_of(h);
 }
 
-/// cells(): a dict of constants for each cell, by index.
+/// cells(): each cell's constants as a dict, by index.
 PyObject* cells(PyObject*, PyObject* const*, Py_ssize_t) {
   PyObject* const list = PyList_New(0);
   for (int i = 0; list && i < scalar::Cells::count; ++i) {

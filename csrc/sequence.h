@@ -2,7 +2,7 @@
 //
 // Shapes: T time steps, B batch rows, I input_size, H hidden_size, P output size (proj_size or H),
 // G gates, S pre-activations, A saved values of the cell (cells.h). A *token* is one (step, row)
-// pair of a batch; N tokens: t * B + b when padded, step_offset[t] + b when packed.
+// pair in a batch; N tokens: t * B + b when padded, step_offset[t] + b when packed.
 //
 // Element is the operands' type: weights, input and output. Accum is the type that kernels compute
 // in. They differ for bfloat16 where the machine multiplies it into float32.
@@ -22,7 +22,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-/// The type for sums of Elements' products.
+/// The type that sums Elements' products.
 template <class Element>
 using Accumulator = std::conditional_t<sizeof(Element) == 2, float, Element>;
 
@@ -37,7 +37,7 @@ struct Sequence {
   bool reverse = false;
   const int64_t* row = nullptr;          ///< [rows] index in the batch
   const int64_t* active = nullptr;       ///< [steps] active rows, never increasing
-  const int64_t* step_offset = nullptr;  ///< [steps] token of batch row 0
+  const int64_t* step_offset = nullptr;  ///< [steps] batch row 0's token
 
   Accum* workspace = nullptr;  ///< workspace_size elements, 64-byte aligned
 };
@@ -56,11 +56,11 @@ template <class Accum, class Element = Accum>
 struct Forward : Sequence<Accum> {
   Weights<Element> weights;
   const Accum* panels = nullptr;  ///< from prepack_forward; null: read `weights` in place
-  const Accum* projection_panels = nullptr;  ///< from prepack_gemm, of weights.hr transposed
+  const Accum* projection_panels = nullptr;  ///< weights.hr transposed, from prepack_gemm
 
   /// Either the input, whose features are contiguous (and even in number for bfloat16), ...
   const Element* x = nullptr;
-  const int64_t* x_offset = nullptr;  ///< [steps] elements from x to batch row 0 of the step
+  const int64_t* x_offset = nullptr;  ///< [steps] elements from x to the step's batch row 0
   int64_t x_row_stride = 0;
   /// ... or, when not null, the GEMM weight_ih x: [N, G*H].
   const Accum* x_product = nullptr;
@@ -79,9 +79,9 @@ struct Forward : Sequence<Accum> {
 
 template <class Accum>
 struct Backward : Sequence<Accum> {
-  const Accum* panels = nullptr;  ///< from prepack_gemm, of weight_hh
+  const Accum* panels = nullptr;  ///< weight_hh from prepack_gemm
   int64_t matrix_stride = 0;      ///< not 0: `panels` is weight_hh itself, rows this far apart
-  const Accum* projection_panels = nullptr;  ///< from prepack_gemm, of weights.hr
+  const Accum* projection_panels = nullptr;  ///< weights.hr from prepack_gemm
 
   const Accum* h0 = nullptr;  ///< as in Forward
   const Accum* c0 = nullptr;
@@ -98,7 +98,7 @@ struct Backward : Sequence<Accum> {
   /// Operands of the weight-gradient GEMMs are compact: M rows, one per valid (step, row), by step,
   /// then by descending length.
   const int64_t* sorted_index = nullptr;    ///< [rows] place among the rows sorted by length
-  const int64_t* compact_offset = nullptr;  ///< [steps] compact row of sorted row 0
+  const int64_t* compact_offset = nullptr;  ///< [steps] sorted row 0's compact row
   Accum* dgates = nullptr;                  ///< [M, S, H] pre-activation gradients
   Accum* h_previous = nullptr;  ///< [M, P] previous step's output, for weight_hh's gradient
   Accum* dr = nullptr;          ///< [M, P] the projected output's gradient; projection only

@@ -1,8 +1,9 @@
 // The instruction set that a file is compiled for, and helpers that every target shares.
 //
-// Convention: everything a vector kernel calls is a template on the value type V in the namespace
-// FUSEDRNN_TARGET, one namespace per instruction set. So the linker never merges a function
-// compiled for AVX-512 into code for an older machine. `scalar` is the namespace without vectors.
+// Convention: everything that a vector kernel calls is a template on the value type V. It lies in
+// the namespace FUSEDRNN_TARGET, one namespace per instruction set. So the linker never merges a
+// function compiled for AVX-512 into code for an older machine. `scalar` is the namespace without
+// vectors.
 #pragma once
 
 #include <cstdint>

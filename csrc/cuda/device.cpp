@@ -24,7 +24,7 @@ struct LaunchContext::Guard {
 
 namespace {
 
-/// Device attributes are queried once: a call of the runtime costs as much as a launch.
+/// Device attributes are queried once: a runtime call costs as much as a launch.
 int attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
@@ -128,8 +128,8 @@ class GemmHandle {
 
 }  // namespace
 
-// Not torch's matmul, whose precision follows process-wide settings. It may refuse a float32 result
-// of half types, accumulate in float16, or take TF32 for float32.
+// Not torch's matmul, whose precision follows process-wide settings. It may refuse half types with
+// a float32 result, accumulate in float16, or take TF32 for float32.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision) {
   if (is_empty_gemm(out, a, add)) return;
   const Gemm gemm(out, a, b);

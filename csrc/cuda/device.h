@@ -1,5 +1,5 @@
 // The backend's interface to torch and CUDA. device.cpp implements it for a GPU, the tests'
-// emulator for tensors of the CPU.
+// emulator for CPU tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,7 +32,7 @@ class LaunchContext {
 
 /// Throws if a function of kernel_table.h returned an error.
 void check(int status);
-/// The same, but false where CTAs that must be resident found no room. A device may have less room
+/// The same, but false if CTAs that must be resident found no room. A device may have less room
 /// than it reports, for example beside other processes.
 bool launched(int status);
 
@@ -41,7 +41,7 @@ bool launched(int status);
 /// Its rows are contiguous.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision);
 
-/// Makes the device's work fail with this message if any of `wrong` is true, without waiting.
+/// Makes the device's work fail with this message if any element in `wrong` is true. Does not wait.
 void check_later(const Tensor& wrong, const char* message);
 
 }  // namespace fusedrnn::cuda

@@ -1,17 +1,17 @@
-// How the threads of a persistent kernel divide a layer, and how a step hands its results to the
-// GEMM of the next one: common parts of the exchanges.
+// How a persistent kernel's threads divide a layer, and how a step hands its results to the next
+// step's GEMM: the exchanges' common parts.
 //
 // An exchange is a thread's view of its CTA. Traits has the sizes. All threads call
 //
 //   load<Weight>(gemm, ...)         reads the thread's part of weight_hh into registers
-//   store(k, chunk, pair, values)   a pair's operands of the k-th GEMM: h or gate gradients
+//   store(k, chunk, pair, values)   a pair's operands for the k-th GEMM: h or gate gradients
 //   commit(gemm, k, chunk)          publishes a chunk whose stores are all done
-//   wait(gemm, k, chunk)            waits for the k-th GEMM of a chunk
-//   read(pair, gate)                a pair's result of the GEMM that was waited for last
+//   wait(gemm, k, chunk)            waits for a chunk's k-th GEMM
+//   read(pair, gate)                a pair's result from the latest GEMM
 //
-// The first GEMM is k = 0. Nobody reads what is stored for k = steps. The exchange is
-// double-buffered by k % 2. Waiting for step k - 1 proves that every CTA has finished reading step
-// k - 2, so its buffer may be overwritten.
+// The first GEMM is k = 0. Stores for k = steps are never read. The exchange is double-buffered by
+// k % 2. Waiting for step k - 1 proves that every CTA has finished reading step k - 2, so its
+// buffer may be overwritten.
 #pragma once
 
 #include "mma.cuh"
@@ -27,7 +27,7 @@ FUSEDRNN_DEVICE T value_or_zero(const T* p, int64_t i) {
   return p ? p[i] : T(0);
 }
 
-/// Offsets in bytes of arrays that follow each other in shared memory.
+/// Byte offsets for consecutive arrays in shared memory.
 struct SharedLayout {
   int bytes = 0;
   template <class T>
@@ -38,7 +38,7 @@ struct SharedLayout {
   }
 };
 
-/// The rows and units of a CTA and of its threads. Traits: kThreads; kUnits of the CTA; kChunkRows,
+/// A CTA's rows and units, divided among its threads. Traits: kThreads; kUnits per CTA; kChunkRows,
 /// the batch rows of one GEMM.
 template <class Traits>
 class Tile {
@@ -54,10 +54,10 @@ class Tile {
   struct Pair {
     int chunk_row, tile_row;  ///< the row's index in its chunk and in the tile
     int row;                  ///< in the batch
-    int unit;                 ///< the same for all pairs of a thread
+    int unit;                 ///< the same for all the thread's pairs
     bool exists;
   };
-  /// This thread's i-th pair of a chunk, of Traits::kPairs.
+  /// This thread's i-th pair in a chunk, i < Traits::kPairs.
   FUSEDRNN_DEVICE Pair pair(int chunk, int i) const {
     Pair pair;
     pair.chunk_row = (threadIdx.x + i * Traits::kThreads) / Traits::kUnits;
@@ -78,15 +78,15 @@ class Tile {
     return rows < Traits::kChunkRows ? rows : Traits::kChunkRows;
   }
 
-  /// The i-th value that the CTA carries for a pair, of kCarried.
+  /// The i-th value that the CTA carries for a pair, i < kCarried.
   FUSEDRNN_DEVICE float& carried(const Pair& p, int i) const {
     return carried_[(i * params_.tile_rows + p.tile_row) * Traits::kUnits +
                     threadIdx.x % Traits::kUnits];
   }
 
-  /// The time of the i-th step of this direction.
+  /// The time of this direction's i-th step.
   FUSEDRNN_DEVICE int time(int i) const { return direction ? params_.steps - 1 - i : i; }
-  /// The token of batch row 0 at step t.
+  /// Batch row 0's token at step t.
   FUSEDRNN_DEVICE int64_t step_offset(int t) const {
     return params_.step_offset ? params_.step_offset[t] : int64_t(t) * params_.rows;
   }
@@ -119,8 +119,8 @@ constexpr int operand_stride(int k) {
 /// Sizes of an exchange in which every CTA reads the operands of all hidden units.
 ///
 /// A CTA has kBlocks blocks of 16 units. Each block has kSplits warps that share K (split-K).
-/// Forward, A's rows are the gates of the block's units, kTiles = G, and K is the h of all units.
-/// Backward, A's rows are the block's units and K is the gate gradients of all units.
+/// Forward, A's rows are the block's gates, kTiles = G, and K is all units' h. Backward, A's rows
+/// are the block's units and K is all units' gate gradients.
 template <class Gemm_, int kBlocks_, int kSplits_, int kChunkRows_>
 struct AllGatherTraits {
   using Gemm = Gemm_;
@@ -130,7 +130,7 @@ struct AllGatherTraits {
   static constexpr int kThreads = kWarp * kBlocks * kSplits;
   static constexpr int kUnits = kBlockUnits * kBlocks;
   static constexpr int kK = kSplits * Gemm::kK;
-  static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< of a thread in a chunk
+  static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< per thread and chunk
   static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
 
   /// Strides of the partial sums [kSplits, kChunkRows, kBlocks, kBlockRows]. They spread a warp's
@@ -154,11 +154,11 @@ struct AllGatherTraits {
           carried(add<float>(kCarried * tile_rows * kUnits)),
           carried_floats(kCarried * tile_rows * kUnits) {}
     int partials, scratch, carried;
-    int carried_floats;  ///< the size of `carried`, behind which an exchange adds its own arrays
+    int carried_floats;  ///< `carried`'s size; an exchange adds its own arrays behind it
   };
 };
 
-/// The GEMM of an all-gather. Its split-K reduction goes through shared memory: a thread sums the
+/// The GEMM of an all-gather. Its split-K reduction goes through shared memory: a thread adds the
 /// partial sums of its unit and row in a fixed order.
 template <class Traits>
 class AllGatherGemm : public Tile<Traits> {
@@ -173,7 +173,7 @@ class AllGatherGemm : public Tile<Traits> {
         partials_(reinterpret_cast<float*>(memory + at.partials)),
         scratch_(reinterpret_cast<float*>(memory + at.scratch)) {}
 
-  /// Weight is made of the first unit and first k of the warp's part, 0 and `args`.
+  /// Weight's constructor takes the first unit and first k of the warp's part, 0 and `args`.
   template <class Weight, class... Args>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Args&... args) const {
     const int warp = threadIdx.x / kWarp;
@@ -194,7 +194,7 @@ class AllGatherGemm : public Tile<Traits> {
   }
 
  protected:
-  /// Multiplies a chunk whose operands begin at `rows`. kStride: between its rows.
+  /// Multiplies a chunk whose operands begin at `rows`, kStride apart.
   template <class Operand, int kStride>
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, const Element* rows) const {
     const int warp = threadIdx.x / kWarp, block = warp / Traits::kSplits;
@@ -207,13 +207,13 @@ class AllGatherGemm : public Tile<Traits> {
   }
 
   /// Orders a chunk's stores before later loads, and its reads before the next GEMM's partial sums.
-  /// Nothing follows the last chunk of the last step.
+  /// Nothing follows the last step's last chunk.
   FUSEDRNN_DEVICE void sync_chunk(int k, bool is_last) const {
     if (!is_last || k < this->params_.steps) sync_cta();
   }
 
-  /// Rounds a pair's values to its operands, in a row of the exchange at the CTA's first unit.
-  /// values[i] belongs to the i-th of kParts equal parts of K.
+  /// Rounds a pair's values to its operands, in a row of the exchange at the CTA's first unit. K
+  /// has kParts equal parts; values[i] belongs to the i-th.
   template <int kParts>
   static FUSEDRNN_DEVICE void store_operands(Element* row, const float (&values)[kParts]) {
     unroll<kParts>([&](auto part) {

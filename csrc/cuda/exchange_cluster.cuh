@@ -1,5 +1,5 @@
-// The exchanges of a cluster of CTAs, through distributed shared memory: forward an all-gather of
-// h, backward a reduce-scatter of partial dh. Transaction barriers are the only synchronisation.
+// A cluster's exchanges, through distributed shared memory: forward an all-gather of h, backward a
+// reduce-scatter of partial dh. Transaction barriers are the only synchronisation.
 #pragma once
 
 #include "exchange.cuh"
@@ -9,7 +9,7 @@ namespace fusedrnn::cuda {
 /// Transaction barriers for the bytes that a CTA receives: one for each buffer and chunk.
 class ChunkBarriers {
  public:
-  /// By all threads; afterwards the CTAs of the cluster may send. bytes(chunk): of all CTAs.
+  /// By all threads; afterwards the cluster's CTAs may send. bytes(chunk): from all CTAs.
   template <class Bytes>
   FUSEDRNN_DEVICE void init(TransactionBarrier* barriers, int chunks, int steps,
                             const Bytes& bytes) {
@@ -82,7 +82,7 @@ class ClusterAllGather : public AllGatherGemm<Traits> {
     send_to_all(own, row, barriers_.at(k, chunk));
   }
   /// A chunk's arrival proves that its senders have read that chunk's partial sums, but nothing
-  /// about other chunks. Several chunks still need a CTA barrier.
+  /// about other chunks. With several chunks we still need a CTA barrier.
   FUSEDRNN_DEVICE void commit(const Gemm&, int, int) const {
     if (this->chunks() > 1) sync_cta();
   }
@@ -112,7 +112,7 @@ class ClusterAllGather : public AllGatherGemm<Traits> {
   FUSEDRNN_DEVICE Element* buffer(int k) const { return operands_ + k % 2 * buffer_stride_; }
 
   /// Sends every lane's operand to the same place in each CTA of the cluster, 16 bytes at a time. A
-  /// lane collects one 16-byte part of the row and sends it to some of the CTAs.
+  /// lane collects one 16-byte part of the row and sends it to some CTAs.
   static FUSEDRNN_DEVICE void send_to_all(Element own, Element* row, TransactionBarrier* barrier) {
     constexpr int kPerWord = 4 / sizeof(Element);  // elements
     constexpr int kPerStore = 16 / sizeof(Element), kStores = kWarp / kPerStore;
@@ -127,7 +127,7 @@ class ClusterAllGather : public AllGatherGemm<Traits> {
     Words words;
     unroll<4>(
         [&](auto i) { words.word[i] = shuffle(bits, lane % kStores * kPerStore + i * kPerWord); });
-    sync_warp();  // the receiver may overwrite what any lane of this warp has read
+    sync_warp();  // the receiver may overwrite memory that any lane of this warp has read
     for (unsigned cta = lane / kStores; cta < gridDim.x; cta += kWarp / kStores) {
       st_async(words, row + lane % kStores * kPerStore, barrier, cta);
     }
@@ -143,10 +143,10 @@ class ClusterAllGather : public AllGatherGemm<Traits> {
 template <class Traits>
 class ClusterReduceScatter;
 
-/// A CTA multiplies the gate gradients of its own 32 units, K = G * 32, with their weights to all
-/// units. Its 8 warps share A's rows, which are all units. Each CTA receives the partial dh of its
-/// units and sums them in a fixed order. Less to send than an all-gather: one float a unit and CTA,
-/// not G operands a unit. No warp waits for another's part of a GEMM.
+/// A CTA multiplies the gate gradients of its own 32 units, K = G * 32, by their weights to all
+/// units. A's rows, which are all units, are divided among its 8 warps. Each CTA receives its
+/// units' partial dh and adds them in a fixed order. It sends less than an all-gather: per unit and
+/// CTA one float, not G operands. No warp waits for another warp's part of a GEMM.
 template <class Gemm_, int kChunkRows_>
 struct ClusterReduceScatterTraits : UsesClusters {
   using Gemm = Gemm_;
@@ -155,7 +155,7 @@ struct ClusterReduceScatterTraits : UsesClusters {
   static constexpr int kThreads = 256, kUnits = kWarp, kChunkRows = kChunkRows_, kPairs = 1;
   static_assert(kChunkRows * kUnits == kThreads * kPairs);
   static constexpr int kK = Gemm::kK;
-  static constexpr int kTileUnits = 16;                         ///< of an mma tile
+  static constexpr int kTileUnits = 16;                         ///< per mma tile
   static constexpr int kWarpUnits = kTileUnits * Gemm::kTiles;  ///< rows of a warp's A
   static constexpr int kOperandStride = operand_stride<Element>(kK);
   static constexpr int kMaxCtas = kWarpUnits * (kThreads / kWarp) / kUnits;
@@ -187,7 +187,7 @@ class ClusterReduceScatter : public Tile<Traits> {
       : ClusterReduceScatter(params, memory,
                              typename Traits::Storage(params.tile_rows, gridDim.x)) {}
 
-  /// Weight is made of the first unit of the warp's rows, 0, the first unit of K and `args`.
+  /// Weight's constructor takes the warp's first unit, 0, the first unit of K and `args`.
   template <class Weight, class... Args>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Args&... args) const {
     const int warp = threadIdx.x / kWarp;
@@ -268,7 +268,7 @@ class ClusterReduceScatter : public Tile<Traits> {
   FUSEDRNN_DEVICE float* partials(int k, int chunk) const {
     return partials_ + (k % 2 * this->chunks() + chunk) * int(gridDim.x) * Traits::kPartials;
   }
-  /// Where rows 2 row_pair and 2 row_pair + 1 of a unit lie, and whether they are swapped. A warp
+  /// Where a unit's rows 2 row_pair and 2 row_pair + 1 lie, and whether they are swapped. A warp
   /// that reads one row of 32 units uses all banks.
   static FUSEDRNN_DEVICE int offset(int unit, int row_pair) {
     return unit * Traits::kChunkRows + 2 * (row_pair ^ (unit / 4 % 4));

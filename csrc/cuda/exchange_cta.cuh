@@ -1,4 +1,4 @@
-// The exchange of a CTA that has all hidden units: operands stay in its shared memory.
+// The exchange for a CTA that has all hidden units: operands stay in its shared memory.
 #pragma once
 
 #include "exchange.cuh"

@@ -1,4 +1,5 @@
-// The exchange of a group of resident CTAs: an all-gather through global memory, which stays in L2.
+// The exchange among a group's resident CTAs: an all-gather through global memory, which stays in
+// L2.
 #pragma once
 
 #include "exchange.cuh"
@@ -19,7 +20,7 @@ struct GridTraits : AllGatherTraits<Gemm, 1, kSplits, kChunkRows> {
   };
 };
 
-/// A counter of the group counts the CTAs that have committed a step.
+/// The group's counter counts the CTAs that have committed a step.
 template <class Traits>
 class GridExchange : public AllGatherGemm<Traits> {
  public:
@@ -42,7 +43,7 @@ class GridExchange : public AllGatherGemm<Traits> {
     Element* const row = buffer(k) + p.tile_row * Traits::kOperandStride + this->first_unit;
     if (p.exists) this->store_operands(row, values);
   }
-  /// The CTA arrives once for all chunks of a step.
+  /// The CTA arrives once for all chunks in a step.
   FUSEDRNN_DEVICE void commit(const Gemm&, int k, int chunk) const {
     const bool is_last = chunk + 1 == this->chunks();
     this->sync_chunk(k, is_last);

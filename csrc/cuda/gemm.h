@@ -1,5 +1,5 @@
-// A GEMM of row-major matrices in the terms of cuBLAS, whose matrices are column-major. device.cpp
-// hands it to cuBLAS; the tests' emulator multiplies by the same description.
+// A GEMM of row-major matrices in cuBLAS's terms: its matrices are column-major. device.cpp hands
+// it to cuBLAS; the tests' emulator multiplies by the same description.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,13 +12,13 @@ namespace fusedrnn::cuda {
 /// A matrix in memory as cuBLAS sees it: column-major, columns `stride` elements apart.
 struct GemmMatrix {
   at::Tensor tensor;  ///< holds the memory: the given tensor, or a copy with usable strides
-  bool transpose;     ///< whether the GEMM takes the transpose of this column-major matrix
-  int64_t stride;     ///< the leading dimension, at least the length of a column
+  bool transpose;     ///< whether the GEMM transposes this column-major matrix
+  int64_t stride;     ///< the leading dimension, at least a column's length
 
   /// A row-major matrix is its own transpose in column-major order, so it needs none.
   explicit GemmMatrix(const at::Tensor& t) {
     const auto by_rows = [&](int64_t row, int64_t column) {
-      // The stride of a single row or column is arbitrary.
+      // A single row or column has an arbitrary stride.
       return (t.size(column) <= 1 || t.stride(column) == 1) &&
              (t.size(row) <= 1 || t.stride(row) >= t.size(column));
     };
@@ -30,7 +30,7 @@ struct GemmMatrix {
   }
 };
 
-/// out = a b, or += : cuBLAS computes the transposed result [n, m] of b and a.
+/// out = a b, or += : cuBLAS computes the transposed result [n, m] from b and a.
 struct Gemm {
   Gemm(const at::Tensor& out_, const at::Tensor& a_, const at::Tensor& b_)
       : a(a_), b(b_), out(out_), m(b_.size(1)), n(a_.size(0)), k(a_.size(1)) {

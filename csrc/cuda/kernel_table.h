@@ -1,7 +1,7 @@
-// The kernels of every cell as functions, and tables of them by the cell's index in scalar::Cells.
+// Every cell's kernels as functions, and tables of them by the cell's index in scalar::Cells.
 //
 // A function launches on `stream`, a cudaStream_t, and returns a cudaError_t. stepwise_kernels.cu
-// and persistent_*.cu fill the tables from the list of cells.
+// and persistent_*.cu fill the tables from the cell list.
 #pragma once
 
 #include "params.h"
@@ -33,7 +33,7 @@ struct PersistentKernels {
                  void* stream);
   int (*backward)(const PersistentBackwardParams<Element>& params, const LaunchPlan& plan,
                   void* stream);
-  /// How many clusters of a plan the device runs at the same time; 0: it can't run one.
+  /// How many of a plan's clusters the device runs at the same time; 0: it can't run one.
   int (*forward_clusters)(const LaunchPlan& plan);
   int (*backward_clusters)(const LaunchPlan& plan);
 };

@@ -1,8 +1,8 @@
-// How a kernel is launched, by nvcc on a GPU or by the emulator of tests/emulator, with which the
-// host's compiler runs the same kernels without a GPU.
+// How a kernel is launched: by nvcc on a GPU, or by the emulator in tests/emulator. With the
+// emulator the host's compiler runs the same kernels without a GPU.
 //
-// A kernel is a struct: its members are its arguments, and operator() is the work of one thread,
-// given the CTA's shared memory. kThreads is the size of a CTA.
+// A kernel is a struct: its members are its arguments, and operator() is one thread's work, given
+// the CTA's shared memory. A CTA has kThreads threads.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace fusedrnn::cuda {
 
-/// A grid of CTAs, each with `shared` bytes of shared memory.
+/// A grid whose CTAs have `shared` bytes of shared memory each.
 struct Grid {
   unsigned x, y = 1, z = 1;
   size_t shared = 0;
@@ -21,7 +21,7 @@ struct Grid {
   unsigned cluster = 0;   ///< CTAs in a cluster, at least 2 neighbours along x; 0: no clusters
 };
 
-/// A base of kernels that run in clusters, which need compute capability 9.0.
+/// A base for kernels that run in clusters, which need compute capability 9.0.
 struct UsesClusters {};
 
 }  // namespace fusedrnn::cuda
@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant
 
 constexpr int kDevices = 64;  ///< caches below cover as many devices
 
-/// Lets a kernel use all the shared memory that a CTA can have, and clusters of any size, on the
-/// current device. Raised once, to the maximum. The attribute is process-wide: setting it per
-/// launch would affect other threads and captured graphs. Each launch names its own amount.
+/// Lets a kernel use all shared memory that a CTA can have, and any cluster size, on the current
+/// device. Raised once, to the maximum. The attribute is process-wide: setting it per launch would
+/// affect other threads and captured graphs. Each launch names its own amount.
 template <class Kernel>
 cudaError_t raise_limits() {
   static std::atomic<bool> raised[kDevices];
@@ -70,7 +70,7 @@ cudaError_t raise_limits() {
   return status;
 }
 
-/// CUDA's description of a launch.
+/// CUDA's launch description.
 template <class Kernel>
 struct LaunchConfig {
   cudaLaunchConfig_t config = {};
@@ -103,9 +103,9 @@ int launch(const Kernel& kernel, const Grid& grid, void* stream) {
   return cudaLaunchKernelEx(&c.config, run<Kernel>, kernel);
 }
 
-/// How many clusters of such a grid run at the same time on the current device; 0: none can.
-/// Answers are cached by the size of the cluster, which must determine `shared`: CUDA's answer
-/// costs as much as a few launches.
+/// How many clusters in such a grid run at the same time on the current device; 0: none can.
+/// Answers are cached by cluster size, which must determine `shared`: CUDA's answer costs as much
+/// as a few launches.
 template <class Kernel>
 int active_clusters(const Grid& grid) {
   constexpr int kMost = 16;

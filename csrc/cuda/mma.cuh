@@ -1,7 +1,7 @@
 // GEMMs of a warp whose matrix A stays in registers.
 //
 // partials [kRows, stride] = B [kRows, kK] * (A [16 * kTiles, kK])^T, kRows a multiple of 8. A is
-// the warp's part of weight_hh, B the batch rows of h or of the gate gradients.
+// the warp's part of weight_hh. B's rows are the batch rows' h or gate gradients.
 #pragma once
 
 #include "../target.h"
@@ -29,7 +29,7 @@ struct GlobalOperand {
   FUSEDRNN_DEVICE Words load(int row, int k) const { return load_cg(data + row * stride + k); }
 };
 
-/// The mma of a type's K: 16 for the half types, 8 for TF32.
+/// A type's mma: K = 16 for the half types, 8 for TF32.
 template <class Element>
 FUSEDRNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(Element) == 2) {
@@ -39,15 +39,15 @@ FUSEDRNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   }
 }
 
-/// By tensor cores: the half types, and float32 as TF32. A sum over k may take any order. This one
-/// puts a thread's operands of two mma next to each other, 16 bytes.
+/// By tensor cores: the half types, and float32 as TF32. A sum over k may take any order. This
+/// order puts a thread's operands for two mma next to each other, 16 bytes.
 template <class Element_, int kTiles_, int kK_>
 class TensorCoreGemm {
  public:
   using Element = Element_;
   static constexpr int kTiles = kTiles_, kK = kK_;
-  static constexpr int kScratchFloats = 0;        ///< of a warp, for multiply()
-  static constexpr int kLoadScratchBytes = 1024;  ///< of a warp, for load()
+  static constexpr int kScratchFloats = 0;        ///< per warp, for multiply()
+  static constexpr int kLoadScratchBytes = 1024;  ///< per warp, for load()
 
   /// Reads A from weight.at(row, k). Weight::kContiguousK: neighbours in k, not in row, are
   /// neighbours in memory.
@@ -79,7 +79,7 @@ class TensorCoreGemm {
     });
   }
 
-  /// Rounds a value to an element of B.
+  /// Rounds a value to B's element type.
   static FUSEDRNN_DEVICE void set_operand(Element& to, float value) {
     if constexpr (kPerWord == 2) {
       round_to(to, value);
@@ -88,7 +88,7 @@ class TensorCoreGemm {
     }
   }
 
-  /// c += A B^T in the layout of mma: with lane = 4 r + q, c[n][m][i] is of B's row
+  /// c += A B^T in mma's layout. With lane = 4 r + q, c[n][m][i] is the result for B's row
   /// 8 n + 2 q + i % 2 and A's row 16 m + r + 8 (i / 2). c must be zero on entry.
   template <int N, class Operand>
   FUSEDRNN_DEVICE void accumulate(const Operand& b_operand, float (&c)[N][kTiles][4]) const {
@@ -137,8 +137,8 @@ class TensorCoreGemm {
   uint32_t a_[kTiles][kPairs][2][4];
 };
 
-/// By float32 multiply-adds. A lane has a row or two of A; if A has only 16 rows, half the K of one
-/// row. B goes through scratch memory, a few rows at a time.
+/// By float32 multiply-adds. A lane has one or two rows of A; if A has only 16 rows, half a row's
+/// K. B goes through scratch memory, a few rows at a time.
 template <int kTiles_, int kK_>
 class FmaGemm {
  public:

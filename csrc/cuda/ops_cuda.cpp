@@ -80,7 +80,7 @@ StepGradients allocate_gradients(const Layer& layer) {
   return out;
 }
 
-/// The GEMMs of layer_gradients().
+/// The GEMMs for layer_gradients().
 struct DeviceGemms : Gemms {
   explicit DeviceGemms(Precision precision) : precision(precision) {}
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
@@ -113,7 +113,7 @@ struct TypeTag {
   using type = T;
 };
 
-/// Calls f(TypeTag<Element>) for the type of the layer's operands.
+/// Calls f(TypeTag<Element>) for the layer's operand type.
 template <class F>
 auto dispatch_element(const Layer& layer, const F& f) {
   switch (layer.type) {

@@ -17,7 +17,7 @@ struct Cuda {
   static LayerGradients backward(const BackwardArgs& args);
 };
 
-/// Registers the kernels of every cell.
+/// Registers every cell's kernels.
 void register_cuda_ops(torch::Library& m);
 
 /// The algorithm of this thread's last forward or backward pass; "none" before the first.

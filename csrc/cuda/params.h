@@ -1,7 +1,7 @@
-// The arguments of the CUDA kernels as plain structs: no torch and no CUDA here.
+// The CUDA kernels' arguments as plain structs: no torch and no CUDA here.
 //
-// Element and Accum as in sequence.h, and so are the shapes. Batch rows are not sorted: a row that
-// `lengths` or the batch sizes make inactive at a step keeps its state.
+// Element, Accum and shapes are as in sequence.h. Batch rows are not sorted. A row that `lengths`
+// or the batch sizes make inactive at a step keeps its state.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace fusedrnn::cuda {
 
 // ---- stepwise: the kernels between the GEMMs of a step ------------------------------------------
 
-/// The rows of one step: [0, rows), without those of lengths[row] <= t.
+/// One step's rows: [0, rows), except rows where lengths[row] <= t.
 struct StepRows {
   int64_t rows = 0, t = 0;
   const int64_t* lengths = nullptr;  ///< [rows], null: all are active
@@ -26,7 +26,7 @@ struct ForwardStepParams : StepRows {
   const Element* bias_ih = nullptr;  ///< [G*H], null: zeros
   const Element* bias_hh = nullptr;  ///< [G*H]
   Accum* state = nullptr;            ///< [rows, H] read and written
-  Element* h = nullptr;              ///< [rows, H] the output, as an operand of the next GEMM
+  Element* h = nullptr;              ///< [rows, H] the output, as the next GEMM's operand
   Element* y = nullptr;              ///< [rows, H] the output, y_stride apart; null if projected
   int64_t y_stride = 0;
   Accum* saved = nullptr;  ///< [rows, A, H], null: not wanted
@@ -42,7 +42,7 @@ struct ProjectionStepParams : StepRows {
   int64_t y_stride = 0;
 };
 
-/// The gradient of a step's output, F features, is the sum of dy, product and dh.
+/// A step's output gradient, F features, is the sum of dy, product and dh.
 template <class Accum>
 struct OutputGradientParams : StepRows {
   int64_t previous = -1;      ///< the step before t in the direction's order, -1: none
@@ -64,7 +64,7 @@ struct BackwardStepParams : OutputGradientParams<Accum> {
   const Accum* h0 = nullptr;              ///< [rows, H] h0_stride apart, null: zeros
   const Accum* c0 = nullptr;
   int64_t h0_stride = 0, c0_stride = 0;
-  const Accum* dh_raw = nullptr;  ///< projected only: [rows, H] gradient of the raw output
+  const Accum* dh_raw = nullptr;  ///< projected only: [rows, H] the raw output's gradient
   Accum* dstate = nullptr;        ///< [rows, H]
   Element* dgates = nullptr;      ///< [rows, S*H] as operands, zero on entry
   /// [rows, G*H] gradients of the pre-activations that weight_hh feeds; null: they are dgates.
@@ -73,7 +73,7 @@ struct BackwardStepParams : OutputGradientParams<Accum> {
   Element* h_raw = nullptr;       ///< [rows, H] output before the projection
 };
 
-/// The kernel before the GEMM of a projection's backward pass.
+/// The kernel before the GEMM in a projection's backward pass.
 template <class Element, class Accum = Accumulator<Element>>
 struct ProjectionBackwardStepParams : OutputGradientParams<Accum> {
   int64_t output_size = 0;
@@ -81,7 +81,7 @@ struct ProjectionBackwardStepParams : OutputGradientParams<Accum> {
   int64_t y_stride = 0;
   const Accum* h0 = nullptr;  ///< [rows, P], null: zeros
   int64_t h0_stride = 0;
-  Element* dr = nullptr;          ///< [rows, P] gradient of the output, zero on entry
+  Element* dr = nullptr;          ///< [rows, P] the output's gradient, zero on entry
   Element* h_previous = nullptr;  ///< [rows, P]
 };
 
@@ -92,7 +92,7 @@ struct ProjectionBackwardStepParams : OutputGradientParams<Accum> {
 struct PersistentParams {
   int steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
   const int64_t* lengths = nullptr;      ///< [B], null: all steps
-  const int64_t* step_offset = nullptr;  ///< [T + 1] token of row 0; null: padded
+  const int64_t* step_offset = nullptr;  ///< [T + 1] row 0's token; null: padded
   uint32_t* arrivals = nullptr;          ///< [D, groups], zero on entry; persistent_grid only
 };
 

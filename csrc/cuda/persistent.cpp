@@ -13,9 +13,9 @@ Tensor upload_step_offset(const Layer& layer, const LaunchContext& context) {
   return t;
 }
 
-/// Global memory through which the CTAs of a grid exchange operands; undefined for other plans.
+/// Global memory through which a grid's CTAs exchange operands; undefined for other plans.
 struct GridMemory {
-  /// `values`: operands of a hidden unit, 1 for h or G for the gate gradients.
+  /// `values`: operands per hidden unit, 1 for h or G for the gate gradients.
   template <class Element>
   static GridMemory allocate(const Layer& layer, const LaunchPlan& plan, int64_t values) {
     if (plan.algorithm != Algorithm::persistent_grid) return {};

@@ -6,7 +6,7 @@
 
 namespace fusedrnn::cuda {
 
-/// The kernels of a layer's cell; null for a type without persistent kernels.
+/// The kernels for a layer's cell; null for a type without persistent kernels.
 template <class Element>
 const PersistentKernels<Element>* persistent_kernels_for(const Layer& layer) {
   if constexpr (std::is_same_v<Element, double>) {

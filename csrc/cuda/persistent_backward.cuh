@@ -1,4 +1,4 @@
-// The persistent backward kernel: all steps of a layer, last to first, in one launch.
+// The persistent backward kernel: all steps, last to first, in one launch.
 #pragma once
 
 #include "../cells.h"
@@ -15,9 +15,9 @@ struct PersistentBackwardKernel : Traits {
 
   /// Indices of the values that a CTA carries. An inactive row's dh waits for its last step.
   static constexpr int kDstate = 0, kDh = 1;
-  static constexpr int kGateK = Traits::kK / Cell::kGates;  ///< a gate's part of K
+  static constexpr int kGateK = Traits::kK / Cell::kGates;  ///< K per gate
 
-  /// weight_hh as the GEMM's A. Rows: units. K: the gates of all units, or of the CTA's own.
+  /// weight_hh as the GEMM's A. Rows: units. K: all units' gates, or the CTA's own.
   struct Weight {
     static constexpr bool kContiguousK = false;
     int first_unit, first_k, first_k_unit;
@@ -30,7 +30,7 @@ struct PersistentBackwardKernel : Traits {
     }
   };
 
-  /// A pair's inputs of a step besides the GEMM.
+  /// A pair's inputs to a step besides the GEMM.
   struct Inputs {
     bool is_active, has_previous;  ///< previous: the row has a step before this one
     int64_t token;
@@ -82,7 +82,7 @@ struct PersistentBackwardKernel : Traits {
       }
     }
 
-    // The n-th step from the end. The last GEMM, at n = steps, gives the gradient of h0.
+    // The n-th step from the end. The last GEMM, at n = steps, gives h0's gradient.
     for (int n = 0; n <= params.steps; ++n) {
       const int i = params.steps - 1 - n;
       for (int chunk = 0; chunk < e.chunks(); ++chunk) {

@@ -1,4 +1,4 @@
-// The persistent forward kernel: all steps of a layer in one launch, weight_hh in registers.
+// The persistent forward kernel: all steps in one launch, weight_hh in registers.
 #pragma once
 
 #include "../cells.h"
@@ -16,7 +16,7 @@ struct PersistentForwardKernel : Traits {
   /// Indices of the values that a CTA carries.
   static constexpr int kState = 0, kH = 1;
 
-  /// weight_hh as the GEMM's A. Rows: the gates of 16 units. K: all units.
+  /// weight_hh as the GEMM's A. Rows: 16 units' gates. K: all units.
   struct Weight {
     static constexpr bool kContiguousK = true;
     int first_unit, first_k, first_k_unit;
@@ -28,7 +28,7 @@ struct PersistentForwardKernel : Traits {
     }
   };
 
-  /// A pair's inputs of a step besides the GEMM.
+  /// A pair's inputs to a step besides the GEMM.
   struct Inputs {
     bool is_active;
     int64_t token;

@@ -1,4 +1,4 @@
-// The persistent kernels of every cell for one type: persistent_<type>.cu instantiates the table.
+// Every cell's persistent kernels for one type: persistent_<type>.cu instantiates the table.
 #pragma once
 
 #include "exchange_cluster.cuh"
@@ -15,12 +15,12 @@ struct Type {
   using type = T;
 };
 
-/// Traits of a kernel with a shape. Gemm<kTiles, kK> is TensorCoreGemm or FmaGemm.
+/// A kernel's traits, sized by its shape. Gemm<kTiles, kK> is TensorCoreGemm or FmaGemm.
 template <Algorithm kAlgorithm, class Cell, bool kBackward, class Element, bool kHalfRegisters,
           template <int, int> class Gemm>
 constexpr auto traits_of() {
   constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Element));
-  // Of an all-gather.
+  // An all-gather's sizes.
   constexpr int tiles = kBackward ? 1 : Cell::kGates;
   constexpr int k = shape.warp_units * (kBackward ? Cell::kGates : 1);
   if constexpr (kAlgorithm == Algorithm::persistent_cta) {
@@ -42,7 +42,7 @@ struct TensorCore {
   using Gemm = TensorCoreGemm<Element, kTiles, kK>;
 };
 
-/// Calls f(Type<Kernel>) for the kernel of a plan; returns -1 where there is none.
+/// Calls f(Type<Kernel>) for a plan's kernel; returns -1 where there is none.
 template <class Cell, class Element, bool kBackward, class F>
 int visit_kernel(const LaunchPlan& plan, const F& f) {
   const auto call = [&](auto type) {

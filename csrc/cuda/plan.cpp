@@ -26,7 +26,7 @@ constexpr struct {
 };
 
 /// A persistent kernel first loads all weights, which does not pay for few steps.
-/// Example: a layer of 4 steps runs stepwise, one of 5 persistently. No GPU has measured it yet.
+/// Example: 4 steps run stepwise, 5 persistently. No GPU measurement backs this number yet.
 constexpr int64_t kFewSteps = 4;
 
 /// Shared memory has room for the operands of as many rows on every device.
@@ -38,7 +38,7 @@ bool can_count(const PlanProblem& p) {
   return p.rows > 0 && p.rows <= 65535 * 8 && p.steps * divide_up(p.hidden_size, 16) <= INT32_MAX;
 }
 
-/// One CTA for each tile of 8 rows: any number of tiles, no exchange between CTAs.
+/// One CTA per tile of 8 rows: any number of tiles, no exchange between CTAs.
 /// Example: H = 100, B = 20 in bfloat16 are 3 CTAs; H = 129 does not fit one CTA's registers.
 LaunchPlan plan_cta(const PlanProblem& p, int64_t element_bytes) {
   const KernelShape shape = kernel_shape(Algorithm::persistent_cta, false, element_bytes);
@@ -48,7 +48,7 @@ LaunchPlan plan_cta(const PlanProblem& p, int64_t element_bytes) {
       shape.chunk_rows,          shape.max_units()};
 }
 
-/// Whether half of the registers hold the layer's weights.
+/// Whether half the registers hold the layer's weights.
 /// Example: the grid's kernels have room for 1024 bfloat16 units, or 512 with half the registers.
 /// H = 512 takes the latter, whose GEMM has half the K.
 bool fits_half_registers(Algorithm algorithm, int64_t hidden_size, int64_t element_bytes) {
@@ -56,8 +56,8 @@ bool fits_half_registers(Algorithm algorithm, int64_t hidden_size, int64_t eleme
 }
 
 /// Groups of CTAs with 16 units each. All CTAs of the launch must be resident, one on each
-/// multiprocessor. There are as many groups as find room, down to tiles of 16 rows.
-/// Example: H = 512, B = 100, one direction, 132 multiprocessors. A group is 32 CTAs, 4 groups fit,
+/// multiprocessor. As many groups run as find room; a tile has at least 16 rows.
+/// Example: H = 512, B = 100, one direction, 132 multiprocessors. A group is 32 CTAs. 4 groups fit,
 /// and each gets 25 rows, rounded up to a tile of 32.
 LaunchPlan plan_grid(const PlanProblem& p, int64_t element_bytes) {
   constexpr Algorithm grid = Algorithm::persistent_grid;
@@ -75,8 +75,8 @@ LaunchPlan plan_grid(const PlanProblem& p, int64_t element_bytes) {
 }
 
 /// Clusters of CTAs with 32 units each. Every device with clusters runs 8 CTAs in one, some run 16.
-/// A tile has as many rows as fit 227 KB of shared memory: the bytes received in a backward pass
-/// grow with the CTAs. It has fewer where that lets all clusters that find room work.
+/// A tile has as many rows as fit 227 KB of shared memory. The bytes received in a backward pass
+/// grow with the CTAs. Tiles have fewer rows where that lets all clusters that find room work.
 /// Example: H = 256 is 8 CTAs and a tile of up to 64 rows. If 16 clusters are active at once,
 /// B = 70 in one direction is divided into 9 tiles of 8 rows.
 template <class ActiveClusters>

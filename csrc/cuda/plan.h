@@ -13,13 +13,13 @@ namespace fusedrnn::cuda {
 enum class Algorithm {
   stepwise,
   persistent_cta,      ///< each CTA has all hidden units
-  persistent_cluster,  ///< the CTAs of a cluster share them, through distributed shared memory
+  persistent_cluster,  ///< a cluster's CTAs share them, through distributed shared memory
   persistent_grid,     ///< CTAs that are all resident share them, through global memory
 };
 /// "stepwise", "persistent_cta", ...
 const char* name_of(Algorithm algorithm);
 
-/// Of GEMMs with float32 operands; the half types have their own.
+/// For GEMMs with float32 operands; the half types have their own.
 enum class Precision { ieee, tf32 };
 
 /// How a persistent kernel is launched. The defaults are a stepwise plan.
@@ -27,9 +27,9 @@ struct LaunchPlan {
   Algorithm algorithm = Algorithm::stepwise;
   Precision precision = Precision::ieee;
   bool half_registers = false;  ///< half the registers hold all weights, so a step is shorter
-  int64_t ctas = 0;             ///< in a group
-  int64_t groups = 0;           ///< in a direction
-  int64_t tile_rows = 0;        ///< batch rows of a group
+  int64_t ctas = 0;             ///< per group
+  int64_t groups = 0;           ///< per direction
+  int64_t tile_rows = 0;        ///< batch rows per group
   int64_t max_units = 0;        ///< hidden units that the kernel has room for
 };
 
@@ -49,7 +49,7 @@ std::optional<Algorithm> requested_algorithm();
 template <class Element>
 struct PersistentKernels;  // kernel_table.h
 
-/// `kernels`: of the layer's cell; null if there are none. Throws std::runtime_error if the
+/// `kernels`: for the layer's cell; null if there are none. Throws std::runtime_error if the
 /// requested algorithm can't run.
 template <class Element>
 LaunchPlan plan_forward(const PlanProblem& problem, const PersistentKernels<Element>* kernels);
@@ -63,16 +63,16 @@ void check_fallback(const LaunchPlan& plan, const PlanProblem& problem);
 
 // ---- kernel shapes ------------------------------------------------------------------------------
 
-/// The compile-time sizes of a persistent kernel. A CTA has `unit_blocks` blocks of 16 hidden units
-/// and, for each block, `k_splits` warps that share K. A warp's part of K is `warp_units` units.
+/// A persistent kernel's compile-time sizes. A CTA has `unit_blocks` blocks of 16 hidden units. For
+/// each block it has `k_splits` warps that share K. A warp's part is `warp_units` units.
 struct KernelShape {
   int unit_blocks, k_splits, warp_units;
-  int chunk_rows;  ///< batch rows of one GEMM
+  int chunk_rows;  ///< batch rows per GEMM
   constexpr int cta_units() const { return 16 * unit_blocks; }
   constexpr int max_units() const { return k_splits * warp_units; }
 };
 
-/// The weights of a thread fill 128 registers, or 64 with `half_registers`.
+/// A thread's weights fill 128 registers, or 64 with `half_registers`.
 ///
 /// Example: an LSTM's 128 bfloat16 units in one CTA have 4 * 128 * 128 weights, 128 KB. Its 256
 /// threads hold 128 registers of 4 bytes each.
@@ -81,7 +81,9 @@ constexpr KernelShape kernel_shape(Algorithm algorithm, bool half_registers,
   const int warp_units = element_bytes == 2 ? 128 : 64;
   if (algorithm == Algorithm::persistent_cta) return {warp_units / 16, 1, warp_units, 8};
   const int units = half_registers ? warp_units / 2 : warp_units;
-  // Clusters take few rows a GEMM: more of them find room, and each is done sooner.
+  // Each CTA of a cluster owns 32 hidden units. K is split over four warps, so a warp holds as many
+  // weights as in the single-CTA kernel. With few rows a GEMM, more clusters find room, and each is
+  // done sooner.
   return algorithm == Algorithm::persistent_grid ? KernelShape{1, 8, units, 16}
                                                  : KernelShape{2, 4, units, 8};
 }

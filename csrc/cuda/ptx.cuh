@@ -1,5 +1,5 @@
-// The PTX that the kernels use, a thin function for each instruction: the only home of PTX. The
-// host's compiler gets their twins from tests/emulator instead.
+// The PTX that the kernels use, a thin function for each instruction: PTX's only home. The host's
+// compiler gets their twins from tests/emulator instead.
 #pragma once
 
 #include "launch.cuh"
@@ -12,7 +12,7 @@ namespace fusedrnn::cuda {
 
 /// Waits for all threads of the CTA; their earlier writes are visible afterwards.
 FUSEDRNN_DEVICE void sync_cta() { __syncthreads(); }
-/// The same for the 32 threads of a warp.
+/// The same for a warp's 32 threads.
 FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
 
 /// Acquires all writes before the matching add_release, by its thread or by threads that it had
@@ -25,7 +25,7 @@ FUSEDRNN_DEVICE uint32_t load_acquire(const uint32_t* p) {
 FUSEDRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(p), "r"(value) : "memory");
 }
-/// The body of a loop that polls for another CTA.
+/// For loops that poll for another CTA.
 FUSEDRNN_DEVICE void pause() {}
 
 // ---- clusters -----------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ FUSEDRNN_DEVICE uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
-/// An mbarrier in this CTA's shared memory that counts bytes sent by CTAs of the cluster (PTX ISA,
+/// An mbarrier in this CTA's shared memory that counts bytes sent by the cluster's CTAs (PTX ISA,
 /// "mbarrier"). A phase completes when one thread has announced its bytes and all have arrived.
 struct alignas(8) TransactionBarrier {
   uint64_t state;
@@ -94,7 +94,7 @@ struct alignas(8) TransactionBarrier {
 
 // ---- warps --------------------------------------------------------------------------------------
 
-/// The value of lane `from`.
+/// Lane `from`'s value.
 FUSEDRNN_DEVICE uint32_t shuffle(uint32_t value, int from) {
   return __shfl_sync(0xffffffffu, value, from);
 }
@@ -103,11 +103,11 @@ FUSEDRNN_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-/// c [16, 8] += a [16, K] * b [K, 8] by a warp, K = 16, of a half type. (PTX ISA, "Matrix Fragments
-/// for mma.m16n8k16".) With lane = 4 r + q:
-///   c[0], c[1]  row r, columns 2q and 2q + 1; c[2], c[3] the same of row r + 8
+/// c [16, 8] += a [16, K] * b [K, 8] by a warp, K = 16, for a half type. (PTX ISA, "Matrix
+/// Fragments for mma.m16n8k16".) With lane = 4 r + q:
+///   c[0], c[1]  row r, columns 2q and 2q + 1; c[2], c[3] the same in row r + 8
 ///   a[0], a[1]  rows r and r + 8 at k = 2q and 2q + 1; a[2], a[3] at k = 2q + 8 and 2q + 9
-///   b0, b1      column r at the k of a[0] and of a[2]
+///   b0, b1      column r at a[0]'s k and a[2]'s
 template <class Element>
 FUSEDRNN_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 #define FUSEDRNN_MMA(shape)                                                                        \
@@ -137,8 +137,8 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
-/// Stores 16 or 8 bytes at the place of `to` in the shared memory of the cluster's CTA number
-/// `cta`, which may be the own one. Its copy of `barrier` counts them. Does not wait.
+/// Stores 16 or 8 bytes at `to`'s place in the shared memory of CTA number `cta` of the cluster.
+/// `cta` may be this CTA. The receiver's copy of `barrier` counts the bytes. Does not wait.
 FUSEDRNN_DEVICE void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta) {
   asm volatile(
       "{\n\t"
@@ -167,7 +167,7 @@ FUSEDRNN_DEVICE void st_async(float a, float b, float* to, TransactionBarrier* b
       : "memory");
 }
 
-/// Loads from global memory through L2 alone: the SM's L1 does not see the writes of other SMs.
+/// Loads from global memory through L2 alone: the SM's L1 does not see other SMs' writes.
 FUSEDRNN_DEVICE Words load_cg(const void* p) {
   Words w;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -198,7 +198,7 @@ FUSEDRNN_DEVICE void round_to(Float16& to, float x) {
 FUSEDRNN_DEVICE void round_to(float& to, float x) { to = x; }
 FUSEDRNN_DEVICE void round_to(double& to, double x) { to = x; }
 
-/// To the 10 bits of mantissa that TF32 has, ties away from zero.
+/// To TF32's 10 mantissa bits, ties away from zero.
 FUSEDRNN_DEVICE uint32_t tf32_of(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));

@@ -10,7 +10,7 @@ void copy_or_zero(const Tensor& to, const Tensor& from, int64_t d) {
 }
 Tensor first_rows(const Tensor& t, int64_t rows) { return t.narrow(0, 0, rows); }
 
-/// The forward steps of one direction.
+/// One direction's forward steps.
 template <class Element>
 class ForwardSteps {
  public:
@@ -101,7 +101,7 @@ class ForwardSteps {
   Tensor raw_, projected_;        ///< [B, H], [B, P]; projected only
 };
 
-/// The backward steps of one direction.
+/// One direction's backward steps.
 template <class Element>
 class BackwardSteps {
  public:
@@ -138,7 +138,7 @@ class BackwardSteps {
   }
 
  private:
-  /// Of the i-th step.
+  /// For the i-th step.
   OutputGradientParams<Accum> output_gradient(int64_t i) const {
     const int64_t t = tokens_.time(i, d_ == 1), P = layer_.P;
     OutputGradientParams<Accum> p;
@@ -151,9 +151,9 @@ class BackwardSteps {
     p.dh = data_of<Accum>(dh_);
     return p;
   }
-  /// The token of row 0 at time t, in tensors of all directions.
+  /// Row 0's token at time t, in tensors of all directions.
   int64_t token(int64_t t) const { return d_ * layer_.N + tokens_.token(t); }
-  /// The rows of a step in a tensor [D, N, features].
+  /// A step's rows in a tensor [D, N, features].
   Tensor step_of(const Tensor& t, const StepRows& step) const {
     return t[d_].narrow(0, tokens_.token(step.t), step.rows);
   }
@@ -210,7 +210,7 @@ class BackwardSteps {
   const GateGradients& gates_;
   const int64_t d_;
   Tensor dh_, dstate_;  ///< [B, P], [B, H] carried from step to step
-  Tensor product_;      ///< [B, P] gradient of the previous step's output through weight_hh
+  Tensor product_;      ///< [B, P] the previous output's gradient through weight_hh
   /// [B, G*H] for cells whose weight_hh feeds only some pre-activations; else undefined.
   Tensor dhidden_;
   Tensor dh_raw_;  ///< [B, H]; projected only

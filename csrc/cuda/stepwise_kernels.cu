@@ -1,4 +1,4 @@
-// The kernels between the GEMMs of a step. A thread has a few neighbouring features of one row.
+// The kernels between a step's GEMMs. A thread has a few neighbouring features in one row.
 #include <algorithm>
 
 #include "../cells.h"
@@ -39,7 +39,7 @@ template <class T>
 FUSEDRNN_DEVICE const T* offset_or_null(const T* p, int64_t offset) {
   return p ? p + offset : nullptr;
 }
-/// The saved values of units u, u + 1, ... of a row.
+/// A row's saved values for units u, u + 1, ...
 template <class Cell, int V, class Accum>
 FUSEDRNN_DEVICE void load_saved(Vector<Accum, V> (&to)[Cell::kSaved], const Accum* saved,
                                 int64_t row, int64_t H, int64_t u) {
@@ -54,7 +54,7 @@ FUSEDRNN_DEVICE bool has_previous(const OutputGradientParams<Accum>& p, int64_t 
   return p.previous >= 0 && row < p.previous_rows && (!p.lengths || p.lengths[row] > p.previous);
 }
 
-/// Consumes the gradient of an active row's output; an inactive row's dh keeps it.
+/// Consumes an active row's output gradient; an inactive row's dh keeps it.
 template <int V, class Accum>
 FUSEDRNN_DEVICE Vector<Accum, V> take_gradient(const OutputGradientParams<Accum>& p, int64_t row,
                                                int64_t feature, int64_t features, bool active) {
@@ -250,7 +250,7 @@ int launch_rows(const Params& params, int64_t features, bool fit, void* stream) 
   return fit ? run(std::integral_constant<int, V>{}) : run(std::integral_constant<int, 1>{});
 }
 
-/// Accumulators in an access of 16 bytes.
+/// Accumulators in a 16-byte access.
 template <class Element>
 constexpr int kVector = 16 / sizeof(Accumulator<Element>);
 
@@ -299,7 +299,7 @@ const StepKernels<Element>& step_kernels_of(int cell, scalar::CellList<Cell...>)
   return table[cell];
 }
 
-constexpr int kUploaded = 440;  ///< numbers that fill the 4 KB of a kernel's arguments
+constexpr int kUploaded = 440;  ///< numbers that fill a kernel's 4 KB of arguments
 
 struct UploadKernel {
   static constexpr int kThreads = kUploaded;

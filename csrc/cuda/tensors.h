@@ -1,4 +1,4 @@
-// Tensors and tokens of a layer, for the host code of both algorithms.
+// A layer's tensors and tokens, for both algorithms' host code.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -32,13 +32,13 @@ template <class T>
 Tensor new_zeros(const Layer& layer, c10::IntArrayRef shape) {
   return at::zeros(shape, options_of<T>(layer));
 }
-/// Values of tokens: zeros where `lengths` leaves padding that no kernel writes.
+/// Token values: zeros where `lengths` leaves padding that no kernel writes.
 template <class T>
 Tensor new_tokens(const Layer& layer, c10::IntArrayRef shape) {
   return layer.lengths.defined() ? new_zeros<T>(layer, shape) : new_tensor<T>(layer, shape);
 }
 
-/// The data of a tensor, `offset` elements on; null if undefined.
+/// A tensor's data, `offset` elements on; null if undefined.
 template <class T>
 T* data_of(const Tensor& t, int64_t offset = 0) {
   return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) + offset : nullptr;
@@ -48,7 +48,7 @@ const T* const_data_of(const Tensor& t, int64_t offset = 0) {
   return t.defined() ? static_cast<const T*>(t.const_data_ptr()) + offset : nullptr;
 }
 
-/// An initial state [D, B, features] of direction d, and the stride of its rows.
+/// Direction d of an initial state [D, B, features], and its row stride.
 template <class Accum>
 const Accum* initial_state(const Tensor& state, int64_t d) {
   return state.defined() ? const_data_of<Accum>(state, d * state.stride(0)) : nullptr;
@@ -66,7 +66,7 @@ Tensor input_product(const Layer& layer, const Tensor& x, int64_t d, Precision p
 
 // ---- tokens -------------------------------------------------------------------------------------
 
-/// The tokens and the active rows of each step.
+/// Each step's tokens and active rows.
 class TokenMap {
  public:
   explicit TokenMap(const Layer& layer) : layer_(layer) {
@@ -77,9 +77,9 @@ class TokenMap {
       step_offset_.push_back(step_offset_.back() + size);
     }
   }
-  /// The time of the i-th step of a direction; -1 before its first.
+  /// The time of a direction's i-th step; -1 before its first.
   int64_t time(int64_t i, bool reverse) const { return i < 0 || !reverse ? i : layer_.T - 1 - i; }
-  /// The token of batch row 0 at time t; 0 for t = -1.
+  /// Batch row 0's token at time t; 0 for t = -1.
   int64_t token(int64_t t) const {
     return t < 0 ? 0 : layer_.packed ? step_offset_[size_t(t)] : t * layer_.B;
   }

@@ -30,7 +30,7 @@ namespace {
 
 // ---- buffers ------------------------------------------------------------------------------------
 
-/// Memory whose end is the end of a page. Never freed: a late access must fault too.
+/// Memory that ends with a page. Never freed: a late access must fault too.
 template <class T>
 class Buffer {
  public:
@@ -81,7 +81,7 @@ struct Case {
   int multiprocessors;
 };
 
-/// The sequences of a case and the order of their steps.
+/// A case's sequences and the order of their steps.
 struct Batch {
   std::vector<int64_t> row_lengths, offsets;  ///< [B], [T + 1]
   bool packed;
@@ -106,7 +106,7 @@ struct Batch {
   }
   int64_t token(int64_t t, int64_t b) const { return offsets[size_t(t)] + b; }
   int64_t rows(int64_t t) const { return offsets[size_t(t) + 1] - offsets[size_t(t)]; }
-  /// The times of a row's steps in the order of direction d.
+  /// The times of a row's steps in direction d's order.
   std::vector<int64_t> times(int64_t b, int64_t d) const {
     std::vector<int64_t> times;
     for (int64_t t = 0; t < row_lengths[size_t(b)]; ++t) times.push_back(t);
@@ -161,7 +161,7 @@ struct Problem {
     return v;
   }
   const Element* weight_of(int64_t d) const { return weight.data() + d * G * H * H; }
-  /// The part of a tensor [D, B, H].
+  /// Direction d's part of a tensor [D, B, H].
   template <class V>
   V* of_direction(const Buffer<V>& state, int64_t d) const {
     return state.data() + d * B * H;
@@ -195,7 +195,7 @@ struct Expected {
   }
 
  private:
-  /// A tensor's vector [H] for row b of direction d.
+  /// A tensor's vector [H] for row b in direction d.
   static Doubles row(const Problem& p, const Buffer<float>& state, int64_t d, int64_t b) {
     const float* const begin = p.of_direction(state, d) + b * p.H;
     return Doubles(begin, begin + p.H);
@@ -349,7 +349,7 @@ PersistentBackwardParams<Element> backward_params(const Problem& p, const Result
 }
 
 std::string run_persistent(const Problem& p, const Results& r) {
-  // The kernels of this cell alone: fewer to compile.
+  // This cell's kernels alone: fewer to compile.
   const auto& kernels = persistent_kernels_of<Element>(0, scalar::CellList<Cell>());
   PlanProblem problem;
   problem.steps = p.T;
@@ -397,7 +397,7 @@ class Stepwise {
 
  private:
   int64_t time(int64_t i) const { return i < 0 ? -1 : d_ ? p_.T - 1 - i : i; }
-  /// The token of row 0, in tensors of all directions.
+  /// Row 0's token, in tensors of all directions.
   int64_t token(int64_t t) const { return d_ * p_.N + p_.batch.token(t, 0); }
   StepRows rows(int64_t t) const { return {p_.batch.rows(t), t, p_.lengths_or_null()}; }
 

@@ -1,4 +1,4 @@
-// The emulated device, for tensors of the CPU.
+// The emulated device, for CPU tensors.
 #include "../../csrc/cuda/device.h"
 
 #include <ATen/ops/mm.h>

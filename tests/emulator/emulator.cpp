@@ -1,11 +1,11 @@
-// The emulator's scheduler: fibers, their waits, and reports of deadlocks.
+// The emulator's scheduler: fibers, their waits, and deadlock reports.
 //
 // A wrong kernel fails here, though it might pass for months on a GPU:
 //   - Schedules differ from launch to launch (see Order).
 //   - Shared memory begins as NaN, ends at a page that can't be touched, and is unmapped with its
 //   CTA.
 //   - No more CTAs run together than a launch asks for.
-//   - A launch that can't go on ends with a report of the waiting threads.
+//   - A launch that can't go on ends by reporting its waiting threads.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -138,13 +138,13 @@ struct Fiber {
   unsigned thread = 0;
   State state = State::ready;
   Where where = {"start", 0};
-  size_t place = 0;  ///< index in the list of its state
+  size_t place = 0;  ///< index in its state's list
   bool starved = false;
   void* tsan = nullptr;
   std::unique_ptr<Guarded> stack;
 };
 
-/// A barrier of a warp, a CTA or a cluster.
+/// A barrier for a warp, a CTA or a cluster.
 struct Barrier {
   unsigned size = 0, gone = 0;
   std::vector<Fiber*> waiting;
@@ -187,10 +187,10 @@ struct Cta {
   unsigned gone = 0;
 };
 
-/// How the next thread is chosen among those that can go on.
+/// How the scheduler chooses among the threads that can go on.
 enum class Order {
   random,        ///< any thread
-  warps,         ///< the lanes of a warp while one can go on, then any other warp
+  warps,         ///< a warp's lanes while one can go on, then any other warp
   in_turn,       ///< the one that has waited longest
   last_first,    ///< the one that became ready last
   starving_cta,  ///< random, except that one CTA's threads go on only if no others can
@@ -386,8 +386,8 @@ void start_cta(Index3 index, const std::shared_ptr<Cluster>& cluster) {
   l.ctas.push_back(std::move(cta));
 }
 
-/// Keeps the fiber of an ended thread, and of an aborted thread only the stack. With
-/// ThreadSanitizer it keeps only stacks: each thread is a new fiber there.
+/// Keeps an ended thread's fiber, and only the stack of an aborted thread. With ThreadSanitizer it
+/// keeps only stacks: each thread is a new fiber there.
 void give_back(Fiber* f) {
   if (has_tsan) {
     __tsan_destroy_fiber(f->tsan);
@@ -456,7 +456,7 @@ void complete_phase(TxBarrier& barrier) {
   barrier.waiting.clear();
 }
 
-/// The offset of `bytes` at p in the shared memory of the running CTA.
+/// The offset of `bytes` at p in the running CTA's shared memory.
 size_t offset_of(const void* p, size_t bytes, Where where) {
   const Guarded& shared = *active->current->cta->shared;
   const auto at = size_t(static_cast<const unsigned char*>(p) - shared.data());
@@ -472,7 +472,7 @@ TxBarrier& own_barrier(void* p, Where where) {
   return found->second;
 }
 
-/// Any one of the stores in flight arrives.
+/// Delivers any one store in flight.
 void deliver() {
   Launch& l = *active;
   std::swap(l.in_flight[l.random() % l.in_flight.size()], l.in_flight.back());
@@ -538,7 +538,7 @@ void run_all() {
 }  // namespace
 
 std::vector<Kernel>& all_kernels() {
-  static std::vector<Kernel> all;  // initialisers of other files use it
+  static std::vector<Kernel> all;  // other files' initialisers use it
   return all;
 }
 
@@ -613,7 +613,7 @@ void barrier_arrive_and_expect_tx(void* p, uint32_t bytes, Where where) {
 void barrier_wait(void* p, uint32_t phase, Where where) {
   TxBarrier& barrier = own_barrier(p, where);
   ++counted.waits;
-  // As mbarrier.test_wait.parity: a phase of the other parity than the current one is complete.
+  // As mbarrier.test_wait.parity: a phase is complete if its parity is not the current phase's.
   while (barrier.phases % 2 == phase) {
     barrier.waiting.push_back(active->current);
     leave(State::waiting, where);

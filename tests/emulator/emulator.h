@@ -1,8 +1,8 @@
 // The twins of csrc/cuda/launch.cuh and ptx.cuh for the host's compiler. A CUDA thread is a fiber.
-// A scheduler (emulator.cpp) runs the fibers of a launch one at a time on the calling thread.
+// A scheduler (emulator.cpp) runs a launch's fibers one at a time on the calling thread.
 //
 // These functions are inlined into the kernels' files. ThreadSanitizer, which knows fibers, then
-// sees the kernels' own accesses, and does not see the work of emulator.cpp.
+// sees the kernels' own accesses, but not emulator.cpp's work.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +19,9 @@ extern Index3 threadIdx, blockIdx, gridDim;
 
 namespace fusedrnn::emulator {
 
-/// How the fibers of a launch take turns, and on what device.
+/// How a launch's fibers take turns, and on what device.
 struct Settings {
-  uint64_t seed = 0;        ///< of all launches from now on, each of which takes another schedule
+  uint64_t seed = 0;        ///< for all launches from now on; each takes another schedule
   int multiprocessors = 8;  ///< as the device reports
   int room = 8;             ///< CTAs that can run together
 };
@@ -31,7 +31,7 @@ const Settings& settings();
 /// The status of a launch whose CTAs can't run together, the same as CUDA's.
 constexpr int kNoRoom = 720;
 
-/// The error of the last launch that failed.
+/// The last failed launch's error.
 const char* last_error();
 /// The program's kernels and how often each was launched.
 struct Kernel {
@@ -203,7 +203,7 @@ float element(uint32_t word, int place) {
   if constexpr (sizeof(Element) == 2) {
     return value_of(Element{uint16_t(place ? word >> 16 : word)});
   } else {
-    return float_of(word & 0xffffe000u);  // tensor cores read no more of a float
+    return float_of(word & 0xffffe000u);  // tensor cores read no more bits
   }
 }
 
@@ -219,7 +219,7 @@ void mma_m16n8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   };
   constexpr int per_word = 4 / int(sizeof(Element));
   const int lane = int(threadIdx.x % 32), r = lane / 4, q = lane % 4;
-  for (int half = 0; half < 2; ++half) {  // of K
+  for (int half = 0; half < 2; ++half) {  // halves of K
     for (int from = 0; from < 4; ++from) {
       for (int place = 0; place < per_word; ++place) {
         const float b[2] = {element<Element>(word(4 * (2 * q) + from, 4 + half), place),

@@ -1,4 +1,4 @@
-// The CUDA backend's ops as torch.ops.fusedrnn_emulated.*, for tensors of the CPU.
+// The CUDA backend's ops as torch.ops.fusedrnn_emulated.*, for CPU tensors.
 #include <torch/library.h>
 
 #include "../../csrc/cuda/device.h"
@@ -16,7 +16,7 @@ std::vector<int64_t> counts() {
   return {int64_t(c.launches), int64_t(c.ctas), int64_t(c.waits)};
 }
 
-/// "launches name" of each kernel.
+/// "launches name" for each kernel.
 std::vector<std::string> kernels() {
   std::vector<std::string> all;
   for (const auto& kernel : fusedrnn::emulator::kernels()) {
@@ -40,7 +40,7 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   fusedrnn::scalar::Cells::for_each([&](auto cell) {
     for (const std::string& name :
          {std::string(cell.kName), cell.kName + std::string("_backward")}) {
-      // The same schema as that of the real op.
+      // The real op's schema.
       const auto& schema = c10::Dispatcher::singleton()
                                .findSchemaOrThrow(("fusedrnn::" + name).c_str(), "")
                                .schema();

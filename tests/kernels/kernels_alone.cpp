@@ -14,7 +14,7 @@ using namespace fusedrnn;
 
 static double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// One row through all steps; returns the worst error of y [T, B, H].
+// One row through all steps; returns the worst error in y [T, B, H].
 static double worst_error(bool lstm, int T, int B, int I, int H, int b, const Weights<float>& w,
                           const float* x, const float* y) {
   const int G = lstm ? 4 : 3;

@@ -21,7 +21,7 @@ using namespace fusedrnn::cuda;
 
 namespace {
 
-// ---- memory of the device -----------------------------------------------------------------------
+// ---- device memory ------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
 void check(cudaError_t status) {
@@ -176,7 +176,7 @@ void test_shared_memory() {
 
 // ---- synchronisation ----------------------------------------------------------------------------
 
-/// In each round a thread reads a value written by another of its warp or CTA.
+/// In each round a thread reads a value written by another thread in its warp or CTA.
 template <bool kWarp>
 struct Turns {
   static constexpr int kThreads = 256;
@@ -265,7 +265,7 @@ void test_handshake() {
 
 // ---- clusters -----------------------------------------------------------------------------------
 
-/// In each round a thread reads a value written in another CTA of the cluster.
+/// In each round a thread reads a value written by another CTA in the cluster.
 struct ClusterTurns : UsesClusters {
   static constexpr int kThreads = 64, kRounds = 20;
   uint32_t* values;  ///< [CTAs, kThreads]
@@ -317,7 +317,7 @@ struct AllToAll : UsesClusters {
     for (int round = 0; round < rounds; ++round) {
       const int at = round % 2 * buffer + int(rank * kThreads + thread);
       TransactionBarrier* const barrier = barriers + round % 2;
-      // For the next round, some of whose bytes may have arrived before.
+      // For the next round; some of its bytes may have arrived before.
       if (thread == 0 && round + 1 < rounds) barriers[(round + 1) % 2].arrive_and_expect_tx(bytes);
       Words own;
       for (int i = 0; i < 4; ++i) own.word[i] = value(round, rank, thread, i);
@@ -435,7 +435,7 @@ FUSEDRNN_DEVICE uint32_t word_of(const float* at, int next, Float16) {
 }
 FUSEDRNN_DEVICE uint32_t word_of(const float* at, int, float) { return tf32_of(at[0]); }
 
-/// c += a b for two warps with matrices of their own; fragments as in ptx.cuh.
+/// c += a b for two warps with their own matrices; fragments as in ptx.cuh.
 template <class Element>
 struct Mma {
   static constexpr int kThreads = 64, kPer = 4 / int(sizeof(Element)), kK = 8 * kPer;
@@ -448,7 +448,7 @@ struct Mma {
     const float* const A = a + warp * 16 * kK;
     const float* const B = b + warp * kK * 8;
     float* const C = c + warp * 16 * 8;
-    // k of the first element: 2q and 2q + 8, or q and q + 4.
+    // The first element's k: 2q and 2q + 8, or q and q + 4.
     const int k[2] = {kPer * q, kPer * q + kK / 2};
     const uint32_t words[4] = {
         word_of(A + r * kK + k[0], 1, Element{}), word_of(A + (r + 8) * kK + k[0], 1, Element{}),
@@ -572,7 +572,7 @@ struct Reciprocal {
 void test_reciprocal() {
   std::mt19937 random(1);
   std::vector<float> numbers = {1, 1 + 0x1p-23f, 2 - 0x1p-22f, 2, 3, 0x1p126f};
-  for (int i = 0; i < 100000; ++i) {  // one of each exponent, and more from 1 to 4
+  for (int i = 0; i < 100000; ++i) {  // each exponent once, and more from 1 to 4
     const int exponent = i % 2 ? int(random() % 2) : int(random() % 126);
     numbers.push_back(std::ldexp(1 + float(random() >> 9) * 0x1p-23f, exponent));
   }
