@@ -20,7 +20,7 @@ def find_torch() -> None:
     try:
         import torch
     except ImportError:
-        # Last, so that packages of the isolated environment take precedence.
+        # Last, so packages in the isolated environment take precedence.
         sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         sys.path.append(site.getusersitepackages())
         try:
@@ -33,7 +33,7 @@ def find_torch() -> None:
 
 
 def find_compiler() -> None:
-    """Exits with the command that installs a compiler if there is none."""
+    """If there is no compiler, exits with the command to install one."""
     compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         raise SystemExit(
@@ -42,7 +42,7 @@ def find_compiler() -> None:
         )
     if sys.platform.startswith("linux"):
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-        if "clang" in version:  # its OpenMP calls need a library that torch lacks
+        if "clang" in version:  # torch lacks the library for clang's OpenMP calls
             raise SystemExit(
                 f"fusedrnn can't be built with {compiler}, Clang: CXX=g++ pip install ."
             )
@@ -74,7 +74,7 @@ for folder in toolkit.libraries if toolkit else ():
 link_flags = []
 if sys.platform.startswith("linux"):
     # Compiled for OpenMP but not linked with it. Calls then go to torch's OpenMP library, so there
-    # is one pool of threads, which torch.set_num_threads controls.
+    # is one thread pool, controlled by torch.set_num_threads.
     flags.append("-fopenmp")
 if os.environ.get("FUSEDRNN_SANITIZE") == "1":
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -83,7 +83,7 @@ if os.environ.get("FUSEDRNN_SANITIZE") == "1":
 
 
 class Build(BuildExtension):
-    """Also records the torch that the binary was built for."""
+    """Also records for which torch the binary was built."""
 
     def finalize_options(self) -> None:
         """Always links again: _build.py would give an old binary a new label."""
@@ -104,7 +104,7 @@ class Build(BuildExtension):
 
 
 def sources(*patterns: str) -> list[str]:
-    """The files of csrc with these names, without backends that are not built."""
+    """Files in csrc with these names, without unbuilt backends."""
     found = [path for pattern in patterns for path in Path("csrc").glob(f"**/{pattern}")]
     return sorted(str(p) for p in found if toolkit or Path("csrc/cuda") not in p.parents)
 

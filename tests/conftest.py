@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Fixtures for several test files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# For tools/. Last on the path, because `make sanitize` tests the fusedrnn of PYTHONPATH.
+# For tools/. Last on the path, because `make sanitize` tests the fusedrnn on PYTHONPATH.
 sys.path.append(str(Path(__file__).parents[1]))
 
-# These files compare results of different kernels. test_cuda.py sets the precision itself.
+# These files compare different kernels' results. test_cuda.py sets the precision itself.
 FLOAT32 = {
     "test_compile",
     "test_functorch",

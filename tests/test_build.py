@@ -1,4 +1,4 @@
-"""The doctor, messages of import and build, distributions, the check of CUDA kernels."""
+"""The doctor, import and build messages, distributions, the CUDA kernels' check."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_without_torch(tmp_path: Path) -> None:
 
 
 def compiled(tmp_path: Path, compiler: str, *flags: str) -> Path:
-    """Compiles the kernels alone, which shows that they need no torch."""
+    """Compiles the kernels alone, to show they need no torch."""
     program = tmp_path / "kernels"
     subprocess.run(
         [
@@ -221,7 +221,7 @@ def test_wheel_brings_no_torch() -> None:
 def toolkit(
     home: Path, version: str = "13.0", archs: str = "75 80 86 90 100", rest: str = ""
 ) -> Path:
-    """A folder that looks like a CUDA toolkit. `rest` is run when its nvcc compiles."""
+    """A folder like a CUDA toolkit. `rest` is run when its nvcc compiles."""
     nvcc = home / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(
@@ -325,7 +325,7 @@ def test_cuda_toolkit(place: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -
     home = toolkit(tmp_path / ("default" if place == "default" else "cuda"))
     if place.startswith("CUDA"):
         no_cuda.setenv(place, str(home))
-    if place == "PATH":  # a script that calls nvcc in another folder
+    if place == "PATH":  # a script calling nvcc in another folder
         wrapper = tmp_path / "local/bin/nvcc"
         wrapper.parent.mkdir(parents=True)
         wrapper.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
@@ -341,7 +341,7 @@ def test_cuda_toolkit(place: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("asked", "archs"),
     [
-        ("", ["sm_80", "sm_90", "compute_90"]),  # the defaults that the toolkit knows
+        ("", ["sm_80", "sm_90", "compute_90"]),  # the defaults known to the toolkit
         ("native", ["sm_80", "sm_90", "compute_90"]),
         ("8.0 9.0a+PTX", ["sm_80", "sm_90a", "compute_90a"]),
         ("Ampere;Hopper", ["sm_80", "sm_86", "compute_86", "sm_90", "compute_90"]),
@@ -394,7 +394,7 @@ def test_cuda_with_a_gpu_that_is_too_old(
     assert found == cuda_toolkit.Toolkit(home, "13.0", ["sm_80"])
 
 
-# Folders with CUDA's headers in the wheels that torch depends on.
+# CUDA's header folders in the wheels required by torch.
 WHEELS = {
     "13.0": {"cu13": ["cublas_v2.h", "cusparse.h", "cusolverDn.h", "cuda_runtime.h"]},
     "12.8": {
@@ -408,7 +408,7 @@ WHEELS = {
 
 @pytest.mark.parametrize("version", WHEELS)
 def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch) -> None:
-    """Headers of each library come from the toolkit, or else from torch's wheels."""
+    """Each library's headers come from the toolkit, or else from torch's wheels."""
     home = toolkit(tmp_path / "default", version)
     for header in cuda_toolkit.LIBRARY_HEADERS:
         (home / "include" / header).unlink()
@@ -442,7 +442,7 @@ def test_cuda_libraries_headers(version: str, tmp_path: Path, no_cuda: pytest.Mo
     assert list(found.libraries) == [f for f in wanted if f.parent.name != "cusparse"]
 
 
-# Output of nvcc 13.0 -Xptxas -v. The spills of the second kernel and of the function are added.
+# nvcc 13.0's -Xptxas -v output, with spills added to the second kernel and the function.
 PTXAS = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN8fusedrnn4cuda3runINS0_4StepINS0_4LstmEfLNS0_4ModeE1E\
@@ -470,7 +470,7 @@ KERNELS = [
 def check(
     argv: list[str], compiling: str, tmp_path: Path, no_cuda: pytest.MonkeyPatch
 ) -> tuple[int, Path]:
-    """Runs cuda_check on one source, with an nvcc that prints PTXAS."""
+    """Runs cuda_check on one source; its nvcc prints PTXAS."""
     (tmp_path / "ptxas.txt").write_text(PTXAS)
     (tmp_path / "csrc/cuda").mkdir(parents=True)
     (tmp_path / "csrc/cuda/step.cu").touch()

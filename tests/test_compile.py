@@ -44,7 +44,7 @@ def fresh() -> None:
 def arguments(
     cell: Cell, both: bool, layout: str, projected: bool, given: bool, device: str, grad: bool
 ) -> tuple[Any, ...]:
-    """Arguments of the forward op without save."""
+    """The forward op's arguments, without save."""
     directions, proj_size = 1 + both, 2 if projected else 0
 
     def new(*shape: int) -> Tensor:
@@ -97,7 +97,7 @@ def test_opcheck_of_the_backward_ops(
     mask = [True] * (1 + len(states) + len(weights))
     of_op = (*grads, input, *states, weights, *args[-3:], out[0], out[-1], mask)
     torch.library.opcheck(cell.backward_op().default, of_op)
-    # It consists of torch's ops, for second derivatives, which torch does not compile.
+    # It uses torch's ops, for second derivatives, which torch does not compile.
     torch.library.opcheck(
         getattr(torch.ops.fusedrnn, f"_{cell}_backward_differentiable").default,
         of_op,
@@ -219,7 +219,7 @@ def test_no_graph_break(case: str) -> None:
 
 
 def test_wrong_states_of_a_packed_batch() -> None:
-    """The number of rows is unknown before the run; then the op checks it."""
+    """The row count is unknown before the run; then the op checks it."""
     module = deep()
     h, c = states()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)

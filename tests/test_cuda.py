@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU and a build with its kernels",
 )
 
-# The values of FUSEDRNN_CUDA_REGIME and the algorithms that they request.
+# FUSEDRNN_CUDA_REGIME's values and the algorithms they request.
 ALGORITHMS = {
     "step": "stepwise",
     "alone": "persistent_cta",
@@ -61,7 +61,7 @@ LAYOUTS = ("padded", "packed", "lengths")
 
 
 def cell_of(kind: type[nn.Module]) -> Cell:
-    """The cell of one of torch's modules; KeyError if it has none."""
+    """The cell for a torch module; KeyError if it has none."""
     return _ops.CELLS[kind.__name__.removesuffix("Cell").lower()]
 
 
@@ -77,7 +77,7 @@ def runs_in(regime: str, kind: str, hidden: int = 1, proj_size: int = 0) -> bool
 
 
 def lacks_clusters(regime: str | None) -> bool:
-    """Whether a regime is for GPUs with clusters of 16 CTAs with all their shared memory."""
+    """Whether this GPU lacks the regime's clusters of 16 CTAs with all their shared memory."""
     return (
         regime == "cluster"
         and torch.cuda.is_available()
@@ -86,15 +86,15 @@ def lacks_clusters(regime: str | None) -> bool:
 
 
 def float32_of(regime: str | None) -> str:
-    """The most exact kind of float32 that a regime has kernels for."""
+    """The most exact float32 in a regime's kernels."""
     return "tf32" if regime == "cluster" else "ieee"
 
 
 @contextlib.contextmanager
 def running(regime: str | None, kind: str | None = None) -> Iterator[None]:
-    """Layers run in this regime and in the precision of this kind. None: in the best regime.
+    """Layers run in this regime and in this kind's precision. None: in the best regime.
 
-    A regime that a layer can't run in is an error.
+    A layer unable to run in the regime is an error.
     """
     if lacks_clusters(regime):
         pytest.skip("clusters need a GPU of sm_90 or sm_100")
@@ -117,7 +117,7 @@ def is_equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---- the ops against those of the CPU in float64 ------------------------------------------------
+# ---- the ops against the CPU's in float64 -------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def op_of(
     ops: Any = torch.ops.fusedrnn,
     after_each: Callable[[], object] = lambda: None,
 ) -> Callable[[], list[Tensor]]:
-    """A call that gives the outputs of the op and all gradients of its backward op.
+    """A call that gives the op's outputs and all gradients from its backward op.
 
     It calls `after_each` after both ops.
     """
@@ -208,7 +208,7 @@ def run_op(
 def compare(c: Case, ops: Any = torch.ops.fusedrnn) -> None:
     """Our errors are a few roundings of the type, as the problem amplifies them.
 
-    A requested algorithm must be the one that ran.
+    A requested algorithm must have run.
     """
     dtype, eps = KINDS[c.kind], eps_of(c.kind)
     exact = run_op(c, "cpu", torch.float64)
@@ -289,8 +289,8 @@ def test_projections(kind: str, layout: str, both: bool, proj_size: int) -> None
         compare(c)
 
 
-# All units in one CTA; groups of CTAs with half and all registers in use; tiles of several chunks;
-# sizes that only the stepwise algorithm has room for.
+# All units in one CTA; CTA groups with half and all registers in use; tiles with several chunks;
+# sizes with room only in the stepwise algorithm.
 LARGE = [
     Case("lstm", "float16", 6, 70, 40, 100),
     Case("gru", "bfloat16", 6, 33, 128, 128, "lengths", True),
@@ -320,7 +320,7 @@ def test_large_layers(c: Case) -> None:
         compare(c)
 
 
-# Clusters of 8 and of 16 CTAs, whose last CTA is partly idle; rows for one tile, and for more.
+# Clusters of 8 and 16 CTAs, whose last CTA is partly idle; rows for one tile, and for more.
 CLUSTERS = [
     Case("lstm", "float16", 6, 64, 100, 256),
     Case("gru", "bfloat16", 6, 600, 30, 256, "packed", True),
@@ -434,7 +434,7 @@ def test_cells(kind: type[nn.RNNCellBase], of: str, shape: tuple[int, ...]) -> N
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("cell", LAYERS)
 def test_precisions(regime: str, cell: str) -> None:
-    """IEEE is as exact as torch's, TF32 differs, and no setting of torch's is left changed."""
+    """IEEE is as exact as torch's, TF32 differs, and torch's settings stay unchanged."""
     torch.manual_seed(0)
     theirs = getattr(nn, cell)(64, 64, bidirectional=True).to(DEVICE)
     x = torch.randn(8, 20, 64)
@@ -523,7 +523,7 @@ def test_gradgradcheck(mode: tuple) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("cell", LAYERS)
 def test_any_subset_of_outputs_in_eval_mode(regime: str, cell: str) -> None:
-    """cuDNN has no gradients in eval mode; ours are those of the training mode."""
+    """cuDNN has no gradients in eval mode; ours equal the training mode's."""
     torch.manual_seed(0)
     theirs = getattr(nn, cell)(3, 20, num_layers=2, bidirectional=True)
     count = 1 + cell_of(getattr(nn, cell)).states
@@ -569,7 +569,7 @@ def test_gradient_penalty_and_transforms() -> None:
 
 
 class Work:
-    """A module and a batch in one of the layouts; new values may be copied into x."""
+    """A module and a batch in one layout; new values may be copied into x."""
 
     def __init__(
         self,
@@ -751,7 +751,7 @@ def test_graph_of_a_training_step(regime: str, cell: str, layout: str) -> None:
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_eight_threads(regime: str) -> None:
-    """On streams of their own, in all layouts, with one module for each pair of threads."""
+    """Each on its own stream, in all layouts, with one module for each pair of threads."""
     works = [Work(LAYERS[1 - i % 2], LAYOUTS[i % 3], hidden=64) for i in range(8)]
     for i in (2, 4):
         works[i].module = works[0].module
@@ -791,12 +791,12 @@ def test_eight_streams(regime: str) -> None:
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_memory(regime: str) -> None:
-    """All of it comes from torch's allocator and is returned."""
+    """All memory comes from torch's allocator and is returned."""
     works = [Work(cell, layout) for cell in LAYERS for layout in LAYOUTS]
     with running(regime):
 
         def held() -> tuple[int, int]:
-            """Bytes of the device outside of torch's allocator, and bytes in tensors."""
+            """Device bytes outside torch's allocator, and bytes in tensors."""
             gc.collect()
             torch.cuda.synchronize()
             free, total = torch.cuda.mem_get_info()
@@ -862,7 +862,7 @@ def test_batch_of_zero(regime: str, kind: type[nn.Module]) -> None:
 
 
 def arguments(**changes: Any) -> list[Any]:
-    """Of torch.ops.fusedrnn.lstm."""
+    """Arguments for torch.ops.fusedrnn.lstm."""
     T, B, I, H = 6, 3, 2, 5
     shapes = [(4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
     given = {
@@ -1005,7 +1005,7 @@ def flat(out: Any) -> Iterator[Tensor]:
 @pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("theirs", list(FUSED))
 def test_autocast(theirs: type[nn.Module], given: torch.dtype, dtype: torch.dtype) -> None:
-    """Output types are torch's own; gradients of the parameters stay float32."""
+    """Output types are torch's own; parameter gradients stay float32."""
     torch.manual_seed(0)
     a = theirs(3, 4).to(DEVICE)
     x = torch.randn(5, 3).to(DEVICE, given)
@@ -1024,7 +1024,7 @@ def test_autocast(theirs: type[nn.Module], given: torch.dtype, dtype: torch.dtyp
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("cell", LAYERS)
 def test_grad_scaler(cell: str, regime: str, dtype: torch.dtype) -> None:
-    """Some steps of training with mixed precision, beside torch's layer."""
+    """Some mixed-precision training steps, beside torch's layer."""
     torch.manual_seed(0)
     theirs = getattr(nn, cell)(10, 40, 2, bidirectional=True).to(DEVICE)
     x, target = torch.randn(8, 6, 10).to(DEVICE), torch.randn(8, 6, 80).to(DEVICE)
@@ -1065,7 +1065,7 @@ def test_compiles_without_a_graph_break(cell: str, regime: str) -> None:
 
 
 def test_dropout_between_layers_draws_what_torch_draws() -> None:
-    """In the order of torch.nn.functional.dropout on the GPU, not in cuDNN's."""
+    """In torch.nn.functional.dropout's order on the GPU, not cuDNN's."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

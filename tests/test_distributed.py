@@ -100,7 +100,7 @@ def test_fsdp_of_a_model_on_meta(measured: dict[str, Measured], mode: str, form:
 @pytest.mark.parametrize("mode", DTENSORS)
 @pytest.mark.parametrize("grad", ["grad", "no grad"])
 def test_dtensors(measured: dict[str, Measured], mode: str, form: str, grad: str) -> None:
-    """Results are right, or torch raises an error that names DTensors."""
+    """Results are right, or torch raises an error naming DTensors."""
     for of_process in measured[f"dtensors {mode}: {form}"]:
         found = of_process[grad]
         if "error" in found:

@@ -1,4 +1,4 @@
-"""The pages of docs/: their Python runs, and the files and names in them exist."""
+"""Pages in docs/: their Python runs, and the files and names in them exist."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_links_and_files(page: Path) -> None:
 
 
 def test_names_in_the_list_of_files() -> None:
-    """A row of the list has a file and names that the file contains."""
+    """Each row in the list has a file and names found in the file."""
     rows = re.findall(r"^\| `([\w./*]+)` \| (.*) \|$", NEW_CELL.read_text(), re.M)
     assert len(rows) > 4
     for pattern, what in rows:

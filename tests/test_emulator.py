@@ -19,7 +19,7 @@ from fusedrnn import _ops
 pytestmark = pytest.mark.long  # a minute of compilation
 
 HALVES = (torch.bfloat16, torch.float16)
-# The rounding of a GEMM's operands.
+# A GEMM operand's rounding.
 ROUNDING = {
     (torch.float64, "ieee"): 2.0**-53,
     (torch.float32, "ieee"): 2.0**-24,
@@ -58,7 +58,7 @@ class Case:
     proj_size: int = 0
     bias: bool = True
     hx: bool = True
-    used: tuple[bool, bool, bool] = (True, True, True)  # of y, h_n, c_n
+    used: tuple[bool, bool, bool] = (True, True, True)  # y, h_n, c_n
     multiprocessors: int = 8
     seed: int = 0
 
@@ -74,7 +74,7 @@ class Case:
 
 
 class Problem:
-    """The arguments of a case, rounded to its type and held as any type."""
+    """A case's arguments, rounded to its type and held as any type."""
 
     def __init__(self, c: Case) -> None:
         self.c = c
@@ -134,8 +134,8 @@ def check(c: Case, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     problem = Problem(c)
     exact = problem.run(torch.ops.fusedrnn, torch.float64)
     results = problem.run(torch.ops.fusedrnn_emulated, c.dtype)
-    # A few roundings of operands as large as the largest value. Over many steps they accumulate
-    # like a random walk.
+    # A few operand roundings, for operands as large as the largest value. Over many steps they
+    # accumulate like a random walk.
     unit = ROUNDING[c.dtype, c.precision] * max(1, c.T**0.5 / 4)
     if c.regime and c.B:
         assert torch.ops.fusedrnn_emulated._cuda_algorithm() == test_cuda.ALGORITHMS[c.regime]
@@ -151,7 +151,7 @@ def check(c: Case, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def covering() -> list[Case]:
-    """Every regime, type, layout, cell and direction, each with sizes of its own."""
+    """Every regime, type, layout, cell and direction, each with its own sizes."""
     rng = random.Random(1)
     cases = []
     kinds = [(torch.float64, "ieee", ["step"])]
@@ -219,7 +219,7 @@ def test_sizes_where_kernels_change(case: Case, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """test_cuda's cases run every kernel that is compiled, and agree with the CPU."""
+    """test_cuda's cases run every compiled kernel, and agree with the CPU."""
     before = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
     monkeypatch.setattr(test_cuda, "DEVICE", "cpu")
     torch.ops.fusedrnn_emulated.set(0, 64)
@@ -311,7 +311,7 @@ def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         problem.run(ops, torch.float32)
 
 
-# Changes of a GEMM operand's strides.
+# Stride changes for a GEMM operand.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda t: t,
     "transposed": lambda t: t.t().contiguous().t(),
@@ -328,7 +328,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 def test_gemms_of_any_strides(sizes: tuple[int, ...], dtype: torch.dtype, ops: Any) -> None:
-    """The emulator multiplies by the description that cuBLAS gets."""
+    """The emulator multiplies by the description given to cuBLAS."""
     rows, columns, k = sizes
     for (x, left), (y, right) in itertools.product(VIEWS.items(), repeat=2):
         a = left(torch.randn(rows, k)).to(dtype)
@@ -373,7 +373,7 @@ def test_same_bits_in_any_order(cell: str, regime: str, monkeypatch: pytest.Monk
 
 
 def test_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More step offsets than the arguments of one upload kernel hold."""
+    """More step offsets than one upload kernel's arguments hold."""
     check(Case(T=1000, B=2, H=3, layout="packed", regime="step"), monkeypatch)
     check(Case(T=600, B=2, H=3, layout="packed", regime="grid"), monkeypatch)
     check(Case(T=300, B=2, H=33, layout="packed", regime="cluster", precision="tf32"), monkeypatch)

@@ -1,4 +1,4 @@
-"""Transforms of torch.func give the results of a loop of plain calls, by the expected ops."""
+"""torch.func's transforms equal a loop over plain calls, by the expected ops."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def hx(module: nn.Module, *samples: int, rows: int = B, device: str = "cpu") -> 
 
 
 def looped(function: Callable[..., Any], dims: tuple[Any, ...], *args: Any) -> Any:
-    """vmap by its definition: a loop over a dimension of each argument's tensors."""
+    """vmap by its definition: a loop over a dimension in each argument's tensors."""
     leaves, results = torch.utils._pytree, []
     for i in range(V):
         sample = [
@@ -71,7 +71,7 @@ def looped(function: Callable[..., Any], dims: tuple[Any, ...], *args: Any) -> A
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Counts calls of ops and of the reference."""
+    """Counts op calls and reference calls."""
     count: Counter[str] = Counter()
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,7 +169,7 @@ def test_vmap_of_vmap(calls: Counter[str]) -> None:
 
 @EVERY
 def test_ensemble(pair: Pair, settings: str, device: str, calls: Counter[str]) -> None:
-    """Each sample has weights of its own."""
+    """Each sample has its own weights."""
     modules = [made(pair, settings, device) for _ in range(V)]
     for i, m in enumerate(modules):
         for p in m.parameters():
@@ -218,7 +218,7 @@ def test_per_sample_gradients(pair: Pair, settings: str, device: str, calls: Cou
         flat = torch.utils._pytree.tree_leaves(leaves)
         alone = torch.autograd.grad(loss(*leaves), flat)
         assert_close([g[i] for g in torch.utils._pytree.tree_leaves(found)], list(alone))
-    # Gradients of inputs alone need one call for all samples.
+    # Input gradients alone need one call for all samples.
     calls.clear()
     of_input = vmap(grad(loss, argnums=(1, 2)), in_dims=dims)(weights, x, states)
     assert calls == {"forward": module.num_layers, "backward": module.num_layers}
@@ -348,7 +348,7 @@ def test_cells(pair: Pair, calls: Counter[str]) -> None:
 
 
 def test_gradients_reach_what_is_outside() -> None:
-    """vmap of a module with trainable parameters, and backward() outside of vmap."""
+    """vmap over a module with trainable parameters, and backward() outside vmap."""
     module = made(LSTM, "layers-bidirectional")
     x = random(V, T, B, I).requires_grad_()
     leaves = [x, *module.parameters()]

@@ -31,7 +31,7 @@ MODES = [
     )
     if not proj or cell_named(cell).projects
 ]
-# A twelfth of the modes, with every pair of two settings.
+# A twelfth of the modes, with every pair of settings.
 COVERING = MODES[::13] + MODES[5::29]
 
 

@@ -1,4 +1,4 @@
-"""Attributes that change after construction: modules read them as torch's do."""
+"""Attributes changed after construction: modules read them as torch's do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 
-# Flags and numbers that are not Python's own types, and values that are neither.
+# Flags and numbers in types other than Python's own, and values that are neither.
 ODD = {
     "1": 1,
     "0": 0,

@@ -1,4 +1,4 @@
-"""Errors of constructors and calls have torch's types and messages."""
+"""Errors from constructors and calls have torch's types and messages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_input_errors(case: str, pair: Pair) -> None:
 
 
 def packed_data(data: Tensor) -> PackedSequence:
-    """A PackedSequence made by hand, without the checks of the packing functions."""
+    """A PackedSequence made by hand, without the packing functions' checks."""
     return PackedSequence(data, torch.tensor([2, 1]))
 
 

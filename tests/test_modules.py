@@ -149,7 +149,7 @@ def test_copies_pickles_and_moves(pair: Pair) -> None:
 @EACH_MODULE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(pair: Pair, dtype: torch.dtype) -> None:
-    """Output types are torch's; gradients of parameters stay float32."""
+    """Output types are torch's; parameter gradients stay float32."""
     torch.manual_seed(0)
     a = pair.make_plain(3, 4)
     x = torch.randn(5, 3).to(dtype)
@@ -188,7 +188,7 @@ def test_trace() -> None:
 
 
 def test_the_fast_path_agrees_with_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """csrc/python.cpp is used, and gives the bits of modules.py alone."""
+    """csrc/python.cpp is used, and gives the same bits as modules.py alone."""
     calls = {"taken": 0}
 
     def fast_path(name: str) -> Any:
@@ -321,9 +321,9 @@ def test_weights_are_read_at_each_call() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @EACH_MODULE
 def test_torchs_own_samples(pair: Pair, dtype: torch.dtype) -> None:
-    """Values and gradients of the inputs that torch tests its modules with."""
+    """Values and gradients for torch's own test inputs."""
     (info,) = [m for m in module_db if m.module_cls is pair.plain]
-    torch.manual_seed(0)  # the samples must not depend on the order of tests
+    torch.manual_seed(0)  # the samples must not depend on test order
     count = 0
     for training in (True, False):
         for requires_grad in (True, False):

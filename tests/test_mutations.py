@@ -1,6 +1,6 @@
-"""Mutation tests of the CUDA kernels, in the emulator without torch.
+"""Mutation tests for the CUDA kernels, in the emulator without torch.
 
-The kernels are right, also under ThreadSanitizer. Each of these bugs makes the program fail.
+The kernels are right, also under ThreadSanitizer. Each bug here makes the program fail.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ KINDS = [
 
 @dataclasses.dataclass(frozen=True)
 class Bug:
-    """A mutation: a text of a file and its replacement.
+    """A mutation: a text in a file and its replacement.
 
     Attributes:
-        said: a pattern for the report of the failure.
+        said: a pattern for the failure's report.
         kind: the cell and the type.
         sanitizer: whether only ThreadSanitizer finds it.
     """
@@ -414,8 +414,8 @@ BUGS = [
 
 
 EMULATOR = "tests/emulator"
-# The files of the checking program. For each: whether ThreadSanitizer instruments it, and the
-# mutated files that it depends on. The emulator's own work must not be instrumented.
+# The checking program's files. For each: whether ThreadSanitizer instruments it, and the mutated
+# files it depends on. The emulator's own work must not be instrumented.
 PARTS = {
     "check": (
         f"{EMULATOR}/check.cpp",
@@ -429,7 +429,7 @@ PARTS = {
 
 
 def compile_part(part: str, root: Path, kind: tuple[str, str], sanitizer: bool) -> Path:
-    """The object file of one part, from the sources in `root`."""
+    """One part's object file, from the sources in `root`."""
     source, watched, _ = PARTS[part]
     flags = [*emulated.COMMON, "-O1", "-std=c++17", "-fno-tree-loop-distribute-patterns"]
     flags += emulated.ALIGNED
@@ -473,7 +473,7 @@ class Builder:
     def program(
         self, root: Path, kind: tuple[str, str], sanitizer: bool, file: str | None = None
     ) -> Path:
-        """The program of one cell and type; only `file` differs from the clean sources."""
+        """The program for one cell and type; only `file` differs from the clean sources."""
         objects = [
             compile_part(part, root, kind, sanitizer)
             if file in depends
@@ -520,7 +520,7 @@ def test_right_as_they_are(kind: tuple[str, str], builder: Builder) -> None:
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids="-".join)
 def test_no_race(kind: tuple[str, str], builder: Builder) -> None:
-    # The threads of a stepwise kernel do not interact.
+    # A stepwise kernel's threads do not interact.
     result = run(builder.program(builder.clean, kind, True), 1, "stepwise")
     assert result.returncode == 0, result.stdout + result.stderr[:4000]
     assert "WARNING: ThreadSanitizer" not in result.stderr

@@ -1,4 +1,4 @@
-"""Direct calls of torch.ops.fusedrnn.* with any arguments: a result or a clear error."""
+"""Direct calls to torch.ops.fusedrnn.* with any arguments: a result or a clear error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weights(gates: int = LSTM.gates) -> list[Tensor]:
 
 
 def batch(cell: Cell) -> dict[str, Any]:
-    """The arguments that a forward op and its backward op share."""
+    """The arguments shared by a forward op and its backward op."""
     return {
         "input": torch.randn(T, B, I),
         **{f"{state}0": torch.randn(1, B, H) for state in cell.states},
@@ -208,7 +208,7 @@ def test_errors_of_cells_without_a_projection(
 @pytest.mark.parametrize("call", [forward, backward])
 @pytest.mark.parametrize("name", ["input", "h0", "c0", "weights"])
 def test_other_devices(call: Callable[..., Any], name: str) -> None:
-    """A mix with the meta device: no kernel reads missing memory."""
+    """Mixed with the meta device: no kernel reads missing memory."""
     shapes = {"input": (T, B, I), "h0": (1, B, H), "c0": (1, B, H)}
     if name == "weights":
         value: Any = [w.to("meta") for w in weights()]
@@ -226,7 +226,7 @@ def test_layouts_without_a_kernel() -> None:
 
 
 def test_a_direct_call_has_gradients() -> None:
-    """First and second derivatives, as of a module."""
+    """First and second derivatives, as from a module."""
     tensors = [t.double().requires_grad_() for t in (torch.randn(T, B, I), *weights())]
     call = lambda x, *w: forward(input=x, h0=None, c0=None, weights=w)[:3]  # noqa: E731
     assert torch.autograd.gradcheck(call, tensors)

@@ -1,4 +1,4 @@
-"""Random configurations: values and gradients of every module against torch's own."""
+"""Random configurations: every module's values and gradients against torch's own."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ def run(
     dtype: torch.dtype,
     change: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> list[Tensor]:
-    """Output, states and all gradients of a loss that reads the outputs in `used`."""
+    """Output, states and all gradients of a loss over the outputs in `used`."""
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(c.seed)
     steps, rows = max(c.lengths), len(c.lengths)
     x = torch.randn(steps, rows, c.input_size, generator=generator) * c.scale
-    # Every type gets the values that c.dtype can represent.
+    # Every type gets values representable in c.dtype.
     x = change(x.to(c.dtype).to(dtype)).to(device)
     if c.strided:
         x = torch.stack((x, x), -1)[..., 0]
@@ -172,7 +172,7 @@ def check(c: Configuration, device: str = "cpu", eps: float | None = None) -> No
         results = [run(c, m, c.dtype) for m in (fused_like(theirs), theirs)]
         exact = run(c, double(theirs), torch.float64)
         nearby = Nearby(c.dtype, eps)
-        # relu's gradient jumps where a pre-activation is near zero: a single draw may miss the jump.
+        # relu's gradient jumps where a pre-activation is near zero: a single draw may miss it.
         draws = 8 if c.cell.has_dead_units else 1
         close = [run(c, nearby.weights(theirs), torch.float64, nearby) for _ in range(draws)]
     farthest = [
@@ -290,7 +290,7 @@ def test_lengths_are_a_packed_batch(pair: Pair, bidirectional: bool, batch_first
 @EACH_LAYER
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_lengths_of_zero_and_padding(pair: Pair, bidirectional: bool) -> None:
-    """A row of no steps keeps its state, and padding is not read."""
+    """A row without steps keeps its state, and padding is not read."""
     torch.manual_seed(0)
     module = pair.make_fused(4, 6, bidirectional=bidirectional)
     x = torch.randn(5, 3, 4)

@@ -1,4 +1,4 @@
-"""Each function of launch.cuh and ptx.cuh, on the emulator and on a GPU: primitives.cu."""
+"""Each function in launch.cuh and ptx.cuh, on the emulator and on a GPU: primitives.cu."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def test_eight_threads_on_one_module() -> None:
-    """Each thread has its own input; half of the threads also run backward."""
+    """Each thread has its own input; half the threads also run backward."""
     torch.manual_seed(0)
     for hidden, rows in [(256, 1), (40, 9)]:  # steps shared by threads, rows shared by threads
         module = fusedrnn.FusedLSTM(30, hidden)
@@ -106,7 +106,7 @@ def test_any_number_of_threads(threads: int) -> None:
 
 
 def test_memory_is_flat() -> None:
-    """2,000 calls of random sizes, forward and backward."""
+    """2,000 calls with random sizes, forward and backward."""
     rng = random.Random(0)
 
     def call() -> None:
@@ -140,7 +140,7 @@ def available() -> list[str]:
 @pytest.mark.parametrize("isa", available())
 @pytest.mark.long
 def test_every_instruction_set(isa: str) -> None:
-    """Parity tests of a few hundred configurations on each instruction set of this machine."""
+    """Parity tests with a few hundred configurations on each instruction set here."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "test_parity.py", "-k", "random or shared"],
         cwd=HERE,

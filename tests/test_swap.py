@@ -202,7 +202,7 @@ def test_changed_weights(change: str, when: str, pair: Pair) -> None:
 
 
 def test_unfuse_flattens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that moved to a GPU while fused are flattened for cuDNN."""
+    """Weights moved to a GPU while fused are flattened for cuDNN."""
     module = fuse(nn.ModuleList([nn.LSTM(5, 6), nn.GRUCell(5, 6)]))
     calls: list[nn.Module] = []
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda m: calls.append(m))

@@ -100,7 +100,7 @@ class LSTMTagger(nn.Module):
 
 
 def test_other_recurrent_modules_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Only at INFO: a module named like a recurrent layer that is not torch's."""
+    """Only at INFO: a module named like a recurrent layer, but not torch's."""
     model = nn.ModuleDict({"own": OwnLSTM(), "tagger": LSTMTagger(), "head": nn.Linear(2, 2)})
     fuse(copy.deepcopy(model))
     assert not caplog.records

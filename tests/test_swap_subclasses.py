@@ -1,4 +1,4 @@
-"""fuse() of subclasses of torch's layers, and fused layers that are instances of torch's."""
+"""fuse() on subclasses of torch's layers, and fused layers that are instances of torch's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
 
 class Initialised(nn.LSTM):
-    """Overrides no method that a call uses."""
+    """Overrides no method used in a call."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,7 +118,7 @@ class AroundCell(nn.LSTMCell):
 
 
 class Stateful(nn.LSTM):
-    """Uses every attribute name that the fused modules might use."""
+    """Uses every attribute name the fused modules might use."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -255,7 +255,7 @@ def test_instances_of_torchs_classes_under_torch_compile() -> None:
 
 
 def test_a_class_with_the_attributes_of_another() -> None:
-    """Packages copy attributes between classes, including those that fuse stores there."""
+    """Packages copy attributes between classes, including attributes stored by fuse."""
 
     class First(nn.LSTM):
         pass

@@ -1,4 +1,4 @@
-"""The systems of helpers/systems.py: fused layers give torch's results and the documented ones."""
+"""The systems in helpers/systems.py: fused layers give torch's and the documented results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GRADIENT = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-6},
     torch.float64: {"rtol": 1e-11, "atol": 1e-13},
 }
-# Updates add to the rounding of earlier updates.
+# Updates add to earlier updates' rounding.
 TRAINED = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
     torch.float64: {"rtol": 1e-9, "atol": 1e-11},
@@ -49,7 +49,7 @@ EXACT = {"rtol": 0, "atol": 0}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads that wait for each other at every op."""
+    """Models this small gain nothing from threads waiting for each other at every op."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -93,7 +93,7 @@ def twins(
 def run(
     model: nn.Module, step: Step, inputs: Sequence[Tensor]
 ) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """One forward and backward pass: results, loss and gradients of parameters and inputs."""
+    """One forward and backward pass: results, loss, and gradients for parameters and inputs."""
     dtype = next(model.parameters()).dtype
     leaves = [
         x.to(dtype, copy=True).requires_grad_() if x.is_floating_point() else x for x in inputs
@@ -135,7 +135,7 @@ def check(
     assert found[1] < before, "the updates did not train"
 
 
-# A regressor of sentences.
+# A sentence regressor.
 
 SENTENCES = [
     (["the", "dog", "ate", "the", "apple"], 0.25),
@@ -144,7 +144,7 @@ SENTENCES = [
 
 
 def indices(words: Sequence[Any], table: dict[Any, int] | None = None) -> Tensor:
-    """Indices of words in a table; by default, of all words in SENTENCES by first use."""
+    """Word indices in a table; by default, for all words in SENTENCES by first use."""
     if table is None:
         table = {w: i for i, w in enumerate(dict.fromkeys(w for s, _ in SENTENCES for w in s))}
     return torch.tensor([table[w] for w in words])
@@ -157,7 +157,7 @@ FORM_IDS = ["plain", "layers", "bidirectional", "layers-bidirectional"]
 
 def regressor(layer: Layer, **settings: Any) -> WordRegressor:
     model = WordRegressor(layer, 8, **settings)
-    nn.init.constant_(model.head.bias, 0.5)  # keeps scores off the flat side of the ReLU
+    nn.init.constant_(model.head.bias, 0.5)  # keeps scores off the ReLU's flat side
     return model
 
 
@@ -237,7 +237,7 @@ def test_last_backward_output_has_read_one_step(fused: Layer) -> None:
     forward, backward = output.split(6, -1)
     assert torch.equal(forward[-1], hidden(state)[0])
     assert torch.equal(backward[0], hidden(state)[1])
-    # The backward half of output[-1] does not depend on words before the last; h_n does.
+    # In output[-1], the backward half does not depend on words before the last; h_n does.
     other = torch.cat((random(4, 3, 6, seed=2), x[-1:]))
     other_output, other_state = layer(other)
     assert_close(other_output[-1, :, 6:], backward[-1], **FORWARD[torch.float64])
@@ -251,7 +251,7 @@ def test_state_has_every_layer(fused: Layer) -> None:
     output, state = layer(x)
     assert hidden(state).shape == (2, 3, 6)
     assert torch.equal(output[-1], hidden(state)[1])
-    # The lower state is the last state of a single layer with the first layer's weights.
+    # The lower state is a single layer's last state, with the first layer's weights.
     lower = fused(6, 6, dtype=torch.float64)
     lower.load_state_dict({n: p for n, p in layer.state_dict().items() if n.endswith("l0")})
     assert_close(hidden(lower(x)[1])[0], hidden(state)[0], **FORWARD[torch.float64])
@@ -416,7 +416,7 @@ def test_documents_keep_the_order_of_the_caller(fused: Layer, layers: int) -> No
         assert_close(model([document])[0], expected, **FORWARD[torch.float64])
 
 
-# Images of time and frequency.
+# Time-frequency images.
 
 
 def given_state(layer: nn.RNNBase, *parts: Tensor) -> State:
@@ -514,7 +514,7 @@ def test_autoencoder_of_lengths_is_that_of_each(fused: Layer) -> None:
 
 
 def test_autoencoder_flattens_samples_only(fused: Layer) -> None:
-    """A sample of shape [3, 2] gives the results of its six numbers in order."""
+    """A [3, 2] sample gives the same results as its six numbers in order."""
     model = seeded(lambda: SequenceAutoencoder(fused, (3, 2), 7))
     flat = seeded(lambda: SequenceAutoencoder(fused, (6,), 7))
     x = random(5, 3, 3, 2)
@@ -522,7 +522,7 @@ def test_autoencoder_flattens_samples_only(fused: Layer) -> None:
 
 
 def test_autoencoder_learns_a_ramp(pair: Pair) -> None:
-    """Two sequences of five points in two dimensions, in one batch."""
+    """Two sequences, each of five points in two dimensions, in one batch."""
     ramp = torch.arange(10, dtype=torch.float64).div(10).reshape(2, 5).t()
     x = ramp[..., None].expand(5, 2, 2).contiguous()
     theirs, ours = twins(pair, lambda layer: SequenceAutoencoder(layer, (2,), 20), torch.float64)
@@ -583,7 +583,7 @@ def test_stream_classifier_goes_on_without_the_past_of_its_state(fused: Layer) -
     assert_close(second, whole, **FORWARD[torch.float64])
     first[:, 0].sum().backward()
     model.zero_grad()
-    # Words of the first part get no gradient through the detached state; in one piece they do.
+    # Words in the first part get no gradient through the detached state; in one piece they do.
     second[:, 0].sum().backward()
     of_second = [False] * 6 + [True] * 4
     assert model.embedding.weight.grad.any(1).tolist() == of_second

@@ -1,4 +1,4 @@
-"""examples/train_tagger.py on small treebanks and on a part of cmudict."""
+"""examples/train_tagger.py on small treebanks and on part of cmudict."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_trains_both_alike(files, tmp_path, capsys, cell):
     ],
 )
 def test_options_train_both_alike(files, tmp_path, capsys, options, where, is_exact):
-    """Losses are those without the options, except that --amp must show bfloat16 rounding."""
+    """Losses equal the ones without options, except that --amp must show bfloat16 rounding."""
     found = []
     for more in ([], options):
         assert tagger.main([*files, "--layers", "2", *more]) == 0

@@ -1,4 +1,4 @@
-"""Features of torch with its own layers and with fused layers: the table in README.
+"""Torch's features with its own layers and with fused layers: the table in README.
 
 `python tests/test_works_with.py` writes the table. Each function tries the feature in its docstring
 with a layer, and fails if the feature does not work.
@@ -53,7 +53,7 @@ def outcome(module: nn.Module, result: Tensor) -> tuple[Tensor, dict[str, Tensor
 
 
 def equal_alone(module: nn.Module, result: Tensor, x: Tensor | None = None) -> None:
-    """Checks that the result and its gradients are those of a plain call."""
+    """Checks that the result and its gradients equal a plain call's."""
     found = outcome(module, result)
     expected = outcome(module, module(data() if x is None else x)[0])
     assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu with nvcc alone; holds kernels to budgets of registers and spills.
+"""Compiles csrc/cuda/*.cu with nvcc alone; holds kernels to register and spill budgets.
 
 Needs neither torch nor a GPU: python -m tools.cuda_check --help
 """
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm_80", "sm_90a", "sm_100")
 # `make gpu` compiles these too. Here: for one arch, without a budget.
 OTHERS = ("benchmarks/peaks.cu", "tests/kernels/primitives.cu")
-# All but the first line are flags that torch passes in a build.
+# All lines but the first are flags passed by torch in a build.
 FLAGS = (
     *("-std=c++17", "-O3", "-Icsrc", "-Xptxas=-v", "-Werror=all-warnings", "-cubin"),
     "--expt-relaxed-constexpr",
@@ -35,7 +35,7 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of a kernel: registers a thread, bytes of spill stores or loads."""
+    """A kernel's limits: registers a thread, bytes of spill stores or loads."""
 
     registers: int = 255
     spill: int = 0
@@ -48,7 +48,7 @@ BUDGETS: dict[str, Budget] = {}
 
 @dataclass(frozen=True)
 class Kernel:
-    """The figures of ptxas for a kernel, or for a called function, which has no register count."""
+    """ptxas's figures for a kernel, or for a called function, which has no register count."""
 
     name: str
     arch: str
@@ -73,7 +73,7 @@ def short(name: str) -> str:
 
 
 def parse(text: str) -> Iterator[Kernel]:
-    """The kernels of `nvcc -Xptxas -v`'s output, demangled."""
+    """The kernels in `nvcc -Xptxas -v`'s output, demangled."""
     arch = ""
     for entry, function, stack, stores, loads, used in re.findall(
         r"Compiling entry function '(?:.*)' for '(\w+)'"
@@ -99,7 +99,7 @@ def parse(text: str) -> Iterator[Kernel]:
 
 
 def problems(kernel: Kernel) -> list[str]:
-    """The limits that a kernel exceeds."""
+    """The limits exceeded by a kernel."""
     budget = BUDGETS.get(kernel.name) or BUDGETS.get(kernel.name.split("<")[0]) or DEFAULT
     found = []
     if (kernel.registers or 0) > budget.registers:
@@ -166,7 +166,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda run: compiled(home / "bin/nvcc", *run), runs))
     failed: list[str] = []
-    kernels: dict[Kernel, None] = {}  # an ordered set: functions of headers are in many files
+    kernels: dict[Kernel, None] = {}  # an ordered set: header functions are in many files
     for (source, arch), (succeeded, output) in zip(runs, results, strict=True):
         if not succeeded:
             print(output)

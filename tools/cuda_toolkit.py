@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_HOME = Path("/usr/local/cuda")
-# Without a GPU to ask: Ampere, Hopper and Blackwell, with PTX of the last for later GPUs.
+# Without a GPU to ask: Ampere, Hopper and Blackwell, with the last's PTX for later GPUs.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
-OLDEST_ARCH = "8.0"  # the first that multiplies bfloat16 and TF32
-OLDEST_TOOLKIT = "12.1"  # the first whose ptxas knows st.async, of PTX ISA 8.1
-# Headers of CUDA's libraries that torch's headers include.
+OLDEST_ARCH = "8.0"  # the first to multiply bfloat16 and TF32
+OLDEST_TOOLKIT = "12.1"  # the first with st.async in ptxas, from PTX ISA 8.1
+# CUDA library headers included by torch's headers.
 LIBRARY_HEADERS = {
     "cublas_v2.h": "cublas",
     "cusparse.h": "cusparse",
@@ -32,7 +32,7 @@ class Toolkit:
     home: Path
     version: str
     archs: list[str]
-    libraries: tuple[Path, ...] = ()  # headers of cuBLAS and others that `home` lacks
+    libraries: tuple[Path, ...] = ()  # headers of cuBLAS and others, missing in `home`
 
 
 class MissingError(Exception):
@@ -40,7 +40,7 @@ class MissingError(Exception):
 
 
 def find_home() -> Path | None:
-    """The root of the toolkit, which has bin/nvcc."""
+    """The toolkit's root, which has bin/nvcc."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         if not (Path(named) / "bin/nvcc").is_file():
@@ -52,7 +52,7 @@ def find_home() -> Path | None:
     if (DEFAULT_HOME / "bin/nvcc").is_file():
         return DEFAULT_HOME
     if nvcc := shutil.which("nvcc"):
-        # nvcc may be a script that calls the real one, which prints its folder.
+        # nvcc may be a script around the real one, which prints its folder.
         found = re.search(r"_HERE_=(.+)", _ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
         if found and (Path(found[1]) / "nvcc").is_file():
             return Path(found[1]).parent
@@ -60,7 +60,7 @@ def find_home() -> Path | None:
 
 
 def find_version(home: Path) -> str:
-    """The release of a toolkit, such as 13.0; MissingError if it is too old."""
+    """A toolkit's release, such as 13.0; MissingError if it is too old."""
     found = re.search(r"release (\d+\.\d+)", answer := _ask(str(home / "bin/nvcc"), "--version"))
     if not found:
         raise MissingError(
@@ -102,7 +102,7 @@ def find(torch_version: str, torch_cuda: str | None) -> Toolkit | None:
 
 
 def _fitting(torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
-    """Root and release of a toolkit that can build for this torch."""
+    """Root and release of a toolkit able to build for this torch."""
     if torch_cuda is None:
         raise MissingError(
             f"torch {torch_version} is no CUDA build: install one that is, then build again"
@@ -123,7 +123,7 @@ def _fitting(torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
 
 
 def find_archs(home: Path, version: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, else the archs of the GPUs here, else DEFAULT_ARCHS."""
+    """TORCH_CUDA_ARCH_LIST, else the local GPUs' archs, else DEFAULT_ARCHS."""
     import torch
     from torch.utils import cpp_extension
 
@@ -143,7 +143,7 @@ def find_archs(home: Path, version: str) -> list[str]:
         asked = ";".join(a for a in DEFAULT_ARCHS if a in known) + "+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = asked
     mend = f"set TORCH_CUDA_ARCH_LIST to some of {';'.join(known)}, +PTX behind the last"
-    try:  # torch knows names like Hopper; these are the flags that it passes to nvcc
+    try:  # torch knows names like Hopper; these are its flags for nvcc
         flags = cpp_extension._get_cuda_arch_flags()
     except ValueError as error:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked}: {error}: {mend}") from None
@@ -160,7 +160,7 @@ def find_archs(home: Path, version: str) -> list[str]:
 
 
 def find_libraries(home: Path, version: str) -> tuple[Path, ...]:
-    """Folders outside `home` with headers of CUDA's libraries that torch's headers include."""
+    """Folders outside `home` with the CUDA library headers included by torch's headers."""
     import torch
 
     # torch's wheels have one folder for CUDA 13 and one a library for CUDA 12.

@@ -1,4 +1,4 @@
-"""Checks the output of `make dist`: the sdist has all files, the wheel only the package."""
+"""Checks the output from `make dist`: the sdist has all files, the wheel only the package."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Files that setuptools adds to an sdist, and files of a build.
+# Files added to an sdist by setuptools, and build files.
 OF_SETUPTOOLS = re.compile(r"PKG-INFO|setup\.cfg|fusedrnn\.egg-info/.*")
 BINARY = f"fusedrnn/_C{EXTENSION_SUFFIXES[0]}"
 BUILT = {BINARY, "fusedrnn/_build.py"}
 
 
 def tracked() -> set[str]:
-    """The files of the repository."""
+    """The repository's files."""
     command = ("git", "-C", str(ROOT), "ls-files", "-z")
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
 
 
 def compare(archive: str, found: set[str], expected: set[str]) -> list[str]:
-    """The names that `found` lacks, and those that it has too many."""
+    """The names missing in `found`, and its surplus names."""
     missing = [f"{archive} lacks {name}" for name in sorted(expected - found)]
     return missing + [f"{archive} has {name}" for name in sorted(found - expected)]
 
 
 def check_sdist(path: Path, files: set[str]) -> list[str]:
-    """The problems of an sdist, which should have `files` and nothing else."""
+    """An sdist's problems; it should have `files` and nothing else."""
     with tarfile.open(path) as archive:
         names = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
     return compare(path.name, {n for n in names if not OF_SETUPTOOLS.fullmatch(n)}, files)
 
 
 def check_wheel(path: Path, files: set[str]) -> list[str]:
-    """The problems of a wheel, which should have the package's part of `files`."""
+    """A wheel's problems; it should have the package's part of `files`."""
     package = {name for name in files if name.startswith("fusedrnn/")} | BUILT
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
@@ -53,7 +53,7 @@ def check_wheel(path: Path, files: set[str]) -> list[str]:
 
 
 def check_metadata(path: Path, metadata: Message, wheel: Message) -> list[str]:
-    """The problems of a wheel's metadata."""
+    """The problems in a wheel's metadata."""
     name, version, python, abi, platform = path.stem.split("-")
     pyproject = (ROOT / "pyproject.toml").read_text()
     expected = {

@@ -4,7 +4,7 @@
                         [training] [profile]
 
 Runs all stages by default, each under eight minutes. Later stages run after a failure; the exit
-status is then 1. Results go to benchmarks/results/<device>.json, the last lines of each command to
+status is then 1. Results go to benchmarks/results/<device>.json, each command's last lines to
 <device>.log beside it, and all output to build/gpu/.
 """
 
@@ -46,7 +46,7 @@ def some_passed(status: int, output: str) -> bool:
 
 
 def excerpt(text: str, passed: bool) -> list[str]:
-    """The last lines of the output and, for a failure, its first lines."""
+    """The output's last lines and, for a failure, its first lines."""
     frames = re.compile(r"/(_pytest|pluggy)/")  # frames without information
     text = text.replace(f"{ROOT}{os.sep}", "").replace(
         sys.prefix, "..."
@@ -62,7 +62,7 @@ def excerpt(text: str, passed: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a stage.
+    """A stage's command.
 
     Attributes:
         share: its weight in the stage's remaining time, beside the later commands.
@@ -174,7 +174,7 @@ def ecosystem(results: Path) -> list[Command]:
 
 
 def clean_but_for_others(status: int, output: str) -> bool:
-    """No error in our kernels: initcheck finds errors in kernels of libraries."""
+    """No error in our kernels: initcheck finds errors in library kernels."""
     ours = re.search(r"^=+ +at .*fusedrnn", output, re.M)
     return "cases, forward and backward" in output and ours is None
 
@@ -205,8 +205,8 @@ def sanitized(sanitizer: str, *regimes: str) -> list[Command]:
     commands = []
     for tool in TOOLS:
         check = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--show-backtrace", "no"]
-        # initcheck must see the writes of other kernels. memcheck would report driver calls of
-        # libraries that fail on purpose.
+        # initcheck must see other kernels' writes. memcheck would report libraries' driver calls
+        # that fail on purpose.
         ours = [] if tool == "initcheck" else ["--kernel-name", "kns=fusedrnn"]
         ours += ["--report-api-errors", "no"] if tool == "memcheck" else []
         commands.append(
@@ -278,7 +278,7 @@ STAGES = {
 
 
 def write_log(path: Path, sections: dict[str, str]) -> None:
-    """Replaces the sections of the stages of this run and keeps the others."""
+    """Replaces the sections for this run's stages and keeps the others."""
     old = path.read_text() if path.exists() else ""
     found = dict(re.findall(r"^==== (\w+): (.*?)(?=^==== \w+: |\Z)", old, re.M | re.S))
     found |= sections

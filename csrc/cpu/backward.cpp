@@ -1,12 +1,12 @@
-// The backward pass of a layer on the CPU.
+// A layer's backward pass on the CPU.
 #include "gemm.h"
 #include "layer_cpu.h"
 
 namespace fusedrnn::cpu {
 namespace {
 
-/// The valid tokens of rows of different lengths, in the order of CompactTokens. Undefined if all
-/// tokens are valid.
+/// Valid tokens in CompactTokens order, where row lengths differ. Undefined if all tokens are
+/// valid.
 Tensor valid_tokens(const Layer& layer, const BatchLayout& layout, const CompactTokens& compact) {
   if (!layer.lengths.defined()) return {};
   const Tensor tokens = new_tensor<int64_t>({compact.count});
@@ -75,7 +75,7 @@ LayerGradients backward(const Layer& layer, const OutputGradients& g) {
         s.dh0 = direction_data<Accum>(dh0, d);
         s.dc0 = direction_data<Accum>(dc0, d);
       });
-  // One step more than the layer has takes the gradients to h0.
+  // The extra last step takes the gradients to h0.
   partition.execute(layer.T + 1, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
     kernel.backward_step(runs[r], i, begin, end);
   });

@@ -1,4 +1,4 @@
-// The rows of a batch by length, and the tokens that they have.
+// Batch rows by length, and their tokens.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -11,11 +11,11 @@ namespace fusedrnn::cpu {
 
 using Indices = c10::SmallVector<int64_t, 8>;
 
-/// The rows of a batch, longest first, and the place of each step.
+/// Batch rows, longest first, and the place of each step.
 struct BatchLayout {
   Indices order;        ///< [B] rows by descending length
-  Indices active;       ///< [T] active rows of each step: a prefix of order
-  Indices step_offset;  ///< [T] token of batch row 0
+  Indices active;       ///< [T] active rows per step: a prefix of order
+  Indices step_offset;  ///< [T] batch row 0's token
 
   explicit BatchLayout(const Layer& layer)
       : order(size_t(layer.B)), active(size_t(layer.T), layer.B), step_offset(size_t(layer.T)) {
@@ -50,9 +50,9 @@ struct BatchLayout {
   }
 };
 
-/// The valid tokens without padding between them: step by step, in the order of the layout's rows.
+/// Valid tokens without padding: step by step, in the layout's row order.
 struct CompactTokens {
-  Indices step_offset;  ///< [T] first token of the step
+  Indices step_offset;  ///< [T] each step's first token
   int64_t count = 0;
 
   explicit CompactTokens(const BatchLayout& layout) : step_offset(layout.active.size()) {

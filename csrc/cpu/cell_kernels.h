@@ -1,15 +1,16 @@
-// The kernels of a cell: the time loop's steps, forward and backward, for any cell, type and vector
+// A cell's kernels: the time loop's steps, forward and backward, for any cell, type and vector
 // width.
 //
-// Forward: a tile of up to kTileRows batch rows by one vector of units accumulates the units'
-// pre-activations over input and hidden state in registers. It applies the cell to them there and
-// stores h, the state and the values saved for the backward pass. A cell of one pre-activation
-// takes kBlocksPerTile vectors of units. Weights come from panels, or are read in place by a call
-// too short to pay for prepacking.
-// Backward: GEMM tiles take the gradients of a step's pre-activations to the step before.
+// Forward: a tile has up to kTileRows batch rows and one vector of units. It accumulates the units'
+// pre-activations over input and hidden state in registers. There it applies the cell, and stores
+// h, the state and the values saved for the backward pass. A cell of one pre-activation takes
+// kBlocksPerTile vectors. Weights come from panels. A call too short to pay for prepacking reads
+// them in place.
 //
-// A file that includes this defines FUSEDRNN_TARGET and FUSEDRNN_VECTOR_BYTES and opens a target
-// region (target_region.h).
+// Backward: GEMM tiles take a step's pre-activation gradients to the step before.
+//
+// An including file defines FUSEDRNN_TARGET and FUSEDRNN_VECTOR_BYTES, and opens a target region
+// (target_region.h).
 #pragma once
 
 #include "kernel_table.h"
@@ -17,12 +18,12 @@
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-/// Blocks of units in a tile: 1 for the 4 pre-activations of an LSTM or GRU, 4 for one. Each
-/// broadcast of an input then feeds 4 accumulators.
+/// Unit blocks per tile: 1 for the 4 pre-activations of an LSTM or GRU, 4 for one. Each broadcast
+/// input then feeds 4 accumulators.
 template <class Cell>
 inline constexpr int kBlocksPerTile = 4 / Cell::kPreacts;
 
-/// The step before (after) step t in the order of the run, or -1.
+/// The step before (after) step t in the run's order, or -1.
 template <class Accum>
 FUSEDRNN_INLINE int64_t step_before(const Sequence<Accum>& s, int64_t t) {
   return s.reverse ? (t + 1 < s.steps ? t + 1 : -1) : t - 1;
@@ -48,7 +49,7 @@ FUSEDRNN_INLINE const Accum* row_of(const Accum* base, int64_t row, int64_t stri
   return base ? base + row * stride : nullptr;
 }
 
-/// Row `row` of the initial state that `state` of the cell (cells.h) starts from.
+/// Row `row` of the initial value of the cell's `state` (cells.h).
 template <class Cell, class Run>
 FUSEDRNN_INLINE auto initial_state(const Run& s, int64_t row) {
   return Cell::kHasCellState ? row_of(s.c0, row, s.c0_stride) : row_of(s.h0, row, s.h0_stride);
@@ -56,7 +57,7 @@ FUSEDRNN_INLINE auto initial_state(const Run& s, int64_t row) {
 
 // ---- forward ------------------------------------------------------------------------------------
 
-/// The rows' states between the steps of a forward run, in its workspace.
+/// Row states between a forward run's steps, in its workspace.
 template <class Element, class Accum = Accumulator<Element>>
 struct ForwardState {
   explicit ForwardState(const Forward<Accum, Element>& s)
@@ -78,8 +79,8 @@ int64_t forward_workspace(const Sequence<Accum>& s) {
   return s.rows * 2 * (padded<Accum>(s.output_size) + padded<Accum>(s.hidden_size));
 }
 
-/// The pre-activations of B blocks from `block` on, for R rows from `first` on. Reads weights in
-/// place if the run has no panels: for one block only.
+/// Pre-activations of B blocks from `block` on, for R rows from `first` on. Without panels the run
+/// reads its weights in place; B is then 1.
 template <class Cell, int R, int B, class Element, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
                                         const ForwardState<Element>& m, int64_t i, int64_t t,
@@ -150,7 +151,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<Accum, Element>& s, const Forwar
   Tile<Accum, R, B * S> tile;
   accumulate_preacts<Cell, R, B, Element>(s, m, i, t, block, first, tile);
 
-  // In memory, so that the cell is compiled once and not once a row.
+  // In memory, so the cell is compiled once, not once a row.
   Vec<Accum> preacts[R][B][S];
   unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
     unroll<B * S>([&](auto c) FUSEDRNN_LAMBDA { preacts[r][c / S][c % S] = tile[r][c]; });
@@ -177,7 +178,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<Accum, Element>& s, const Forwar
   }
 }
 
-/// Writes the final states of rows [begin, end), of the units that these blocks own.
+/// Writes the final states of rows [begin, end), for these blocks' units.
 template <class Cell, class Element, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void finish_rows(const Forward<Accum, Element>& s, const ForwardState<Element>& m,
                                  const Element* h, int64_t begin, int64_t end, int64_t block_begin,
@@ -233,14 +234,14 @@ FUSEDRNN_INLINE void for_block_tiles(bool has_panels, bool reverse, int64_t begi
   }
 }
 
-/// The i-th step of the run for the units of blocks [block_begin, block_end), which are all with a
-/// projection. Steps run in order; the blocks of one step may run at the same time.
+/// The run's i-th step for the units in blocks [block_begin, block_end). A projection needs all
+/// blocks at once. Steps run in order; blocks of one step may run at the same time.
 template <class Cell, class Element, class Accum = Accumulator<Element>>
 void forward_step(const Forward<Accum, Element>& s, int64_t i, int64_t block_begin,
                   int64_t block_end) {
   const ForwardState<Element> m(s);
   const int64_t P = s.output_size, t = s.reverse ? s.steps - 1 - i : i, rows = s.active[t];
-  // To and fro: the weights that the last step read last are still in the cache.
+  // To and fro: the cache still holds the weights read last in the previous step.
   for_block_tiles<Cell>(s.panels, i % 2, block_begin, block_end,
                         [&](auto B, int64_t block) FUSEDRNN_LAMBDA {
                           for_tiles(rows, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
@@ -264,7 +265,7 @@ void forward_step(const Forward<Accum, Element>& s, int64_t i, int64_t block_beg
 
 // ---- backward -----------------------------------------------------------------------------------
 
-/// The rows' gradients between the steps of a backward run, in its workspace.
+/// Row gradients between a backward run's steps, in its workspace.
 template <class Accum>
 struct BackwardState {
   explicit BackwardState(const Backward<Accum>& s)
@@ -275,9 +276,9 @@ struct BackwardState {
         dh_raw(dstate + s.rows * state_size) {}
 
   int64_t dh_size, state_size;  ///< padded row lengths
-  Accum* dh;                    ///< [rows, dh_size] of the output
+  Accum* dh;                    ///< [rows, dh_size] output gradients
   Accum* dstate;                ///< [rows, state_size]
-  Accum* dh_raw;                ///< [rows, state_size] of the output before the projection
+  Accum* dh_raw;                ///< [rows, state_size] output gradients before the projection
 };
 
 template <class Accum>
@@ -296,15 +297,14 @@ void backward_begin(const Backward<Accum>& s) {
   }
 }
 
-/// Gradients of the pre-activations at time t, for the units [begin, end), from those of the
-/// output.
+/// Computes pre-activation gradients at time t from output gradients, for units [begin, end).
 template <class Cell, class Accum>
 FUSEDRNN_INLINE void backward_units(const Backward<Accum>& s, const BackwardState<Accum>& m,
                                     int64_t t, int64_t begin, int64_t end, const Accum* dout,
                                     int64_t dout_size) {
   constexpr int L = kLanes<Accum>, S = Cell::kPreacts;
   const int64_t H = s.hidden_size, P = s.output_size;
-  // A row that starts at t has no step before, although the batch may.
+  // A row starting at t has no step before, although the batch may.
   const int64_t before = step_before(s, t), continued = before < 0 ? 0 : s.active[before];
   for (int64_t j = 0; j < s.active[t]; ++j) {
     const int64_t b = s.row[j], token = s.step_offset[t] + b;
@@ -345,8 +345,8 @@ FUSEDRNN_INLINE void backward_units(const Backward<Accum>& s, const BackwardStat
   }
 }
 
-/// dh = dgates * weight_hh for the panel blocks [block_begin, block_end): takes the gradients of
-/// the pre-activations at time t to the output of the step before.
+/// dh = dgates * weight_hh for panel blocks [block_begin, block_end): takes the pre-activation
+/// gradients at time t to the previous step's output.
 template <class Cell, class Accum>
 FUSEDRNN_INLINE void backward_gemm(const Backward<Accum>& s, const BackwardState<Accum>& m,
                                    int64_t t, int64_t block_begin, int64_t block_end) {
@@ -354,15 +354,15 @@ FUSEDRNN_INLINE void backward_gemm(const Backward<Accum>& s, const BackwardState
   const int64_t H = s.hidden_size, P = s.output_size;
   const Rows<const Accum> dgates{s.dgates, S * H, s.sorted_index, s.compact_offset[t]};
   const Rows<Accum> dh{m.dh, m.dh_size};
-  // With as many gates as pre-activations, dgates is one segment of K.
+  // With as many gates as pre-activations, dgates is one K segment.
   using Segments = std::conditional_t<Cell::kGates == S, InOrder<1>, HiddenPreacts<Cell>>;
   const int64_t length = Cell::kGates == S ? S * H : H;
   gemm_blocks<Segments, Accum>(s.active[t], length, P, block_begin, block_end, s.panels,
                                s.matrix_stride, dgates, dh, false);
 }
 
-/// Writes the gradients of the initial states, of the outputs [begin, output_end) and the units
-/// [begin, unit_end).
+/// Writes the initial states' gradients, for outputs [begin, output_end) and units [begin,
+/// unit_end).
 template <class Cell, class Accum>
 FUSEDRNN_INLINE void finish_backward(const Backward<Accum>& s, const BackwardState<Accum>& m,
                                      int64_t begin, int64_t output_end, int64_t unit_end) {
@@ -380,11 +380,11 @@ FUSEDRNN_INLINE void finish_backward(const Backward<Accum>& s, const BackwardSta
   }
 }
 
-/// The i-th step back, for the units of the panel blocks [block_begin, block_end), which are all
-/// with a projection. It takes the gradients of step i - 1's pre-activations to the output of step
-/// i, then computes the gradients of step i's pre-activations. i runs to s.steps; the last step
-/// leaves the gradients of h0 and c0. Steps run in order; the blocks of one step may run at the
-/// same time. The weights' gradients are GEMMs over all steps and belong to the caller.
+/// The i-th step back, for the units in panel blocks [block_begin, block_end). A projection needs
+/// all blocks at once. The step takes step i - 1's pre-activation gradients to step i's output,
+/// then computes step i's pre-activation gradients. i runs to s.steps; the last step leaves the h0
+/// and c0 gradients. Steps run in order; blocks of one step may run at the same time. The caller
+/// computes weight gradients as GEMMs over all steps.
 template <class Cell, class Accum>
 void backward_step(const Backward<Accum>& s, int64_t i, int64_t block_begin, int64_t block_end) {
   constexpr int L = kLanes<Accum>;

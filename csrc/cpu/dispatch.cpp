@@ -41,8 +41,8 @@ const InstructionSet instruction_sets[] = {
 #endif
 };
 
-/// The best instruction set that the machine has, up to the one that FUSEDRNN_CPU_ISA names. An
-/// unknown name sets no limit: _ops.py warns about it.
+/// The machine's best instruction set, up to the one named by FUSEDRNN_CPU_ISA. An unknown name
+/// sets no limit: _ops.py warns about it.
 KernelTable choose() {
   const char* limit = std::getenv("FUSEDRNN_CPU_ISA");
   int best = int(std::size(instruction_sets)) - 1;

@@ -1,4 +1,4 @@
-// The forward pass of a layer on the CPU.
+// A layer's forward pass on the CPU.
 #include <cstring>
 
 #include "gemm.h"
@@ -10,7 +10,7 @@ namespace {
 enum class WeightAccess {
   in_place,   ///< steps read the weights as they are
   prepacked,  ///< all weights are prepacked before the first step
-  streamed,   ///< each panel is prepacked right before its use, on the thread that uses it
+  streamed,   ///< each thread prepacks a panel right before using it
 };
 
 struct ForwardStrategy {
@@ -18,16 +18,15 @@ struct ForwardStrategy {
   bool input_gemm;  ///< computes the input's part of all steps in one GEMM
 };
 
-/// The heuristics of a forward pass. The examples are for AVX-512: 6 rows in a tile, up to 4 rows
-/// in place.
+/// Forward heuristics. The examples are for AVX-512: 6 rows per tile, up to 4 rows in place.
 ForwardStrategy choose_strategy(const Layer& layer, int64_t tile_rows, int64_t in_place_rows) {
   ForwardStrategy strategy{WeightAccess::prepacked, false};
   if (layer.T <= 4 && layer.B <= in_place_rows) {
     // T 4, B 1 reads each weight four times: prepacking costs as much.
     strategy.weights = WeightAccess::in_place;
   } else if (layer.T == 1 && !layer.has_projection) {
-    // T 1, B 64 reads each panel 11 times in a row, so the panel may be overwritten afterwards. A
-    // projection needs all units of the step in one call.
+    // T 1, B 64 reads each panel 11 times in a row, then may overwrite it. A projection needs all
+    // the step's units in one call.
     strategy.weights = WeightAccess::streamed;
   }
   // T 100, B 1 fills one row of a tile in each step, but six in a GEMM over 100 steps.
@@ -52,7 +51,7 @@ void clear_padding(const Layer& layer, Element* data, int64_t copies, int64_t fe
   });
 }
 
-/// A new tensor of `shape`, that is [copies, N, features], with zeros for padded tokens.
+/// A new tensor of `shape` [copies, N, features], with zeros for padded tokens.
 template <class Element>
 Tensor new_token_tensor(const Layer& layer, c10::IntArrayRef shape, int64_t copies) {
   const Tensor t = new_tensor<Element>(shape);
@@ -75,7 +74,7 @@ LayerOutput new_output(const Layer& layer, bool save) {
   return out;
 }
 
-/// The weights of each direction, with an input GEMM those of the steps only.
+/// Each direction's weights; with an input GEMM, only the steps' part.
 template <class Element>
 c10::SmallVector<Weights<Element>, 2> step_weights(const Layer& layer, bool input_gemm) {
   c10::SmallVector<Weights<Element>, 2> weights;
@@ -87,7 +86,7 @@ c10::SmallVector<Weights<Element>, 2> step_weights(const Layer& layer, bool inpu
   return weights;
 }
 
-/// The input times weight_ih: a piece for each direction, [N, G*H] with rows `stride` apart.
+/// The input times weight_ih: one piece per direction, [N, G*H] with rows `stride` apart.
 template <class Element, class Accum = Accumulator<Element>>
 Scratch<Accum> multiply_input(const Layer& layer, int64_t stride) {
   const Tensor x = layer.flat_input();
@@ -105,7 +104,7 @@ Scratch<Accum> prepack_projection(const Layer& layer) {
   return prepack_weights<Accum>(layer, &DirectionWeights::hr, layer.H, layer.P, 1, layer.H);
 }
 
-/// Elements from the input's data to batch row 0 of each step.
+/// Elements from the input's data to each step's batch row 0.
 Indices input_offsets(const Layer& layer, const BatchLayout& layout) {
   Indices offset(size_t(layer.T), 0);
   for (int64_t t = 0; t < layer.T; ++t) {
@@ -115,7 +114,7 @@ Indices input_offsets(const Layer& layer, const BatchLayout& layout) {
 }
 
 /// Runs all steps and prepacks each panel right before its use. `prepack` (direction, block, panel)
-/// writes a panel of `panel_size` elements.
+/// writes `panel_size` elements.
 template <class Element, class Accum, class Prepack>
 void run_streamed(const WorkPartition& partition, const Runs<Forward<Accum, Element>>& runs,
                   const Kernel<Accum, Element>& kernel, int64_t panel_size,

@@ -1,4 +1,4 @@
-// GEMM drivers: prepack matrices, and split the GEMMs of the kernel table over threads.
+// GEMM drivers: prepack matrices, and split the kernel table's GEMMs over threads.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ const Kernel<Accumulator<Element>, Element>& kernel_of(const CellInfo& cell) {
   return table<Element>().cells[cell.index];
 }
 
-/// Prepacking an element takes about the time of this many multiplications.
+/// Prepacking an element takes about as long as this many multiplications.
 constexpr int64_t kPrepackWork = 8;
 
 /// Calls prepack(i) for every panel, in parallel from 65536 elements on.
@@ -40,9 +40,9 @@ void prepack_all(int64_t panels, int64_t elements, const F& prepack) {
   }
 }
 
-/// Whether to prepack a matrix of `columns` that `passes` tiles read. Prepacking takes about four
-/// passes: T 100 and B 64 in tiles of 6 rows make 1100. Only whole vectors of columns can be read
-/// in place.
+/// Whether to prepack a matrix with `columns` columns, read by `passes` tiles. Prepacking takes
+/// about four passes: T 100 and B 64 make 1100 in 6-row tiles. Only whole column vectors can be
+/// read in place.
 template <class Accum>
 bool pays_to_prepack(int64_t passes, int64_t columns) {
   return passes > 4 || columns % table<Accum>().common.lanes != 0;
@@ -64,7 +64,7 @@ Scratch<Accum> prepack_matrices(c10::ArrayRef<const Accum*> matrices, int64_t K,
   return panels;
 }
 
-/// Prepacks one weight of every direction.
+/// Prepacks one weight of all directions.
 template <class Accum>
 Scratch<Accum> prepack_weights(const Layer& layer, Tensor DirectionWeights::* weight, int64_t K,
                                int64_t columns, int64_t row_stride, int64_t column_stride) {
@@ -75,7 +75,7 @@ Scratch<Accum> prepack_weights(const Layer& layer, Tensor DirectionWeights::* we
   return prepack_matrices<Accum>(matrices, K, columns, row_stride, column_stride);
 }
 
-/// Calls gemm(begin, end) for parts of the rows of a GEMM of `work` multiplications.
+/// Splits a GEMM's rows into calls gemm(begin, end). The GEMM has `work` multiplications.
 template <class Accum, class F>
 void in_row_parts(int64_t rows, int64_t work, const F& gemm) {
   const int64_t most = work < kSharedWork ? 1 : threads();
@@ -84,8 +84,8 @@ void in_row_parts(int64_t rows, int64_t work, const F& gemm) {
               [&](int64_t part) { gemm(rows * part / parts, rows * (part + 1) / parts); });
 }
 
-/// out [rows, columns] = a times the transpose of b [columns, K], which is contiguous. Each thread
-/// prepacks one block of columns at a time and uses it while it is in the cache.
+/// out [rows, columns] = a times b transposed, with contiguous b [columns, K]. Each thread prepacks
+/// one column block at a time and uses it while it is in the cache.
 template <class Element, class Accum = Accumulator<Element>>
 void gemm_by_transpose(int64_t rows, int64_t K, int64_t columns, const Element* b, const Element* a,
                        int64_t a_stride, Accum* out, int64_t out_stride) {
@@ -103,7 +103,7 @@ void gemm_by_transpose(int64_t rows, int64_t K, int64_t columns, const Element* 
   });
 }
 
-/// The GEMMs of the weights' gradients, on the tiles of the kernels.
+/// Weight-gradient GEMMs, on the kernels' tiles.
 template <class Accum>
 struct TileGemms : Gemms {
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {

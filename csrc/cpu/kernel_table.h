@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set as a table. dispatch.cpp chooses the table.
+// One instruction set's CPU kernels as a table. dispatch.cpp chooses the table.
 #pragma once
 
 #include "../cells.h"
@@ -6,21 +6,21 @@
 
 namespace fusedrnn::cpu {
 
-/// The kernels of one cell for operands of type Element and accumulators of type Accum.
+/// One cell's kernels for operands of type Element and accumulators of type Accum.
 ///
-/// A run (sequence.h) is one call of *_begin, then one call of *_step for each step in order.
-/// Threads may share a step by blocks of units.
+/// A run (sequence.h) is one *_begin call, then one *_step call per step, in order. Threads may
+/// share a step by blocks of units.
 template <class Accum, class Element = Accum>
 struct Kernel {
-  /// Neighbouring blocks that forward_step computes at once where it may: 4 for a cell of one
-  /// pre-activation, whose vectors then fill a tile as an LSTM's four gates do.
+  /// Neighbouring blocks that forward_step may compute at once: 4 for a cell of one pre-activation.
+  /// Their vectors then fill a tile as an LSTM's four gates do.
   int64_t blocks_per_tile;
-  /// Elements in the panel of one block of units.
+  /// Elements in one unit block's panel.
   int64_t (*forward_panel_size)(int64_t input_size, int64_t output_size);
   /// Elements in a run's workspace.
   int64_t (*forward_workspace)(const Sequence<Accum>&);
   int64_t (*backward_workspace)(const Sequence<Accum>&);
-  /// Prepacks the weights of one block of units. weights.ih null: without the input's part.
+  /// Prepacks one unit block's weights. weights.ih null: without the input's part.
   void (*prepack_forward)(const Weights<Element>& weights, int64_t input_size, int64_t hidden_size,
                           int64_t output_size, int64_t block, Accum* panel);
   void (*forward_begin)(const Forward<Accum, Element>&);
@@ -31,16 +31,16 @@ struct Kernel {
   void (*backward_step)(const Backward<Accum>&, int64_t i, int64_t block_begin, int64_t block_end);
 };
 
-/// Sizes and GEMMs that all cells share. Matrices are row-major; a stride is the distance of two
-/// rows unless named otherwise.
+/// Sizes and GEMMs shared by all cells. Matrices are row-major; a stride is the distance between
+/// two rows unless named otherwise.
 template <class Accum, class Element = Accum>
 struct Common {
-  int64_t lanes;          ///< units in a block of the forward pass
-  int64_t block_columns;  ///< columns in a block of GEMM panels, units in a backward block
+  int64_t lanes;          ///< units in a forward block
+  int64_t block_columns;  ///< columns in a GEMM panel block, units in a backward block
   int64_t tile_rows;      ///< batch rows in a tile
-  int64_t in_place_rows;  ///< most rows of a run that reads its weights in place
-  /// Prepacks one block of columns of a matrix [K, columns], one of whose strides is 1. Panels
-  /// hold whole vectors of columns. Where Element is not Accum, row_stride must be 1.
+  int64_t in_place_rows;  ///< most rows of a run with weights in place
+  /// Prepacks one column block of a matrix [K, columns] with stride 1 along K or columns. Panels
+  /// hold whole column vectors. Where Element is not Accum, row_stride must be 1.
   void (*prepack_gemm)(const Element* matrix, int64_t row_stride, int64_t column_stride, int64_t K,
                        int64_t columns, int64_t block, Accum* panels);
   /// out [rows, columns] = a [rows, K] * the prepacked matrix, or += with add. With a
@@ -68,8 +68,8 @@ struct KernelTable {
   const KernelsOf<float, BFloat16>* bf16;  ///< null: convert bfloat16 to float32
 };
 
-/// The best table that this machine runs. FUSEDRNN_CPU_ISA=baseline|avx2|avx512|avx512bf16 asks
-/// for a lesser one.
+/// The best table for this machine. FUSEDRNN_CPU_ISA=baseline|avx2|avx512|avx512bf16 asks for a
+/// lesser one.
 const KernelTable& kernels();
 
 }  // namespace fusedrnn::cpu

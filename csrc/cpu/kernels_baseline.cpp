@@ -1,4 +1,4 @@
-// The instructions that every CPU of the platform has: SSE2 on x86-64, NEON on arm64.
+// The platform's baseline instructions: SSE2 on x86-64, NEON on arm64.
 #include "target_region.h"
 
 #define FUSEDRNN_TARGET baseline

@@ -1,4 +1,4 @@
-// A layer's forward and backward pass on the CPU, and the part of a run's set-up that they share.
+// A layer's forward and backward pass on the CPU, and their shared run set-up.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -19,14 +19,14 @@ LayerOutput forward(const Layer& layer, bool save);
 template <class Accum>
 LayerGradients backward(const Layer& layer, const OutputGradients& g);
 
-/// The runs of a partition with their workspaces. Run: Forward or Backward (sequence.h).
+/// A partition's runs with their workspaces. Run: Forward or Backward (sequence.h).
 template <class Run>
 class Runs {
  public:
   using Accum = std::remove_const_t<std::remove_pointer_t<decltype(Run::h0)>>;
 
-  /// Sets the sequence and the initial states of each run; set(run, group) sets the rest. Then
-  /// allocates the workspaces and begins each run.
+  /// Sets each run's sequence and initial states; set(run, group) sets the rest. Then allocates the
+  /// workspaces and begins each run.
   template <class Set>
   Runs(const Layer& layer, const BatchLayout& layout, const WorkPartition& partition,
        int64_t (*workspace_size)(const Sequence<Accum>&), void (*begin)(const Run&), const Set& set)

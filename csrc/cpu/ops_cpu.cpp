@@ -1,4 +1,4 @@
-// The ops on the CPU: the types of a call, and registration for the CPU key.
+// The ops on the CPU: each call's types, and registration for the CPU key.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -18,7 +18,7 @@ bool multiplies_bfloat16(const LayerArgs& args) {
          args.weights.size() / (args.bidirectional ? 2 : 1) % 2 == 0;
 }
 
-/// Appends a feature of zeros to an odd number of features: the kernels read pairs of bfloat16.
+/// Appends a zero feature to an odd feature count: the kernels read bfloat16 in pairs.
 void make_features_even(Layer& layer) {
   if (layer.I % 2 == 0) return;
   std::vector<int64_t> shape = layer.input.sizes().vec();

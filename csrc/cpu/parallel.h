@@ -9,7 +9,7 @@
 
 namespace fusedrnn::cpu {
 
-/// Threads of torch's pool: one where torch's headers have no pool.
+/// Threads in torch's pool: one where torch's headers have no pool.
 inline int64_t threads() {
 #ifdef INTRA_OP_PARALLEL
   return at::get_num_threads();
@@ -19,13 +19,13 @@ inline int64_t threads() {
 }
 
 /// Decides whether a short call may use torch's pool. Joining costs milliseconds if a worker sleeps
-/// or has lost its core. So sleepers are not woken for isolated calls, and after a call that a
-/// worker did not join we back off, 1 to 256 ms.
+/// or has lost its core. So sleepers are not woken for isolated calls. After a call that a worker
+/// did not join, we back off for 1 to 256 ms.
 class PoolBackoff {
   using Clock = std::chrono::steady_clock;
 
  public:
-  /// Marks the time of one call of an op.
+  /// Marks when an op's call begins and ends.
   class Call {
    public:
     Call() {
@@ -64,15 +64,15 @@ class PoolBackoff {
   }
 
  private:
-  /// Multiplications that take about a millisecond: worth the wait for a worker.
+  /// About a millisecond of multiplications: worth the wait for a worker.
   static constexpr int64_t kLong = 1 << 27;
   static constexpr Clock::duration kStall = std::chrono::microseconds(100);
   static constexpr Clock::duration kPause = std::chrono::milliseconds(1),
                                    kLongestPause = 256 * kPause;
-  /// Workers sleep after 5 ms without a call. A streak of calls for 2 ms wakes them.
+  /// Workers sleep after 5 ms without a call. A 2 ms streak of calls wakes them.
   static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
   struct State {
-    Clock::time_point last_end, streak_begin;  ///< of the calls
+    Clock::time_point last_end, streak_begin;  ///< call times
     bool awake = false;                        ///< the workers, most likely
     Clock::duration pause{0};
     Clock::time_point pause_end;
@@ -92,7 +92,7 @@ class PoolBackoff {
 constexpr int64_t kSharedWork = 1 << 19;
 
 /// Calls task(0), ..., task(count - 1), of `work` multiplications in all. Each thread takes the
-/// next task that is left.
+/// next task left.
 template <class F>
 void in_parallel(int64_t count, int64_t work, const F& task) {
   const int64_t workers = std::min(count, threads());

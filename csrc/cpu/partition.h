@@ -1,4 +1,4 @@
-// The split of a layer's work over threads.
+// Splits a layer's work over threads.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -14,7 +14,7 @@ namespace fusedrnn::cpu {
 /// A step is shared only if each thread gets at least this many multiplications.
 constexpr int64_t kSharedStep = 1 << 15;
 
-/// Splits a layer into runs, each a direction and some rows. The threads of a run share its steps
+/// Splits a layer into runs, each with one direction and some rows. A run's threads share its steps
 /// by blocks of units.
 class WorkPartition {
  public:
@@ -22,13 +22,13 @@ class WorkPartition {
     int64_t direction;
     Indices row;           ///< in the batch
     Indices sorted_index;  ///< in BatchLayout::order
-    Indices active;        ///< [T] active rows of the group
+    Indices active;        ///< [T] the group's active rows
   };
   c10::SmallVector<RowGroup, 4> groups;  ///< one a run
-  int64_t members = 1;                   ///< threads of each run
+  int64_t members = 1;                   ///< threads per run
 
-  /// Parts of a step begin at multiples of `tile_blocks`. So the tiles, and the bits of their sums,
-  /// are the same whether threads share the step or not.
+  /// Parts begin at multiples of `tile_blocks`. So the tiles, and the bits of their sums, are the
+  /// same whether threads share the step or not.
   WorkPartition(const Layer& layer, const BatchLayout& layout, int64_t tile_rows, int64_t blocks,
                 int64_t tile_blocks = 1)
       : blocks_(blocks),
@@ -42,8 +42,8 @@ class WorkPartition {
       threads = std::max<int64_t>(cpu::threads() / layer.D, 1);
     }
     // Few rows use a tile's weights too little. Then all threads run all rows, each with its part
-    // of the weights: T 100, B 8 on 4 threads would else give each thread 2 rows of a tile's 6. A
-    // single step is treated alike. Threads can't share the steps of a projection so.
+    // of the weights. With T 100, B 8, each of 4 threads would else fill 2 rows of a 6-row tile. A
+    // single step is treated alike. Threads can't share a projection's steps this way.
     if ((layer.B < threads * tile_rows || layer.T == 1) && !layer.has_projection &&
         step >= threads * kSharedStep) {
       members = std::min(threads, block_tiles_);
@@ -74,14 +74,13 @@ class WorkPartition {
     });
   }
 
-  /// The member whose part of a step begins with this block.
+  /// The member whose part begins with this block.
   int64_t member_of(int64_t block_begin) const {
     return scalar::divide_up(block_begin / tile_blocks_ * members, block_tiles_);
   }
 
  private:
-  /// Adds group `index` of `count`: every count-th row, so that each group gets rows of all
-  /// lengths.
+  /// Adds group `index` of `count`: every count-th row, so each group gets rows of all lengths.
   void add(int64_t direction, int64_t index, int64_t count, const BatchLayout& layout) {
     groups.push_back({direction, {}, {}, {}});
     RowGroup& group = groups.back();
@@ -94,7 +93,7 @@ class WorkPartition {
     }
   }
 
-  /// The first block of a member's part.
+  /// A member's first block.
   int64_t begin_of(int64_t member) const {
     return std::min(block_tiles_ * member / members * tile_blocks_, blocks_);
   }

@@ -1,17 +1,17 @@
 // Prepacking: weights and matrices in the order in which tiles read them.
 //
-// A panel holds, for each lane k along K, the vectors of columns that a tile reads at k.
+// For each lane k along K, a panel holds the column vectors read by a tile at k.
 #pragma once
 
 #include "tile.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-/// Vectors of columns in a block of GEMM panels.
+/// Column vectors in a GEMM panel block.
 inline constexpr int kPanelVectors = 4;
 
-/// Lane k of row v of w goes to out[k * step + v], for the lanes of `size` elements and all lanes v
-/// of a vector. Rows from `units` on are zero. Rows of w are `stride` elements apart.
+/// Copies lane k of row v of w to out[k * step + v]. k covers the lanes of `size` elements, v all
+/// lanes of a vector. Rows from `units` on are zero. Rows of w are `stride` elements apart.
 template <class Element, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void prepack_rows(const Element* w, int64_t units, int64_t stride, int64_t size,
                                   Accum* out, int64_t step) {
@@ -45,7 +45,7 @@ FUSEDRNN_INLINE void load_bias(const Weights<Element>& w, int64_t hidden_size, i
   });
 }
 
-/// The panel of a block: the bias [preacts][lanes], then weight_ih and weight_hh [k][gates][lanes].
+/// A block's panel: the bias [preacts][lanes], then weight_ih and weight_hh [k][gates][lanes].
 template <class Cell, class Element, class Accum = Accumulator<Element>>
 void prepack_forward(const Weights<Element>& weights, int64_t input_size, int64_t hidden_size,
                      int64_t output_size, int64_t block, Accum* panel) {

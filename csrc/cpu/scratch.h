@@ -1,4 +1,4 @@
-// Memory on the CPU: new tensors, and scratch memory for the time of a call.
+// CPU memory: new tensors, and scratch memory for one call.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -8,7 +8,7 @@
 
 namespace fusedrnn::cpu {
 
-/// A new tensor on the CPU, without a call of the dispatcher.
+/// A new CPU tensor, without a dispatcher call.
 template <class Element>
 Tensor new_tensor(c10::IntArrayRef shape) {
   using Scalar = std::conditional_t<std::is_same_v<Element, BFloat16>, at::BFloat16, Element>;
@@ -26,7 +26,7 @@ Accum* direction_data(const Tensor& t, int64_t d) {
   return t.defined() ? t.data_ptr<Accum>() + d * t.stride(0) : nullptr;
 }
 
-/// Aligned pieces of memory: within the object up to 4 KiB in all, else from torch's allocator.
+/// Aligned memory pieces: within the object up to 4 KiB in all, else from torch's allocator.
 template <class Item>
 class Scratch {
  public:

@@ -1,5 +1,5 @@
-// Compiles part of a file for an instruction set: the functions between FUSEDRNN_TARGET_REGION and
-// FUSEDRNN_END_TARGET_REGION.
+// Compiles the functions between FUSEDRNN_TARGET_REGION and FUSEDRNN_END_TARGET_REGION for an
+// instruction set.
 //
 // The standard headers stand here, before the region. Inside it, the compiler would use the
 // instruction set for their inline functions too.
@@ -20,7 +20,7 @@
   FUSEDRNN_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define FUSEDRNN_END_TARGET_REGION _Pragma("clang attribute pop")
 #else
-// The region runs to the end of the file, where GCC instantiates templates.
+// The region runs to the file's end, where GCC instantiates templates.
 #define FUSEDRNN_TARGET_REGION(features) FUSEDRNN_PRAGMA(GCC target(features))
 #define FUSEDRNN_END_TARGET_REGION
 #endif

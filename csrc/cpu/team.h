@@ -1,4 +1,4 @@
-// Threads that share the steps of one run. Each step needs all parts of the step before.
+// Threads that share one run's steps. Each step needs the whole step before.
 #pragma once
 
 #include <atomic>
@@ -14,9 +14,9 @@ namespace fusedrnn::cpu {
 
 /// Every member calls run. Together they do each (step, part) once, steps in order.
 ///
-/// A member does its own part of a step, then waits for the other parts. A thread may start
-/// milliseconds late, or never while the pool serves another call. So after about a microsecond a
-/// waiting member takes over a part that nobody has begun. A part gives the same result on any
+/// A member does its own part, then waits for the other parts. A thread may start milliseconds
+/// late, or never while the pool serves another call. So after about a microsecond a waiting member
+/// takes over a part nobody has begun. A part gives the same result on any thread.
 /// thread.
 class Team {
  public:

@@ -1,6 +1,6 @@
-// The register tile: rows by vectors of columns, accumulated over k without leaving the registers.
+// The register tile: rows by column vectors, accumulated over k without leaving the registers.
 //
-// Every sum over k runs in one fixed order, so that a call gives the same bits every time.
+// Every sum over k runs in one fixed order, so a call gives the same bits every time.
 #pragma once
 
 #include "../cells.h"
@@ -9,7 +9,7 @@
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-/// Rows of a tile. Its rows * 4 accumulators, 4 vectors of weights and a broadcast must fit the
+/// Rows per tile. A tile's rows * 4 accumulators, 4 weight vectors and a broadcast must fit the
 /// register file: on AVX-512, 6 * 4 + 4 + 1 of 32 registers.
 #if defined(FUSEDRNN_TILE_ROWS)  // for the sanitizers, whose build of full tiles takes long
 inline constexpr int kTileRows = FUSEDRNN_TILE_ROWS;
@@ -20,7 +20,7 @@ inline constexpr int kTileRows = 3;
 #else
 inline constexpr int kTileRows = 2;
 #endif
-/// Rows of a tile whose weights are read in place.
+/// Rows per tile with weights in place.
 inline constexpr int kInPlaceRows = kTileRows < 4 ? kTileRows : 4;
 
 /// Chains of additions that hide an addition's latency; bfloat16's is longer.
@@ -38,8 +38,8 @@ FUSEDRNN_INLINE int64_t blocks_of(int64_t units) {
 }
 FUSEDRNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/// Splits rows into the fewest tiles of nearly equal size and calls tile(size, first row). 13 rows
-/// on AVX-512 are tiles of 5, 4 and 4.
+/// Splits rows into the fewest nearly equal tiles and calls tile(size, first row). On AVX-512, 13
+/// rows make tiles of 5, 4 and 4.
 template <class F>
 FUSEDRNN_INLINE void for_tiles(int64_t rows, F&& tile) {
   const int64_t tiles = divide_up(rows, kTileRows);
@@ -54,7 +54,7 @@ FUSEDRNN_INLINE void for_tiles(int64_t rows, F&& tile) {
   }
 }
 
-// A map tells which of `columns` vectors of accumulators the `count` vectors of a panel row add to.
+// A map tells to which of `columns` accumulator vectors a panel row's `count` vectors add.
 
 template <class Cell>
 struct InputPreacts {
@@ -75,8 +75,8 @@ struct InOrder {
 template <class Accum, int R, int C>
 using Tile = Vec<Accum>[R][C];
 
-/// The number of tiles that accumulate in turn. One tile of few accumulators has too few chains of
-/// additions: of 8 chains one row of a GRU's 3 gates has 3, so 2 tiles take turns.
+/// How many tiles accumulate in turn. A small tile has too few chains of additions. One row of a
+/// GRU's 3 gates has 3 of the 8 chains, so 2 tiles take turns.
 template <class Element>
 constexpr int tiles_in_turn(int accumulators) {
   int tiles = 1;
@@ -85,7 +85,7 @@ constexpr int tiles_in_turn(int accumulators) {
 }
 
 /// tile[r][b * Map::columns + Map::at(c)] += a(r, k) * panel[b][k][c] for the lanes k in [0, size).
-/// Rows of a panel are `stride` apart, the B panels `panel_stride`.
+/// A panel's rows are `stride` apart, the B panels `panel_stride`.
 template <class Map, class Element, int R, int B, class A, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, int64_t size,
                                 const Accum* panel, int64_t stride, int64_t panel_stride) {
@@ -121,7 +121,7 @@ FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, i
   for (; k < size; ++k) step(tile, k);
 }
 
-/// The same for rows of operands that start at a[r].
+/// The same for rows of operands from a[r] on.
 template <class Map, class Element, int R, int B = 1, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate_rows(Tile<Accum, R, B * Map::columns>& tile,
                                      const Element* const (&a)[R], int64_t size, const Accum* panel,
@@ -133,14 +133,14 @@ FUSEDRNN_INLINE void accumulate_rows(Tile<Accum, R, B * Map::columns>& tile,
 
 // ---- weights in place ---------------------------------------------------------------------------
 
-/// into[r][u] += the products, lane by lane, of row u of w [units, size] with a[r]. The caller adds
-/// up the lanes. Reads four rows of w at a time: more streams, whole pages apart, would get in each
-/// other's way in the caches.
+/// into[r][u] += a[r] * row u of w [units, size], lane by lane; the caller adds up the lanes. Reads
+/// four rows at a time: more streams, whole pages apart, would get in each other's way in the
+/// caches.
 template <class Element, int R, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void multiply_lanes(Vec<Accum>* const (&into)[R], const Element* w, int64_t units,
                                     int64_t size, const Element* const (&a)[R]) {
   constexpr int L = kLanes<Accum>, kStreams = L < 4 ? L : 4, kWidth = L * kPerLane<Element>;
-  constexpr int kUnrolled = R == 1 ? 4 : R == 2 ? 2 : 1;  // enough chains of additions
+  constexpr int kUnrolled = R == 1 ? 4 : R == 2 ? 2 : 1;  // enough addition chains
   for (int first = 0; first < L && first < units; first += kStreams) {
     const Element* row[kStreams];
     unroll<kStreams>([&](auto i) FUSEDRNN_LAMBDA {
@@ -180,7 +180,7 @@ FUSEDRNN_INLINE void multiply_lanes(Vec<Accum>* const (&into)[R], const Element*
 template <class Accum, int R, int C>
 using Lanes = Vec<Accum>[R][C][kLanes<Accum>];
 
-/// Adds the products of weights in place, w [gates * hidden_size, size], with a[r].
+/// Adds a[r] times the weights in place, w [gates * hidden_size, size].
 template <class Map, class Element, int R, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate_in_place(Lanes<Accum, R, Map::columns>& lanes,
                                          const Element* const (&a)[R], int64_t size,

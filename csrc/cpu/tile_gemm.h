@@ -1,11 +1,11 @@
-// GEMMs made of tiles, on one thread. gemm.h splits them over threads.
+// Single-threaded GEMMs on tiles. gemm.h splits them over threads.
 #pragma once
 
 #include "prepack.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-/// Rows of a matrix: row j is at base + (index ? offset + index[j] : j) * stride.
+/// Matrix rows: row j is at base + (index ? offset + index[j] : j) * stride.
 template <class Pointee>
 struct Rows {
   Pointee* base;
@@ -15,7 +15,7 @@ struct Rows {
   Pointee* operator()(int64_t j) const { return base + (index ? offset + index[j] : j) * stride; }
 };
 
-/// Calls f(C) with the number C of vectors, at most kPanelVectors, that `columns` columns fill.
+/// Calls f(C): `columns` columns fill C vectors, at most kPanelVectors.
 template <class Accum, class F>
 FUSEDRNN_INLINE void with_vectors(int64_t columns, F&& f) {
   const int64_t vectors = smaller(blocks_of<Accum>(columns), kPanelVectors);
@@ -26,7 +26,7 @@ FUSEDRNN_INLINE void with_vectors(int64_t columns, F&& f) {
 }
 
 /// Stores row r of a tile to out, or adds it with add. `columns` are left in out's row. Only the
-/// last of the C vectors may be partial.
+/// last vector may be partial.
 template <class Accum, int R, int C>
 FUSEDRNN_INLINE void store_row(const Tile<Accum, R, C>& tile, int r, Accum* out, int64_t columns,
                                bool add) {
@@ -37,10 +37,10 @@ FUSEDRNN_INLINE void store_row(const Tile<Accum, R, C>& tile, int r, Accum* out,
   });
 }
 
-/// out(j)[columns] = a(j) * matrix, or += with add, for the rows j of [0, rows) and the columns of
-/// the panel blocks [block_begin, block_end). K is made of Segments::count segments of `length`
-/// elements; segment s begins at a(j) + at(s) * length. The matrix is prepacked, or with a
-/// matrix_stride in place: row-major, its columns whole vectors.
+/// out(j)[columns] = a(j) * matrix, or += with add, for rows j in [0, rows) and panel blocks
+/// [block_begin, block_end). K has Segments::count segments of `length` elements; segment s begins
+/// at a(j) + at(s) * length. The matrix is prepacked, or with a matrix_stride in place: row-major,
+/// its columns whole vectors.
 template <class Segments, class Element, class Accum = Accumulator<Element>>
 __attribute__((noinline)) void gemm_blocks(int64_t rows, int64_t length, int64_t columns,
                                            int64_t block_begin, int64_t block_end,
@@ -78,8 +78,9 @@ void gemm(int64_t rows, int64_t K, int64_t columns, const Accum* panels, int64_t
                                    matrix_stride, {a, a_stride}, {out, out_stride}, add);
 }
 
-/// out[row, column] = sum over k of a[k, row] * b[k, column]. Blocks of k are added in order. Such
-/// a block of b stays in the first-level cache for all rows, of a in the second for all columns.
+/// out[row, column] = sum over k of a[k, row] * b[k, column]. Blocks of k are added in order. A
+/// block of b stays in the first-level cache for all rows. A block of a stays in the second-level
+/// cache for all columns.
 template <class Accum>
 void gemm_transposed(int64_t K, int64_t rows, int64_t columns, const Accum* a, int64_t a_stride,
                      const Accum* b, int64_t b_stride, Accum* out, int64_t out_stride) {

@@ -94,8 +94,8 @@ FUSEDRNN_INLINE void store(Scalar* p, Vec<Scalar> v, int64_t n) {
 
 // ---- GEMM operands ------------------------------------------------------------------------------
 //
-// A lane of operands is as wide as an accumulator: one float32, one float64, or a pair of bfloat16
-// that are neighbours along K. A vector of operands has the type Vec<Accumulator<Element>>.
+// An operand lane is as wide as an accumulator: one float32, one float64, or two bfloat16
+// neighbours along K. An operand vector has the type Vec<Accumulator<Element>>.
 
 template <class Element>
 inline constexpr int kPerLane = sizeof(Accumulator<Element>) / sizeof(Element);
@@ -113,7 +113,7 @@ FUSEDRNN_INLINE Vec<Accumulator<Element>> load_operands(const Element* p) {
   return v;
 }
 
-/// The first n elements, at most a vector of them; the other lanes are zero.
+/// The first n elements, at most one vector; the other lanes are zero.
 template <class Element>
 FUSEDRNN_INLINE Vec<Accumulator<Element>> load_operands(const Element* p, int64_t n) {
   if constexpr (kPerLane<Element> == 1) {
@@ -148,7 +148,7 @@ FUSEDRNN_INLINE void multiply_add(Vec<Accumulator<Element>>& sum, Vec<Accumulato
   }
 }
 
-/// The first n elements, at most a vector of them, as accumulators.
+/// The first n elements, at most one vector, as accumulators.
 FUSEDRNN_INLINE Vec<float> load_values(const float* p, int64_t n) { return load(p, n); }
 FUSEDRNN_INLINE Vec<double> load_values(const double* p, int64_t n) { return load(p, n); }
 FUSEDRNN_INLINE void store_values(float* p, Vec<float> v, int64_t n) { store(p, v, n); }

@@ -1,1 +1,1 @@
-"""Helpers of several test files, and programs that tests start."""
+"""Helpers for several test files, and programs started by tests."""

@@ -1,4 +1,4 @@
-"""The table of cells that the tests run over: those that both torch and fusedrnn have.
+"""The table of cells for the tests: every cell in both torch and fusedrnn.
 
 Tests take their cases from this table and never compare a cell's name. A new row of CELLS then
 runs in every test, and a cell without a row is an error.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fusedrnn
 from fusedrnn import functional
 
-Make = Callable[..., nn.Module]  # takes the arguments of a module's constructor
+Make = Callable[..., nn.Module]  # takes a module's constructor arguments
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class Cell:
     """A cell: torch's layer and single step, and ours.
 
     Attributes:
-        name: of the op, torch.ops.fusedrnn.<name>, with "_backward" of its gradient.
-        mode: of the layer, as in nn.RNNBase.
+        name: the op's, torch.ops.fusedrnn.<name>, with "_backward" for its gradient.
+        mode: the layer's, as in nn.RNNBase.
         plain: torch's layer.
         fused: our layer.
         plain_cell: torch's module for a single step.
         fused_cell: our module for a single step.
-        gates: the rows of a weight, in units of hidden_size.
-        saved: the values that the forward op saves of a step and unit for the backward pass.
+        gates: a weight's rows, in units of hidden_size.
+        saved: values per step and unit, saved by the forward op for the backward pass.
         states: "h", and "c" if there is a cell state.
         projects: whether the layer takes proj_size.
-        has_dead_units: whether units may stop having gradients, so that small models do not train.
-        options: of all four constructors, for cells that share a class.
+        has_dead_units: whether units may stop having gradients, so small models do not train.
+        options: for all four constructors, where cells share a class.
     """
 
     name: str
@@ -77,29 +77,29 @@ class Cell:
     def weight_shapes(
         self, input_size: int, hidden_size: int, *, bias: bool = True, proj_size: int = 0
     ) -> list[tuple[int, ...]]:
-        """Of one direction of a layer, in the order that the ops take them."""
+        """One direction's shapes, in the ops' argument order."""
         rows = self.gates * hidden_size
         shapes: list[tuple[int, ...]] = [(rows, input_size), (rows, proj_size or hidden_size)]
         shapes += [(rows,), (rows,)] if bias else []
         return [*shapes, (proj_size, hidden_size)] if proj_size else shapes
 
     def state_widths(self, hidden_size: int, proj_size: int = 0) -> list[int]:
-        """The last dimension of each state."""
+        """Each state's last dimension."""
         return [proj_size or hidden_size, hidden_size][: len(self.states)]
 
     def to_hx(self, states: Sequence[Tensor]) -> Any:
-        """A module's `hx`, of as many of these as the cell has states."""
+        """A module's `hx`, from as many of these states as the cell has."""
         used = tuple(states[: len(self.states)])
         return used if len(self.states) > 1 else used[0]
 
     def from_hx(self, hx: Any) -> tuple[Tensor, ...]:
-        """The states in a module's `hx`, or in what it returns for it."""
+        """The states in a module's `hx`, passed or returned."""
         return tuple(hx) if len(self.states) > 1 else (hx,)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A module of torch's, the layer or the single step of a cell, and ours."""
+    """Torch's layer or single step for a cell, and ours."""
 
     cell: Cell
     plain: type[nn.Module]
@@ -182,7 +182,7 @@ CELLS = (
         options={"nonlinearity": "relu"},
     ),
 )
-# Ops of cells that torch has no module for: they have tests of their own.
+# Ops for cells without a torch module: they have their own tests.
 NOT_IN_TORCH: tuple[str, ...] = ()
 
 LAYERS = [cell.layer for cell in CELLS]
@@ -196,7 +196,7 @@ EACH_MODULE = pytest.mark.parametrize("pair", MODULES, ids=str)
 
 
 def cell_named(name: str) -> Cell:
-    """The row of an op's name.
+    """The row with an op's name.
 
     Raises:
         LookupError: there is none.
@@ -208,7 +208,7 @@ def cell_named(name: str) -> Cell:
 
 
 def pair_of(module: nn.Module) -> Pair:
-    """The row of a module, torch's or ours.
+    """The row with a module, torch's or ours.
 
     Raises:
         LookupError: there is none.

@@ -20,14 +20,14 @@ COMMON = shlex.split(
     "-g1 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas "
     "-fno-strict-aliasing"
 )
-# For other programs: without the libraries that `make sanitize` preloads.
+# For other programs: without the libraries preloaded by `make sanitize`.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 # A GPU faults on a misaligned access. These flags trap on one, by an illegal instruction.
 ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 def text_of(folder: Path) -> bytes:
-    """The contents of all files that an object file may depend on."""
+    """The contents of all files on which an object file may depend."""
     return b"".join(
         p.read_bytes()
         for p in sorted(folder.rglob("*"))
@@ -36,7 +36,7 @@ def text_of(folder: Path) -> bytes:
 
 
 def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], output: Path) -> list[Path]:
-    """Compiles sources, each with its own flags; reuses object files that are up to date."""
+    """Compiles sources, each with its own flags; reuses up-to-date object files."""
     output.mkdir(parents=True, exist_ok=True)
     state = text_of(ROOT / "csrc") + text_of(EMULATOR)
 

@@ -1,4 +1,4 @@
-"""Pairs of modules with the same weights, and the tolerance."""
+"""Module pairs with the same weights, and the tolerance."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_map
 
 from helpers.cells import MODULES, pair_of
 
-# For tests of torch's classes without options.
+# For tests on torch's classes without options.
 FUSED = {pair.plain: pair.fused for pair in MODULES}
 
 
 def fused_like(theirs: nn.Module) -> nn.Module:
-    """The fused module of the same configuration, with the weights of `theirs` copied."""
+    """A fused module with the configuration and copied weights of `theirs`."""
     pair = pair_of(theirs)
     names = ["bias"]
     if pair.is_layer:
@@ -76,7 +76,7 @@ def error(values: Tensor, oracle: Tensor) -> float:
 class Nearby:
     """Perturbs each value by at most one rounding, which no algorithm can tell apart.
 
-    `eps`: the rounding of products, if it is not that of the type.
+    `eps`: the products' rounding, if it differs from the type's.
     """
 
     def __init__(self, dtype: torch.dtype, eps: float | None = None) -> None:
@@ -108,12 +108,11 @@ def assert_as_exact(
     """Our error against a float64 oracle is at most twice torch's, plus a rounding floor.
 
     The floor has two parts. The first is one unit in the last place of the largest value or the
-    largest input (`amplitude`), because gate gradients are multiplied by inputs. The second is ten
-    times the change of the oracle's result when every input and weight is rounded once (`nearby`).
-    This is the condition of the problem times the roundings of a value in a step. The floor allows
-    for luck in one of many tensors: test_as_exact_as_torch_on_average has no floor. Torch's error
-    counts as the floor in float64, where torch is the oracle, and without `theirs`. `eps`: see
-    Nearby.
+    largest input (`amplitude`): gate gradients are multiplied by inputs. The second is ten times
+    the oracle's change when every input and weight is rounded once (`nearby`). It is the problem's
+    condition times a value's roundings in a step. The floor allows for luck in one of many tensors:
+    test_as_exact_as_torch_on_average has no floor. Torch's error counts as the floor in float64,
+    where torch is the oracle, and without `theirs`. `eps`: see Nearby.
     """
     eps = eps or torch.finfo(dtype).eps
     for i, (a, b, e, n) in enumerate(zip(ours, theirs or ours, exact, nearby, strict=True)):

@@ -1,8 +1,8 @@
 """Runs every CUDA kernel once on small layers, for compute-sanitizer. Exits 1 without a GPU.
 
-A regime that has no room under the tool is an error: no other regime takes its place.
+A regime without room under the tool is an error: no other regime takes its place.
 
-python tests/helpers/sanitized.py [regime ...]: those of some regimes.
+python tests/helpers/sanitized.py [regime ...]: only these regimes' kernels.
 """
 
 from __future__ import annotations

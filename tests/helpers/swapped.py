@@ -22,7 +22,7 @@ def inputs(module: nn.Module) -> Tensor:
 
 
 def results(module: nn.Module) -> tuple[Any, dict[str, Tensor | None]]:
-    """Outputs, and the gradient of every parameter."""
+    """Outputs, and every parameter's gradient."""
     module.zero_grad()
     out = module(inputs(module))
     flat = torch.utils._pytree.tree_leaves(out)

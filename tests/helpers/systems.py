@@ -35,7 +35,7 @@ MERGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def hidden(state: State) -> Tensor:
-    """The h [L*D, B, H] of a state."""
+    """A state's h [L*D, B, H]."""
     return state if isinstance(state, Tensor) else state[0]
 
 
@@ -45,7 +45,7 @@ def detached(state: State) -> State:
 
 
 def zero_state(layer: nn.RNNBase, rows: int) -> State:
-    """The zero state that a layer starts from."""
+    """A layer's zero initial state."""
     h = layer.weight_hh_l0.new_zeros(
         layer.num_layers * (2 if layer.bidirectional else 1), rows, layer.hidden_size
     )
@@ -53,30 +53,30 @@ def zero_state(layer: nn.RNNBase, rows: int) -> State:
 
 
 class WordRegressor(nn.Module):
-    """A score for every word of a sentence, or one for the sentence.
+    """A score for every word in a sentence, or one for the sentence.
 
     words [T] -> embedded [T, 1, E] -> output [T, 1, D*H], h_n [L*D, 1, H] -> scores [T, 1], or
     [1, 1] if one vector is read. The state is kept from call to call until `reset`.
 
-    Output and h_n hold vectors h. Output has every step of the last layer; h_n has every layer and
+    Output and h_n hold vectors h. Output has the last layer at every step; h_n has every layer and
     direction after its last step. To score each word, read output. To score the sentence, read the
-    vectors that have seen the whole sentence:
+    vectors computed from the whole sentence:
 
     - one layer, one direction: output[-1] and h_n[0] are the same vector; either will do.
     - more layers: output[-1] is h_n[-1]; the layers below are in h_n only.
-    - two directions: the backward half of output[-1] has read only the last word, where the
+    - two directions: in output[-1] the backward half has read only the last word, where the
       backward direction begins. Its last state, at the first word, is in output[0] and h_n[-1].
       Read h_n[-2:], which has both last states, joined or, to keep the size H, summed.
-    - rows padded to one length: output[-1] of a shorter row is padding (zeros if the batch was
+    - rows padded to one length: for a shorter row output[-1] is padding (zeros if the batch was
       packed). In a packed batch, h_n comes from each row's own last step.
 
     Args:
-        layer: class of the recurrent layer.
+        layer: the recurrent layer's class.
         words: V.
         size: E and H.
         layers: L.
         bidirectional: whether D is 2.
-        read: what the head reads: "words" (all of output), "output" (output[-1]) or "state" (h_n).
+        read: the head's input: "words" (the whole output), "output" (output[-1]) or "state" (h_n).
         merge: how the directions' states become one vector, if read is "state".
     """
 
@@ -117,7 +117,7 @@ class WordRegressor(nn.Module):
 
 
 class SentenceClassifier(nn.Module):
-    """A class for a sentence from the last states of both directions.
+    """A class for a sentence from both directions' last states.
 
     words [B, T], 0 for padding -> embedded [B, T, E] -> h_n [2, B, H] -> merged [B, 2*H] or [B, H]
     -> log-probabilities [B, classes].
@@ -138,7 +138,7 @@ class SentenceClassifier(nn.Module):
 
 
 class DocumentClassifier(nn.Module):
-    """A class for a document of any number of chunks, each a vector of features.
+    """A class for a document of any number of chunks, each a feature vector.
 
     B documents [chunks of each, features] -> padded [T, B, features], packed in the caller's order
     -> h_n [L, B, H] -> h_n[-1], the last layer's -> logits [B, classes].
@@ -168,9 +168,9 @@ class DocumentClassifier(nn.Module):
 
 
 class ConvolutionalRegressor(nn.Module):
-    """A number for an image of time and frequency: a convolution over frequency, then over time.
+    """A number for a time-frequency image: a convolution over frequency, then over time.
 
-    images [B, 1, T, F] -> [B, C, T, G], where G is what convolution and pooling leave of F
+    images [B, 1, T, F] -> [B, C, T, G], where convolution and pooling leave G frequencies
     -> [B, T, C*G] -> output [B, T, H] -> output[:, -1] -> [B, 1].
     """
 
@@ -184,8 +184,8 @@ class ConvolutionalRegressor(nn.Module):
         layers: int = 1,
     ) -> None:
         super().__init__()
-        # One step wide, so that steps do not mix. No bias: the normalization would remove it, and
-        # its gradient would be only rounding.
+        # One step wide, so steps do not mix. No bias: the normalization would remove it, and its
+        # gradient would be only rounding.
         self.convolution = nn.Sequential(
             nn.Conv2d(1, channels, (1, kernel), bias=False),
             nn.BatchNorm2d(channels),

@@ -2,10 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 tests/helpers/two_processes.py FOLDER
 
-Writes FOLDER/<rank>.json with the measurements or the error of each case. A distance is the
-largest difference over the largest value, for the worst tensor. Each process has every count-th
-row of a batch; rows do not divide evenly. Runs on GPUs if there is one for each process, else on
-the CPU.
+Writes FOLDER/<rank>.json with each case's measurements or error. A distance is the largest
+difference over the largest value, for the worst tensor. Each process has every count-th batch row;
+rows do not divide evenly. Runs on GPUs if there is one for each process, else on the CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from helpers.cells import CELLS, Pair
 
 T, B, I, H, STEPS = 5, 5, 4, 6, 3  # B is odd: one process has more rows than the other
-Batch = tuple[Tensor, Tensor]  # x [T, B, I] and the length of each row [B], on the CPU
+Batch = tuple[Tensor, Tensor]  # x [T, B, I] and row lengths [B], on the CPU
 Tensors = dict[str, Tensor]
 Measured = dict[str, Any]
 
@@ -143,7 +142,7 @@ def backward(model: nn.Module, batch: Batch, rows: Tensor) -> None:
     """Adds the gradients of these rows' part of the loss, a mean over all rows."""
     x, lengths = batch
     loss = model(x[:, rows], lengths[rows]).square().sum() / B
-    # DDP and FSDP divide gradients by the number of processes.
+    # DDP and FSDP divide gradients by the process count.
     (loss if len(rows) == B else loss * COUNT).backward()
 
 
@@ -157,7 +156,7 @@ def gradients(model: nn.Module) -> Tensors:
 
 
 def train(model: nn.Module, form: Form, backward: Callable[[Batch], None]) -> Tensors:
-    """Makes STEPS steps; returns the gradients of the first."""
+    """Makes STEPS steps; returns the first step's gradients."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     found = []
     for step in range(STEPS):
@@ -170,7 +169,7 @@ def train(model: nn.Module, form: Form, backward: Callable[[Batch], None]) -> Te
 
 @functools.cache
 def alone(form: Form, in_place: bool = False) -> tuple[Tensors, Model]:
-    """The first gradients and the trained model of one process with the whole batch."""
+    """One process with the whole batch: its first gradients and trained model."""
     model = seeded(form, in_place=in_place)
     return train(model, form, lambda batch: backward(model, batch, ALL)), model
 
@@ -182,7 +181,7 @@ def distance(found: Tensors, expected: Tensors) -> float:
 
 
 def ddp(form: Form, mode: str) -> Measured:
-    model = seeded(form, seed=RANK)  # DDP must broadcast the weights of the first process
+    model = seeded(form, seed=RANK)  # DDP must broadcast the first process's weights
     if mode == "unused":
         model.spare = seeded(form)
     shared = DistributedDataParallel(model, **DDP[mode])
@@ -205,7 +204,7 @@ def ddp(form: Form, mode: str) -> Measured:
 
 
 def sharded(model: Model, **settings: Any) -> Model:
-    """Shards the layer as its own unit, so that its weights are gathered and freed around calls."""
+    """Shards the layer as its own unit, so its weights are gathered and freed around calls."""
     for module in (model.rnn, model):
         fully_shard(module, mesh=MESH, **settings)
     return model
@@ -294,7 +293,7 @@ def fsdp_meta(form: Form, mode: str) -> Measured:
 
 
 def attempt(case: Callable[..., Any], *args: Any) -> Any:
-    """The measurements of a case, or its error."""
+    """A case's measurements, or its error."""
     try:
         return case(*args)
     except Exception as error:
@@ -325,7 +324,7 @@ def dtensors(form: Form, mode: str) -> Measured:
             data = distribute_tensor(packed.data, MESH, [Replicate()]) if distribute else packed[0]
             input = packed._replace(data=data)
         found = layer(input, **given)
-        while not isinstance(found, Tensor):  # of (output, (h_n, c_n)), (h, c), PackedSequence
+        while not isinstance(found, Tensor):  # in (output, (h_n, c_n)), (h, c), PackedSequence
             found = found[0]
         return found
 
@@ -347,7 +346,7 @@ def dtensors(form: Form, mode: str) -> Measured:
 
 
 def cases() -> Iterator[tuple[str, Any]]:
-    """The name and the measurements of each case."""
+    """Each case's name and measurements."""
     for name, form in FORMS.items():
         for mode in DDP:
             yield f"ddp {mode}: {name}", attempt(ddp, form, mode)
@@ -375,5 +374,5 @@ if __name__ == "__main__":
     results = dict(cases())
     (Path(sys.argv[1]) / f"{RANK}.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
-    # A gloo thread that still holds a tensor at interpreter exit would abort the process.
+    # A gloo thread still holding a tensor at interpreter exit would abort the process.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""A user's code, for `make lint`: mypy must know the types of what calls return."""
+"""A user's code, for `make lint`: mypy must know each call's return type."""
 
 from __future__ import annotations
 
