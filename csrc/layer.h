@@ -34,7 +34,7 @@ struct CellInfo {
                   Cell::kHasCellState, Cell::kHasProjection};
     for (int g = 0; g < Cell::kGates; ++g) {
       info.hidden_preact[size_t(g)] = Cell::hidden_preact[g];
-      // weight_gradients relies on it: the input's pre-activations come first, gate by gate.
+      // layer_gradients relies on it: the input's pre-activations come first, gate by gate.
       if (Cell::input_preact[g] != g) throw "input_preact must be 0, 1, 2, ...";
     }
     return info;
@@ -84,7 +84,7 @@ struct Layer {
 };
 
 /// Operands for the weight-gradient GEMMs, all directions, filled by the backward steps. They
-/// cover M tokens: all N, or those that weight_gradients is given.
+/// cover M tokens: all N, or those that layer_gradients is given.
 struct GateGradients {
   Tensor dgates;      ///< [D, M, S*H]
   Tensor h_previous;  ///< [D, M, P]

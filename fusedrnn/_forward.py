@@ -97,10 +97,9 @@ def _check_states(module: nn.RNNBase, states: Sequence[Tensor], input: Tensor, r
             )
 
 
-def _name(module: nn.RNNBase) -> str:
-    """Torch's name for the layer, in errors: RNN for the mode RNN_TANH."""
-    name: str = module.mode.partition("_")[0]
-    return name
+def _name(cell: Cell) -> str:
+    """torch's name for the layer, in errors."""
+    return cell.name.partition("_")[0].upper()
 
 
 def _check_flags(module: nn.RNNBase) -> None:
@@ -111,7 +110,7 @@ def _check_flags(module: nn.RNNBase) -> None:
 
 
 def _time_major(
-    module: nn.RNNBase, input: Tensor | PackedSequence, lengths: Lengths | None
+    module: nn.RNNBase, cell: Cell, input: Tensor | PackedSequence, lengths: Lengths | None
 ) -> Tensor:
     """The input as [T, B, I], or [N, I] if packed."""
     if isinstance(input, PackedSequence):
@@ -121,7 +120,7 @@ def _time_major(
             raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
         return input.data
     if input.dim() not in (2, 3):
-        name = _name(module)
+        name = _name(cell)
         got = f"{input.dim()}D tensor" if name == "RNN" else f"{input.dim()}D"
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {got} instead")
     if input.dim() == 2:
@@ -198,6 +197,7 @@ def _in_layout(
 
 def layers(
     module: nn.RNNBase,
+    cell: Cell,
     input: Tensor | PackedSequence,
     states: Sequence[Tensor] | None,
     lengths: Lengths | None,
@@ -205,9 +205,8 @@ def layers(
     """All layers of a module over all steps, in any layout. Errors as torch's where it has them."""
     _check_flags(module)
     packed = input if isinstance(input, PackedSequence) else None
-    x = _time_major(module, input, lengths)
+    x = _time_major(module, cell, input, lengths)
     is_batched = packed is not None or input.dim() == 3  # type: ignore[union-attr]
-    cell = _ops.CELLS[module.mode.lower()]
     x, states, weights = _ops.autocast(
         cell, True, x, states, _weights(module, _weight_names(module))
     )
@@ -233,14 +232,15 @@ def layers(
 
 def layers_of_h(
     module: nn.RNNBase,
+    cell: Cell,
     input: Tensor | PackedSequence,
     hx: Tensor | None,
     lengths: Lengths | None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """As `layers`, for a cell whose only state is h."""
     if hx is not None and not isinstance(hx, Tensor):
-        raise TypeError(f"{_name(module)}: Expected hx to be a tensor, got {type(hx).__name__}")
-    output, (h_n,) = layers(module, input, None if hx is None else (hx,), lengths)
+        raise TypeError(f"{_name(cell)}: Expected hx to be a tensor, got {type(hx).__name__}")
+    output, (h_n,) = layers(module, cell, input, None if hx is None else (hx,), lengths)
     return output, h_n
 
 
@@ -289,10 +289,8 @@ def cell_step(
     return tuple(s[0] if is_batched else s[0, 0] for s in final)
 
 
-def cell_of_h(
-    module: nn.RNNCellBase, name: str, cell: Cell, input: Tensor, hx: Tensor | None
-) -> Tensor:
-    """As `cell_step`, for a cell whose only state is h. name: torch's, for errors."""
+def check_dimensions(name: str, input: Tensor, hx: Tensor | None) -> None:
+    """Raises if input or hx have a wrong number of dimensions for one step."""
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if hx is not None:
@@ -300,5 +298,12 @@ def cell_of_h(
             raise TypeError(f"{name}: Expected hx to be a tensor, got {type(hx).__name__}")
         if hx.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+
+
+def cell_of_h(
+    module: nn.RNNCellBase, name: str, cell: Cell, input: Tensor, hx: Tensor | None
+) -> Tensor:
+    """As `cell_step`, for a cell whose only state is h. name: torch's, for errors."""
+    check_dimensions(name, input, hx)
     (h,) = cell_step(module, cell, input, None if hx is None else (hx,))
     return h

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from fusedrnn import _forward, _ops
+from fusedrnn._cells import Cell
 from fusedrnn._forward import Lengths
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 
 _LSTM, _GRU = _ops.CELLS["lstm"], _ops.CELLS["gru"]
 _RNN = {"tanh": _ops.CELLS["rnn_tanh"], "relu": _ops.CELLS["rnn_relu"]}
-_INDEX = {cell.name.upper(): cell.index for cell in _ops.CELLS.values()}  # by nn.RNNBase's mode
 
 if TYPE_CHECKING:
     F = TypeVar("F")
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     def _of(function: F) -> Callable[[object], F]:
         """Gives a call forward's type, where nn.Module's is Any. An alias would keep Any."""
         return lambda _: function
+
+
+def _cell_of_mode(mode: str) -> Cell:
+    """An nn.RNN's cell. Raises torch's error for an unknown mode."""
+    if mode not in ("RNN_TANH", "RNN_RELU"):
+        raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {mode}")
+    return _RNN[mode[4:].lower()]
 
 
 class _FusedRNN(nn.RNNBase):
@@ -144,7 +151,7 @@ class FusedLSTM(_FusedRNN):
                 f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
             )
             raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
-        output, (h_n, c_n) = _forward.layers(self, input, hx, lengths)
+        output, (h_n, c_n) = _forward.layers(self, _LSTM, input, hx, lengths)
         return output, (h_n, c_n)
 
     if TYPE_CHECKING:
@@ -185,12 +192,13 @@ class _LayerOfH(_FusedRNN):
         Raises:
             RuntimeError, ValueError, TypeError: as torch's layer, in its words where it has them.
         """
+        # One class has the modes of tanh and relu. Another class's mode may be a user's attribute.
+        cell = _cell_of_mode(self.mode) if isinstance(self, FusedRNN) else _GRU
         if lengths is None and not is_dynamo_compiling():
-            # By the mode, as torch's forward: an nn.RNN has the class for tanh and for relu.
-            result = _ops.fast_layers(self.__dict__, _INDEX[self.mode], input, hx)
+            result = _ops.fast_layers(self.__dict__, cell.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, Tensor]", result)
-        return _forward.layers_of_h(self, input, hx, lengths)
+        return _forward.layers_of_h(self, cell, input, hx, lengths)
 
     if TYPE_CHECKING:
 
@@ -443,9 +451,11 @@ class FusedRNNCell(nn.RNNCellBase):
             ValueError, RuntimeError: as torch.nn.RNNCell.
             TypeError: hx is not a tensor.
         """
-        cell = _RNN.get(self.nonlinearity)
+        name = self.nonlinearity
+        cell = _RNN.get(name) if isinstance(name, str) else None
         if cell is None:
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+            _forward.check_dimensions("RNNCell", input, hx)
+            raise RuntimeError(f"Unknown nonlinearity: {name}")
         if not is_dynamo_compiling():
             result = _ops.fast_cell(self.__dict__, cell.index, input, hx)
             if result is not None:

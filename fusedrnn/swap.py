@@ -154,7 +154,9 @@ def _is_foreign(module: nn.Module) -> bool:
     """Whether it is a recurrent layer that torch has quantised or scripted."""
     names = {c.__name__ for c in FUSED}
     if isinstance(module, torch.jit.ScriptModule):
-        return getattr(module, "original_name", None) in names
+        # With a recurrent layer's weights: other classes are named RNN too.
+        is_recurrent = hasattr(module, "weight_hh") or hasattr(module, "weight_hh_l0")
+        return is_recurrent and getattr(module, "original_name", None) in names
     return any(
         c.__name__ in names and c.__module__.startswith("torch.ao.") for c in type(module).__mro__
     )

@@ -21,7 +21,7 @@ namespace fusedrnn::FUSEDRNN_TARGET {
 /// Unit blocks per tile: 1 for the 4 pre-activations of an LSTM or GRU, 4 for one. Each broadcast
 /// input then feeds 4 accumulators.
 template <class Cell>
-inline constexpr int kBlocksPerTile = 4 / Cell::kPreacts;
+inline constexpr int kBlocksPerTile = kTileColumns / Cell::kPreacts;
 
 /// The step before (after) step t in the run's order, or -1.
 template <class Accum>

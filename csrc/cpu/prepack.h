@@ -7,8 +7,7 @@
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-/// Column vectors in a GEMM panel block.
-inline constexpr int kPanelVectors = 4;
+inline constexpr int kPanelVectors = kTileColumns;
 
 /// Copies lane k of row v of w to out[k * step + v]. k covers the lanes of `size` elements, v all
 /// lanes of a vector. Rows from `units` on are zero. Rows of w are `stride` elements apart.

@@ -75,14 +75,15 @@ struct InOrder {
 template <class Accum, int R, int C>
 using Tile = Vec<Accum>[R][C];
 
-/// How many tiles accumulate in turn. A small tile has too few chains of additions. One row of a
-/// GRU's 3 gates has 3 of the 8 chains, so 2 tiles take turns.
-template <class Element>
-constexpr int tiles_in_turn(int accumulators) {
-  int tiles = 1;
-  while (2 * tiles * accumulators <= kChains<Element>) tiles *= 2;
-  return tiles;
-}
+/// Column vectors of a full tile, and of a GEMM panel block.
+inline constexpr int kTileColumns = 4;
+
+/// How many tiles accumulate in turn. A tile of few rows has too few chains of additions: one row
+/// of an LSTM's 4 gates has 4 of the 8 chains, so 2 tiles take turns. A narrower tile counts as a
+/// full one. So a float32 row has the same sums beside any number of other rows.
+template <class Element, int R>
+inline constexpr int kTilesInTurn =
+    kChains<Element> > R* kTileColumns ? kChains<Element> / (R * kTileColumns) : 1;
 
 /// tile[r][b * Map::columns + Map::at(c)] += a(r, k) * panel[b][k][c] for the lanes k in [0, size).
 /// A panel's rows are `stride` apart, the B panels `panel_stride`.
@@ -105,7 +106,7 @@ FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, i
     });
   };
   int64_t k = 0;
-  constexpr int kTiles = tiles_in_turn<Element>(R * C);
+  constexpr int kTiles = kTilesInTurn<Element, R>;
   if constexpr (kTiles > 1) {
     Tile<Accum, R, columns> more[kTiles - 1] = {};
     for (; k + kTiles <= size; k += kTiles) {
