@@ -98,7 +98,7 @@ def _check_states(module: nn.RNNBase, states: Sequence[Tensor], input: Tensor, r
 
 
 def _name(cell: Cell) -> str:
-    """torch's name for the layer, in errors."""
+    """Torch's name for the layer, in errors."""
     return cell.name.partition("_")[0].upper()
 
 

@@ -380,3 +380,25 @@ def test_packed_input_gets_its_gradient() -> None:
     y.data.sum().backward()
     assert data.grad.shape == (6, 3)
     assert (data.grad != 0).all()
+
+
+@EACH_LAYER
+@pytest.mark.parametrize("hidden", [16, 72, 200])
+def test_rows_keep_their_bits_beside_others(pair: Pair, hidden: int) -> None:
+    """Output and input gradient, for tiles of two rows and more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        torch.manual_seed(0)
+        module = pair.make_fused(40, hidden)
+        x = torch.randn(7, 24, 40)
+        for rows in (7, 8, 9, 13, 24):
+            found = []
+            for batch in (x[:, :6], x[:, :rows]):
+                leaf = batch.clone().requires_grad_()
+                y = module(leaf)[0]
+                (gradient,) = torch.autograd.grad(y[:, :6].square().sum(), leaf)
+                found.append((y[:, :6], gradient[:, :6]))
+            assert all(map(torch.equal, *found)), rows
+    finally:
+        torch.set_num_threads(threads)

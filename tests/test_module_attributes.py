@@ -190,3 +190,39 @@ def test_a_cell_whose_biases_were_removed(absent: tuple, pair: Pair) -> None:
             setattr(module, name, None)
     x = torch.randn(2, 3)
     torch.testing.assert_close(b(x), a(x))
+
+
+@EACH_LAYER
+def test_a_mode_that_is_a_users_attribute(pair: Pair) -> None:
+    """Like torch's on the CPU, layers go by their class. An nn.RNN alone reads its mode."""
+    torch.manual_seed(0)
+    a = pair.make_plain(3, 4)
+    b = fused_like(a)
+    x = torch.randn(5, 2, 3)
+    expected = a(x)
+    a.mode = b.mode = "train"
+    if issubclass(pair.plain, torch.nn.RNN):
+        assert_same_error(lambda make: changed_mode(make)(x), pair)
+    else:
+        torch.testing.assert_close(b(x), expected)
+        torch.testing.assert_close(b(x, lengths=[5, 5]), expected)
+
+
+def changed_mode(make: Any) -> torch.nn.Module:
+    module: torch.nn.Module = make(3, 4)
+    module.mode = "train"  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.parametrize("value", ["sigmoid", [1], None])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 2, 3)], ids=str)
+def test_nonlinearities_of_a_cell(value: Any, shape: tuple[int, ...]) -> None:
+    """The dimensions are checked before an unknown nonlinearity."""
+    messages = []
+    for kind in (torch.nn.RNNCell, fusedrnn.FusedRNNCell):
+        cell = kind(3, 4)
+        cell.nonlinearity = value
+        error = raised(lambda m=cell: m(torch.randn(shape)))
+        assert error is not None
+        messages.append((type(error), str(error)))
+    assert messages[0] == messages[1]

@@ -224,3 +224,23 @@ def test_unfuse_leaves_subclasses_of_ours() -> None:
 def test_models_that_are_no_module(function: Callable[[Any], Any], model: Any) -> None:
     with pytest.raises(TypeError, match=f"^{function.__name__}: Expected model to be a module"):
         function(model)
+
+
+class RNN(nn.Module):
+    """A class that only has the name of a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def test_a_scripted_module_with_a_layers_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of scripting
+        scripted_one = torch.jit.script(RNN())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse(nn.Sequential(scripted_one, nn.Linear(4, 5)))
