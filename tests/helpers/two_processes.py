@@ -176,7 +176,11 @@ def alone(form: Form, in_place: bool = False) -> tuple[Tensors, Model]:
 
 def distance(found: Tensors, expected: Tensors) -> float:
     assert set(found) == set(expected), set(found) ^ set(expected)
-    of_each = [(found[n] - e).abs().max() / e.abs().max() for n, e in expected.items()]
+    # A gradient may be zero everywhere: then so must the other be.
+    tiny = torch.finfo(torch.float64).tiny
+    of_each = [
+        (found[n] - e).abs().max() / e.abs().max().clamp(min=tiny) for n, e in expected.items()
+    ]
     return torch.stack(of_each).max().item()  # NaN if any value is NaN, or all are zero
 
 
