@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../sequence.h"
+#include "wait.h"
 
 namespace fusedrnn::cuda {
 

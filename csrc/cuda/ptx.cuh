@@ -6,6 +6,8 @@
 
 #ifdef __CUDACC__
 
+#include <cstdio>
+
 namespace fusedrnn::cuda {
 
 // ---- synchronisation ----------------------------------------------------------------------------
@@ -14,6 +16,12 @@ namespace fusedrnn::cuda {
 FUSEDRNN_DEVICE void sync_cta() { __syncthreads(); }
 /// The same for a warp's 32 threads.
 FUSEDRNN_DEVICE void sync_warp() { __syncwarp(); }
+
+/// Waits for `threads` threads of the CTA, whole warps, at the barrier with this number, 1 to 15.
+/// Their earlier writes are visible afterwards.
+FUSEDRNN_DEVICE void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
 
 /// Acquires all writes before the matching add_release, by its thread or by threads that it had
 /// synchronised with.
@@ -25,8 +33,44 @@ FUSEDRNN_DEVICE uint32_t load_acquire(const uint32_t* p) {
 FUSEDRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(p), "r"(value) : "memory");
 }
+/// Orders this thread's relaxed stores, and writes that it has synchronised with, before all of its
+/// later writes.
+FUSEDRNN_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" : : : "memory"); }
+
 /// For loops that poll for another CTA.
 FUSEDRNN_DEVICE void pause() {}
+
+/// Nanoseconds of a clock that all SMs share. It goes on while the kernel is stopped.
+FUSEDRNN_DEVICE uint64_t nanoseconds() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
+
+/// Ends the kernel. An assertion, not a trap: torch raises "device-side assert triggered" for it,
+/// and the driver prints its text to stderr. A trap gives "unspecified launch failure" alone.
+[[noreturn]] inline __device__ __noinline__ void fail_wait(const char* name, int hidden_size,
+                                                           int rows) {
+  // Text that printf has buffered is printed before the assertion's. Only one thread prints.
+  static __device__ unsigned failures;
+  if (atomicAdd(&failures, 1) == 0) {
+    printf(FUSEDRNN_WAIT_ERROR "\n", name, hidden_size, rows);
+    __assert_fail("a CTA waited 10 s for another CTA", name, 0, "fusedrnn");
+  }
+  for (;;) __nanosleep(1000000);  // the assertion ends this thread too
+}
+
+/// Polls is_done() until it is true. The first try is all that a wait for data that is there costs.
+template <class IsDone>
+FUSEDRNN_DEVICE void poll(const IsDone& is_done, const Waiter& waiter) {
+  if (is_done()) return;
+  WaitTime time;
+  while (!is_done()) {
+    if (time.looks() && time.is_over(nanoseconds())) {
+      fail_wait(waiter.name, waiter.hidden_size, waiter.rows);
+    }
+  }
+}
 
 // ---- clusters -----------------------------------------------------------------------------------
 
@@ -64,7 +108,7 @@ struct alignas(8) TransactionBarrier {
   /// Waits for the phase of this parity to complete; only the current or the previous phase.
   /// Afterwards the received bytes are visible, and shared memory that the senders had read may be
   /// overwritten.
-  FUSEDRNN_DEVICE void wait(uint32_t phase) {
+  FUSEDRNN_DEVICE void wait(uint32_t phase, const Waiter& waiter = {"", 0, 0}) {
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
     // An acquire that covers global memory too would invalidate the L1 cache.
 #define FUSEDRNN_ORDER "relaxed"
@@ -73,19 +117,22 @@ struct alignas(8) TransactionBarrier {
 #define FUSEDRNN_ORDER "acquire"
 #define FUSEDRNN_FENCE ""
 #endif
-    uint32_t done;
-    do {
-      asm volatile(
-          "{\n\t"
-          ".reg .pred done;\n\t"
-          "mbarrier.try_wait.parity." FUSEDRNN_ORDER
-          ".cluster.shared::cta.b64 done, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, done;\n\t"
-          "}"
-          : "=r"(done)
-          : "r"(shared_address(this)), "r"(phase)
-          : "memory");
-    } while (!done);
+    poll(
+        [&] {
+          uint32_t done;
+          asm volatile(
+              "{\n\t"
+              ".reg .pred done;\n\t"
+              "mbarrier.try_wait.parity." FUSEDRNN_ORDER
+              ".cluster.shared::cta.b64 done, [%1], %2;\n\t"
+              "selp.u32 %0, 1, 0, done;\n\t"
+              "}"
+              : "=r"(done)
+              : "r"(shared_address(this)), "r"(phase)
+              : "memory");
+          return done != 0;
+        },
+        waiter);
     asm volatile(FUSEDRNN_FENCE : : : "memory");
 #undef FUSEDRNN_ORDER
 #undef FUSEDRNN_FENCE
@@ -101,6 +148,20 @@ FUSEDRNN_DEVICE uint32_t shuffle(uint32_t value, int from) {
 /// The value of the lane whose number differs by `mask`.
 FUSEDRNN_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+FUSEDRNN_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+/// Loads four 8x8 matrices of 16-bit elements from shared memory, transposed, by a warp. Lane
+/// 8 i + j gives the address of matrix i's row j, 16 bytes. With lane = 4 r + q, to[i] gets matrix
+/// i's column r: row 2q in the low half, row 2q + 1 in the high.
+FUSEDRNN_DEVICE void load_matrix_trans(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 /// c [16, 8] += a [16, K] * b [K, 8] by a warp, K = 16, for a half type. (PTX ISA, "Matrix
@@ -177,6 +238,32 @@ FUSEDRNN_DEVICE Words load_cg(const void* p) {
   return w;
 }
 
+/// Stores 16 bytes or 4 to global memory for other CTAs that read them by load_relaxed. Each 4-byte
+/// word arrives by itself, in any order, until fence_device or add_release orders them.
+FUSEDRNN_DEVICE void store_relaxed(const Words& w, void* p) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(p), "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]), "r"(w.word[3])
+               : "memory");
+}
+FUSEDRNN_DEVICE void store_relaxed(uint32_t word, uint32_t* p) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" : : "l"(p), "r"(word) : "memory");
+}
+/// Loads what has arrived, word by word.
+FUSEDRNN_DEVICE Words load_relaxed(const void* p) {
+  Words w;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+               : "l"(p)
+               : "memory");
+  return w;
+}
+FUSEDRNN_DEVICE uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t word;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(p) : "memory");
+  return word;
+}
+
 // ---- types --------------------------------------------------------------------------------------
 
 FUSEDRNN_DEVICE float value_of(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -198,6 +285,22 @@ FUSEDRNN_DEVICE void round_to(Float16& to, float x) {
 FUSEDRNN_DEVICE void round_to(float& to, float x) { to = x; }
 FUSEDRNN_DEVICE void round_to(double& to, double x) { to = x; }
 
+/// Two values rounded to nearest, ties to even; `low` in bits 0 to 15.
+template <class Element>
+FUSEDRNN_DEVICE uint32_t pack(float low, float high);
+template <>
+FUSEDRNN_DEVICE uint32_t pack<BFloat16>(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+template <>
+FUSEDRNN_DEVICE uint32_t pack<Float16>(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
 /// To TF32's 10 mantissa bits, ties away from zero.
 FUSEDRNN_DEVICE uint32_t tf32_of(float x) {
   uint32_t bits;
@@ -205,6 +308,20 @@ FUSEDRNN_DEVICE uint32_t tf32_of(float x) {
   return bits;
 }
 
+// ---- approximations -----------------------------------------------------------------------------
+
+/// 2^x within 2^-22 of its value; subnormal numbers count as zero.
+FUSEDRNN_DEVICE float exp2_approx(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+/// tanh(x) within 2^-11 of its value.
+FUSEDRNN_DEVICE float tanh_approx(float x) {
+  float value;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
 /// 1 / x within a unit in the last place, for x from 1 to 2^126.
 FUSEDRNN_DEVICE float reciprocal(float x) {
   float value;

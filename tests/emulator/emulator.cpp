@@ -176,11 +176,14 @@ struct TxBarrier {
   std::vector<Fiber*> waiting = {};
 };
 
+constexpr int kNamedBarriers = 16;  ///< number 0 is sync_cta's
+
 struct Cta {
   Index3 index;
   std::shared_ptr<Cluster> cluster;
   std::map<size_t, TxBarrier> tx_barriers;  ///< by offset in shared memory
   Barrier barrier;
+  Barrier named[kNamedBarriers];
   std::vector<Warp> warps;
   std::vector<Fiber*> fibers;
   std::unique_ptr<Guarded> shared;
@@ -222,6 +225,8 @@ struct Launch {
   size_t alive = 0, idle_polls = 0;
   std::vector<Message> in_flight = {};
   bool late_stores = false;  ///< they arrive when nothing else can go on
+  bool clock_moves = false;  ///< since nothing could go on
+  uint64_t clock = 0;
   std::string error = {};
 };
 
@@ -325,10 +330,13 @@ void enter() {
     ++warp.exchange.gone;
     Barrier& of_cluster = cta.cluster->barrier;
     ++of_cluster.gone;
-    for (Barrier* b : {&cta.barrier, &warp.barrier, &warp.exchange, &of_cluster}) {
-      if (!b->waiting.empty()) {
-        fail("a thread left the kernel while others wait for it: " + describe(b->waiting[0]));
-      }
+    const auto check = [](const Barrier& b) {
+      if (b.waiting.empty()) return;
+      fail("a thread left the kernel while others wait for it: " + describe(b.waiting[0]));
+    };
+    for (Barrier* b : {&cta.barrier, &warp.barrier, &warp.exchange, &of_cluster}) check(*b);
+    for (const Barrier& b : cta.named) {
+      if (b.size > l.threads - cta.gone) check(b);
     }
     release(&l);
     --l.alive;
@@ -362,6 +370,7 @@ void start_cta(Index3 index, const std::shared_ptr<Cluster>& cluster) {
   cta->cluster = cluster;
   cluster->ctas.push_back(cta.get());
   cta->barrier.expect(l.threads);
+  for (Barrier& b : cta->named) b.expect(l.threads);
   cta->warps.resize((l.threads + 31) / 32);
   for (size_t w = 0; w < cta->warps.size(); ++w) {
     const unsigned lanes = std::min(32u, l.threads - 32 * unsigned(w));
@@ -399,9 +408,16 @@ void give_back(Fiber* f) {
   delete f;
 }
 
+/// Tries of one thread until a clock that moves at each look has moved past the limit.
+constexpr size_t kMostTries = size_t(cuda::WaitTime::kTries) * (cuda::WaitTime::kTicks + 2);
+
 Fiber* next() {
   Launch& l = *active;
   const auto any = [&](std::vector<Fiber*>& list) { return list[l.random() % list.size()]; };
+  if (l.clock_moves && l.ready.empty() && l.starved.empty()) {
+    // Each thread in turn until it has waited too long: its own limit is a number of tries.
+    return l.polling[l.idle_polls++ / kMostTries % l.polling.size()];
+  }
   if (!l.polling.empty() && (l.ready.empty() || l.random() % 16 == 0)) {
     // A starved thread goes on only if the others can't without it.
     if (!l.ready.empty() || l.starved.empty() || l.idle_polls <= l.polling.size()) {
@@ -427,12 +443,12 @@ Fiber* next() {
   }
 }
 
-void report_deadlock() {
-  Launch& l = *active;
+/// Where all threads wait.
+std::string places() {
   std::map<std::string, unsigned> places;
-  std::string text = l.polling.empty() ? "deadlock" : "livelock: nothing comes that is waited for";
+  std::string text;
   unsigned shown = 0;
-  for (const auto& cta : l.ctas) {
+  for (const auto& cta : active->ctas) {
     for (const Fiber* f : cta->fibers) {
       if (f->state == State::gone) continue;
       char place[120];
@@ -445,7 +461,25 @@ void report_deadlock() {
     if (++shown > 8) break;
     text += "; " + std::to_string(count) + " threads of " + place;
   }
-  fail(text);
+  return text;
+}
+
+/// When nothing can go on: threads that wait for other CTAs look at the clock until they give up.
+/// Other threads wait forever.
+void on_deadlock() {
+  Launch& l = *active;
+  if (l.clock_moves) {
+    return fail((l.polling.empty() ? "deadlock" : "livelock: nothing comes that is waited for") +
+                places());
+  }
+  l.clock_moves = true;
+  l.idle_polls = 0;
+  for (const auto& cta : l.ctas) {
+    for (auto& [at, barrier] : cta->tx_barriers) {
+      for (Fiber* f : barrier.waiting) put_in(f, State::ready);
+      barrier.waiting.clear();
+    }
+  }
 }
 
 void complete_phase(TxBarrier& barrier) {
@@ -515,7 +549,12 @@ void run_all() {
       continue;
     }
     // Every polling thread has polled again, and all other threads wait.
-    if (idle && l.idle_polls >= 2 * l.polling.size()) return report_deadlock();
+    const size_t enough = l.clock_moves ? kMostTries : 2;
+    if (idle && l.idle_polls >= enough * l.polling.size()) {
+      on_deadlock();
+      if (!l.error.empty()) return;
+      continue;
+    }
     switch_to(next());
     if (!l.error.empty()) return;
     Cta* const cta = l.current->cta;
@@ -593,6 +632,32 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
 }
 
 void sync_cta(Where where) { arrive(active->current->cta->barrier, where, true); }
+void sync_threads(int number, int threads, Where where) {
+  Cta& cta = *active->current->cta;
+  if (number < 1 || number >= kNamedBarriers) {
+    fail_here("barrier " + std::to_string(number) + " is none of 1 to 15", where);
+  }
+  if (threads < 32 || threads % 32 || unsigned(threads) > active->threads) {
+    fail_here("a barrier for " + std::to_string(threads) + " threads: no whole warps of the CTA",
+              where);
+  }
+  Barrier& barrier = cta.named[number];
+  if (!barrier.waiting.empty() && barrier.size != unsigned(threads)) {
+    fail_here("a barrier for " + std::to_string(threads) + " threads where others wait for " +
+                  std::to_string(barrier.size),
+              where);
+  }
+  barrier.size = unsigned(threads);
+  if (barrier.waiting.size() + 1 == barrier.size) {
+    // A warp arrives as a whole.
+    std::map<unsigned, unsigned> lanes = {{active->current->thread / 32, 1}};
+    for (const Fiber* f : barrier.waiting) ++lanes[f->thread / 32];
+    for (const auto& [warp, count] : lanes) {
+      if (count != 32) fail_here("a part of a warp arrives at a barrier", where);
+    }
+  }
+  arrive(barrier, where, true);
+}
 void sync_warp(Where where) { arrive(own_warp().barrier, where, true); }
 void pause(Where where) { leave(State::polling, where); }
 void sync_cluster(Where where) { arrive(active->current->cta->cluster->barrier, where, true); }
@@ -610,15 +675,21 @@ void barrier_arrive_and_expect_tx(void* p, uint32_t bytes, Where where) {
   if (barrier.pending < 0) fail_here("more bytes than announced", where);
   complete_phase(barrier);
 }
-void barrier_wait(void* p, uint32_t phase, Where where) {
+bool barrier_try_wait(void* p, uint32_t phase, Where where) {
   TxBarrier& barrier = own_barrier(p, where);
   ++counted.waits;
   // As mbarrier.test_wait.parity: a phase is complete if its parity is not the current phase's.
-  while (barrier.phases % 2 == phase) {
-    barrier.waiting.push_back(active->current);
-    leave(State::waiting, where);
+  if (barrier.phases % 2 == phase) {
+    if (active->clock_moves) {
+      leave(State::polling, where);
+    } else {
+      barrier.waiting.push_back(active->current);
+      leave(State::waiting, where);
+    }
+    if (barrier.phases % 2 == phase) return false;
   }
   acquire(p);
+  return true;
 }
 void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigned cta,
               Where where) {
@@ -640,6 +711,24 @@ void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigne
   release(shared + barrier_at);
   active->in_flight.push_back(m);
 }
+
+uint64_t nanoseconds() {
+  if (active->clock_moves) active->clock += uint64_t(1) << cuda::WaitTime::kTickBits;
+  return active->clock;
+}
+void fail_wait(const cuda::Waiter& waiter, Where where) {
+  char text[200];
+  std::snprintf(text, sizeof(text), FUSEDRNN_WAIT_ERROR, waiter.name, waiter.hidden_size,
+                waiter.rows);
+  active->current->where = where;
+  fail(text + places());
+  for (;;) leave(State::waiting, where);
+}
+
+void store_relaxed(uint32_t word, uint32_t* p, Where) { *p = word; }
+uint32_t load_relaxed(const uint32_t* p) { return *p; }
+void fence_device() {}
+void check_shared(const void* p, unsigned bytes, Where where) { offset_of(p, bytes, where); }
 
 const unsigned char* exchange(const void* own, unsigned bytes, Where where) {
   Warp& warp = own_warp();

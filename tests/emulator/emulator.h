@@ -5,6 +5,7 @@
 // sees the kernels' own accesses, but not emulator.cpp's work.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -58,6 +59,7 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
            size_t place);
 void sync_cluster(Where where);
 void sync_cta(Where where);
+void sync_threads(int barrier, int threads, Where where);
 void sync_warp(Where where);
 void pause(Where where);
 /// Waits until every lane of the warp has brought `bytes`. Returns the bytes of all 32 lanes, 64
@@ -67,8 +69,19 @@ const unsigned char* exchange(const void* own, unsigned bytes, Where where);
 /// Transaction barriers, known by their address. Stores arrive some time later, in any order.
 void barrier_init(void* barrier, Where where);
 void barrier_arrive_and_expect_tx(void* barrier, uint32_t bytes, Where where);
-void barrier_wait(void* barrier, uint32_t phase, Where where);
+/// Whether the phase is complete. Blocks until it is, or nothing else can go on.
+bool barrier_try_wait(void* barrier, uint32_t phase, Where where);
 void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigned cta, Where where);
+
+/// A clock that stands still until nothing can go on. Then it moves at each look.
+uint64_t nanoseconds();
+[[noreturn]] void fail_wait(const cuda::Waiter& waiter, Where where);
+
+void store_relaxed(uint32_t word, uint32_t* p, Where where);
+uint32_t load_relaxed(const uint32_t* p);
+void fence_device();
+/// `bytes` at p must be aligned and in the CTA's shared memory.
+void check_shared(const void* p, unsigned bytes, Where where);
 
 }  // namespace fusedrnn::emulator
 
@@ -98,12 +111,33 @@ int active_clusters(const Grid& grid) {
 }
 
 inline void sync_cta(int line = __builtin_LINE()) { emulator::sync_cta({"sync_cta", line}); }
+inline void sync_threads(int barrier, int threads, int line = __builtin_LINE()) {
+  emulator::sync_threads(barrier, threads, {"sync_threads", line});
+}
 inline void sync_warp(int line = __builtin_LINE()) { emulator::sync_warp({"sync_warp", line}); }
 inline uint32_t load_acquire(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+inline void fence_device() { emulator::fence_device(); }
 inline void add_release(uint32_t* p, uint32_t value) {
+  emulator::fence_device();
   __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
 }
 inline void pause(int line = __builtin_LINE()) { emulator::pause({"pause", line}); }
+
+/// Polls after each `pause()`.
+template <class IsDone, class Pause>
+void poll_between(const IsDone& is_done, const Pause& pause, const Waiter& waiter,
+                  emulator::Where where) {
+  WaitTime time;
+  while (!is_done()) {
+    if (time.looks() && time.is_over(emulator::nanoseconds())) emulator::fail_wait(waiter, where);
+    pause();
+  }
+}
+template <class IsDone>
+void poll(const IsDone& is_done, const Waiter& waiter, int line = __builtin_LINE()) {
+  const emulator::Where where = {"poll", line};
+  poll_between(is_done, [&] { emulator::pause(where); }, waiter, where);
+}
 
 inline void sync_cluster(int line = __builtin_LINE()) {
   emulator::sync_cluster({"sync_cluster", line});
@@ -118,8 +152,10 @@ struct alignas(8) TransactionBarrier {
   void arrive_and_expect_tx(uint32_t bytes, int line = __builtin_LINE()) {
     emulator::barrier_arrive_and_expect_tx(this, bytes, {"arrive_and_expect_tx", line});
   }
-  void wait(uint32_t phase, int line = __builtin_LINE()) {
-    emulator::barrier_wait(this, phase, {"wait", line});
+  void wait(uint32_t phase, const Waiter& waiter = {"", 0, 0}, int line = __builtin_LINE()) {
+    const emulator::Where where = {"wait", line};
+    poll_between([&] { return emulator::barrier_try_wait(this, phase, where); }, [] {}, waiter,
+                 where);
   }
 };
 inline void st_async(float a, float b, float* to, TransactionBarrier* barrier, unsigned cta,
@@ -133,15 +169,50 @@ inline uint32_t shuffle(uint32_t value, int from, int line = __builtin_LINE()) {
   std::memcpy(&value, all + 64 * (unsigned(from) % 32), sizeof(value));
   return value;
 }
-inline float shuffle_xor(float value, int mask, int line = __builtin_LINE()) {
+template <class T>
+T shuffle_xor_of(T value, int mask, int line) {
   const unsigned char* all = emulator::exchange(&value, sizeof(value), {"shuffle_xor", line});
   std::memcpy(&value, all + 64 * ((threadIdx.x % 32) ^ unsigned(mask)), sizeof(value));
   return value;
+}
+inline float shuffle_xor(float value, int mask, int line = __builtin_LINE()) {
+  return shuffle_xor_of(value, mask, line);
+}
+inline uint32_t shuffle_xor(uint32_t value, int mask, int line = __builtin_LINE()) {
+  return shuffle_xor_of(value, mask, line);
+}
+
+inline void load_matrix_trans(uint32_t (&to)[4], const void* row, int line = __builtin_LINE()) {
+  const emulator::Where where = {"load_matrix_trans", line};
+  emulator::check_shared(row, 16, where);
+  // Each lane reads the row that it names. So ThreadSanitizer sees the access.
+  uint16_t own[8];
+  for (int i = 0; i < 8; ++i) own[i] = static_cast<const uint16_t*>(row)[i];
+  const unsigned char* all = emulator::exchange(own, sizeof(own), where);
+  const int lane = int(threadIdx.x % 32), r = lane / 4, q = lane % 4;
+  const auto element = [&](int matrix, int row_of_matrix) {
+    uint16_t value;
+    std::memcpy(&value, all + 64 * (8 * matrix + row_of_matrix) + 2 * r, sizeof(value));
+    return uint32_t(value);
+  };
+  for (int i = 0; i < 4; ++i) to[i] = element(i, 2 * q) | element(i, 2 * q + 1) << 16;
 }
 
 struct alignas(16) Words {
   uint32_t word[4];
 };
+inline void store_relaxed(uint32_t word, uint32_t* p, int line = __builtin_LINE()) {
+  emulator::store_relaxed(word, p, {"store_relaxed", line});
+}
+inline void store_relaxed(const Words& w, void* p, int line = __builtin_LINE()) {
+  for (int i = 0; i < 4; ++i) store_relaxed(w.word[i], static_cast<Words*>(p)->word + i, line);
+}
+inline uint32_t load_relaxed(const uint32_t* p) { return emulator::load_relaxed(p); }
+inline Words load_relaxed(const void* p) {
+  Words w;
+  for (int i = 0; i < 4; ++i) w.word[i] = load_relaxed(static_cast<const Words*>(p)->word + i);
+  return w;
+}
 inline Words load_cg(const void* p) { return *static_cast<const Words*>(p); }
 inline void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta,
                      int line = __builtin_LINE()) {
@@ -195,7 +266,41 @@ inline uint32_t tf32_of(float x) {
   return x - x != 0 ? bits : (bits + 0x1000u) & 0xffffe000u;  // infinity and NaN as they are
 }
 
-inline float reciprocal(float x) { return 1 / x; }
+template <class Element>
+uint32_t pack(float low, float high) {
+  Element bits[2];
+  round_to(bits[0], low);
+  round_to(bits[1], high);
+  return bits[0].bits | uint32_t(bits[1].bits) << 16;
+}
+
+// The approximations have an error close to the most that the PTX ISA allows. It follows from the
+// argument's bits, so that results are repeatable.
+
+/// `exact` with a relative error up to `bound`; no error where PTX's tables give the result, for
+/// arguments that are zero, infinite or NaN.
+inline float approximate(double exact, float x, double bound) {
+  if (x == 0 || x - x != 0) return float(exact);
+  uint32_t hash = bits_of(x) * 0x9e3779b1u;
+  hash = (hash ^ hash >> 15) * 0x85ebca77u;
+  hash ^= hash >> 13;
+  const double error = (double(hash & 0xffffffu) / 0x1p23 - 1) * bound;
+  const float value = float(exact * (1 + error));
+  // Rounded to float32 it may be outside.
+  return std::fabs(double(value) - exact) <= bound * std::fabs(exact) ? value : float(exact);
+}
+/// Subnormal numbers as zeros of the same sign.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
+
+inline float exp2_approx(float x) {
+  x = flushed(x);
+  return flushed(approximate(std::exp2(double(x)), x, 0x1p-22));
+}
+inline float tanh_approx(float x) { return approximate(std::tanh(double(x)), x, 0x1p-11); }
+inline float reciprocal(float x) {
+  x = flushed(x);
+  return flushed(approximate(1 / double(x), x, 0x1p-23));
+}
 
 /// The value at `place` among those in a fragment's register.
 template <class Element>
