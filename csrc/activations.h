@@ -134,4 +134,20 @@ FUSEDRNN_INLINE V saturating_tanh(V x) {
   return x < V{} ? -result : result;
 }
 
+/// The activations of a cell's maths. CUDA has others for operands of few bits.
+struct ExactActivations {
+  template <class V>
+  static FUSEDRNN_INLINE V sigmoid(V x) {
+    return FUSEDRNN_TARGET::sigmoid<V>(x);
+  }
+  template <class V>
+  static FUSEDRNN_INLINE V tanh(V x) {
+    return FUSEDRNN_TARGET::tanh<V>(x);
+  }
+  template <class V>
+  static FUSEDRNN_INLINE V saturating_tanh(V x) {
+    return FUSEDRNN_TARGET::saturating_tanh<V>(x);
+  }
+};
+
 }  // namespace fusedrnn::FUSEDRNN_TARGET

@@ -4,7 +4,8 @@
 // pre-activations a unit. Row block g of weight_ih contributes to pre-activation input_preact[g],
 // row block g of weight_hh to hidden_preact[g]; a GRU keeps the hidden part of its candidate apart.
 // The backward pass gets kSaved values a unit. output() recomputes h from them, because the caller
-// may have changed the output in place. `state` is c for a cell with a cell state, else h.
+// may have changed the output in place. `state` is c for a cell with a cell state, else h. Act has
+// sigmoid and tanh.
 //
 // To add a cell: a struct here, its name in Cells, its step in _cells.py. docs/new_cell.md.
 #pragma once
@@ -21,30 +22,31 @@ struct Lstm {
   static constexpr int input_preact[kGates] = {0, 1, 2, 3};
   static constexpr int hidden_preact[kGates] = {0, 1, 2, 3};
   static constexpr bool kHasCellState = true, kHasProjection = true;
-  static constexpr int kSavedState = 4;  ///< the state's index in `saved`
+  static constexpr bool kIsBounded = true;  ///< |h| is at most 1 if it is at first
+  static constexpr int kSavedState = 4;     ///< the state's index in `saved`
 
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE V forward(const V* preact, V& c, V* saved) {
-    saved[0] = sigmoid(preact[0]);
-    saved[1] = sigmoid(preact[1]);
-    saved[2] = tanh(preact[2]);
-    saved[3] = sigmoid(preact[3]);
+    saved[0] = Act::sigmoid(preact[0]);
+    saved[1] = Act::sigmoid(preact[1]);
+    saved[2] = Act::tanh(preact[2]);
+    saved[3] = Act::sigmoid(preact[3]);
     saved[4] = c = saved[1] * c + saved[0] * saved[2];
-    return output(saved);
+    return output<Act>(saved);
   }
 
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE V output(const V* saved) {
-    return saved[3] * tanh(saved[4]);
+    return saved[3] * Act::tanh(saved[4]);
   }
 
   /// dh: this step's output gradient. dc: c's gradient, this step's on entry, the previous step's
   /// on return.
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE void backward(const V* saved, V c_previous, V dh, V& dc, V* dgates) {
     using Scalar = typename Value<V>::scalar;
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V tanh_c = tanh(saved[4]);
+    const V tanh_c = Act::tanh(saved[4]);
     dc += dh * o * (Scalar(1) - tanh_c * tanh_c);
     dgates[0] = dc * g * i * (Scalar(1) - i);
     dgates[1] = dc * c_previous * f * (Scalar(1) - f);
@@ -62,27 +64,28 @@ struct Gru {
   static constexpr int input_preact[kGates] = {0, 1, 2};
   static constexpr int hidden_preact[kGates] = {0, 1, 3};
   static constexpr bool kHasCellState = false, kHasProjection = false;
+  static constexpr bool kIsBounded = true;
   static constexpr int kSavedState = 4;
 
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved) {
     using Scalar = typename Value<V>::scalar;
-    saved[0] = sigmoid(preact[0]);
-    saved[1] = sigmoid(preact[1]);
-    saved[2] = tanh(preact[2] + saved[0] * preact[3]);
+    saved[0] = Act::sigmoid(preact[0]);
+    saved[1] = Act::sigmoid(preact[1]);
+    saved[2] = Act::tanh(preact[2] + saved[0] * preact[3]);
     saved[3] = preact[3];
     // Not n + z * (h - n), which loses h where |n| is much larger.
     return saved[4] = h = (Scalar(1) - saved[1]) * saved[2] + saved[1] * h;
   }
 
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE V output(const V* saved) {
     return saved[4];
   }
 
   /// dh: this step's output gradient. dh_direct: the part that bypasses the gates, from h to h;
   /// this step's on entry, the previous step's on return.
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE void backward(const V* saved, V h_previous, V dh, V& dh_direct,
                                        V* dgates) {
     using Scalar = typename Value<V>::scalar;
@@ -105,29 +108,31 @@ struct Rnn {
   static constexpr int input_preact[kGates] = {0};
   static constexpr int hidden_preact[kGates] = {0};
   static constexpr bool kHasCellState = false, kHasProjection = false;
+  static constexpr bool kIsBounded = Nonlinearity::kIsBounded;
   static constexpr int kSavedState = 0;
 
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved) {
-    return saved[0] = h = Nonlinearity::value(preact[0]);
+    return saved[0] = h = Nonlinearity::template value<Act>(preact[0]);
   }
 
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE V output(const V* saved) {
     return saved[0];
   }
 
   /// dh: this step's output gradient. No part bypasses the gate.
-  template <class V>
+  template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE void backward(const V* saved, V, V dh, V&, V* dgates) {
     dgates[0] = Nonlinearity::gradient(saved[0], dh);
   }
 };
 
 struct Tanh {
-  template <class V>
+  static constexpr bool kIsBounded = true;
+  template <class Act, class V>
   static FUSEDRNN_INLINE V value(V x) {
-    return saturating_tanh(x);
+    return Act::saturating_tanh(x);
   }
   template <class V>
   static FUSEDRNN_INLINE V gradient(V h, V dh) {
@@ -136,7 +141,8 @@ struct Tanh {
 };
 /// NaN stays NaN, and its gradient passes, as in torch.relu.
 struct Relu {
-  template <class V>
+  static constexpr bool kIsBounded = false;
+  template <class, class V>
   static FUSEDRNN_INLINE V value(V x) {
     return x < V{} ? V{} : x;
   }

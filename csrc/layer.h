@@ -21,7 +21,7 @@ struct CellInfo {
   int index;  ///< in scalar::Cells
   int64_t gates, preacts, saved;
   std::array<int64_t, 4> hidden_preact;  ///< [gates]
-  bool has_cell_state, has_projection;
+  bool has_cell_state, has_projection, is_bounded;
 
   /// States that a cell carries from step to step: h, and c if it has one.
   int64_t states() const { return 1 + has_cell_state; }
@@ -31,7 +31,8 @@ struct CellInfo {
     CellInfo info{Cell::kName,         scalar::Cells::index_of<Cell>(),
                   Cell::kGates,        Cell::kPreacts,
                   Cell::kSaved,        {},
-                  Cell::kHasCellState, Cell::kHasProjection};
+                  Cell::kHasCellState, Cell::kHasProjection,
+                  Cell::kIsBounded};
     for (int g = 0; g < Cell::kGates; ++g) {
       info.hidden_preact[size_t(g)] = Cell::hidden_preact[g];
       // layer_gradients relies on it: the input's pre-activations come first, gate by gate.

@@ -3,11 +3,11 @@
 //
 // An exchange is a thread's view of its CTA. Traits has the sizes. All threads call
 //
-//   load<Weight>(gemm, ...)         reads the thread's part of weight_hh into registers
-//   store(k, chunk, pair, values)   a pair's operands for the k-th GEMM: h or gate gradients
-//   commit(gemm, k, chunk)          publishes a chunk whose stores are all done
-//   wait(gemm, k, chunk)            waits for a chunk's k-th GEMM
-//   read(pair, gate)                a pair's result from the latest GEMM
+//   load<Weight>(gemm, ...)            reads the thread's part of weight_hh into registers
+//   store(k, chunk, values)            the pairs' operands for the k-th GEMM: h or gate gradients
+//   commit(gemm, k, chunk)             publishes a chunk whose stores are all done
+//   wait(k, chunk)                     waits for a chunk's operands for the k-th GEMM
+//   multiply(gemm, k, chunk, results)  the GEMM: the pairs' results
 //
 // The first GEMM is k = 0. Stores for k = steps are never read. The exchange is double-buffered by
 // k % 2. Waiting for step k - 1 proves that every CTA has finished reading step k - 2, so its
@@ -18,9 +18,6 @@
 #include "params.h"
 
 namespace fusedrnn::cuda {
-
-/// Floats that a CTA carries from step to step for each row and unit.
-constexpr int kCarried = 2;
 
 template <class T>
 FUSEDRNN_DEVICE T value_or_zero(const T* p, int64_t i) {
@@ -38,37 +35,53 @@ struct SharedLayout {
   }
 };
 
-/// A CTA's rows and units, divided among its threads. Traits: kThreads; kUnits per CTA; kChunkRows,
-/// the batch rows of one GEMM.
+/// Values that a thread carries from step to step for each of its pairs: in registers where a tile
+/// is one chunk, else in shared memory.
+constexpr int kCarried = 3;
+template <int kPairs, int kThreads, bool kInRegisters>
+class Carried {
+ public:
+  FUSEDRNN_DEVICE explicit Carried(float* memory) : memory_(memory) {}
+  FUSEDRNN_DEVICE float& at(int chunk, int pair, int value) {
+    return memory_[((chunk * kPairs + pair) * kCarried + value) * kThreads + threadIdx.x];
+  }
+  static constexpr int floats(int chunks) { return chunks * kPairs * kCarried * kThreads; }
+
+ private:
+  float* memory_;
+};
+template <int kPairs, int kThreads>
+class Carried<kPairs, kThreads, true> {
+ public:
+  FUSEDRNN_DEVICE explicit Carried(float*) {}
+  FUSEDRNN_DEVICE float& at(int, int pair, int value) { return values_[pair][value]; }
+  static constexpr int floats(int) { return 0; }
+
+ private:
+  float values_[kPairs][kCarried];
+};
+
+/// A batch row and a hidden unit that one thread works on.
+struct Pair {
+  int chunk_row, tile_row;  ///< the row's index in its chunk and in the tile
+  int unit;                 ///< in the CTA
+  bool is_owned;            ///< false: the thread has nothing to do
+};
+
+/// A CTA's rows, and the order of its steps. Traits: kUnits per CTA; kChunkRows, the batch rows of
+/// one GEMM; kOneChunk, whether all rows of a tile are one chunk.
 template <class Traits>
 class Tile {
  public:
-  FUSEDRNN_DEVICE Tile(const PersistentParams& params, float* carried)
+  FUSEDRNN_DEVICE explicit Tile(const PersistentParams& params)
       : params_(params),
         direction(blockIdx.z),
         first_row(blockIdx.y * params.tile_rows),
-        first_unit(blockIdx.x * Traits::kUnits),
-        carried_(carried) {}
+        first_unit(blockIdx.x * Traits::kUnits) {}
 
-  /// A batch row and a hidden unit that one thread works on.
-  struct Pair {
-    int chunk_row, tile_row;  ///< the row's index in its chunk and in the tile
-    int row;                  ///< in the batch
-    int unit;                 ///< the same for all the thread's pairs
-    bool exists;
-  };
-  /// This thread's i-th pair in a chunk, i < Traits::kPairs.
-  FUSEDRNN_DEVICE Pair pair(int chunk, int i) const {
-    Pair pair;
-    pair.chunk_row = (threadIdx.x + i * Traits::kThreads) / Traits::kUnits;
-    pair.tile_row = chunk * Traits::kChunkRows + pair.chunk_row;
-    pair.row = first_row + pair.tile_row;
-    pair.unit = first_unit + threadIdx.x % Traits::kUnits;
-    pair.exists = pair.row < params_.rows && pair.unit < params_.hidden_size;
-    return pair;
-  }
   /// The chunks that have batch rows.
   FUSEDRNN_DEVICE int chunks() const {
+    if constexpr (Traits::kOneChunk) return 1;
     const int rows = params_.rows - first_row;
     return ((rows < params_.tile_rows ? rows : params_.tile_rows) + Traits::kChunkRows - 1) /
            Traits::kChunkRows;
@@ -77,23 +90,34 @@ class Tile {
     const int rows = params_.rows - first_row - chunk * Traits::kChunkRows;
     return rows < Traits::kChunkRows ? rows : Traits::kChunkRows;
   }
-
-  /// The i-th value that the CTA carries for a pair, i < kCarried.
-  FUSEDRNN_DEVICE float& carried(const Pair& p, int i) const {
-    return carried_[(i * params_.tile_rows + p.tile_row) * Traits::kUnits +
-                    threadIdx.x % Traits::kUnits];
+  FUSEDRNN_DEVICE bool exists(const Pair& p) const {
+    return p.is_owned && first_row + p.tile_row < params_.rows &&
+           first_unit + p.unit < params_.hidden_size;
   }
 
+  /// A pair's row is active in the steps before this time; in none if the pair does not exist.
+  FUSEDRNN_DEVICE int length(const Pair& p) const {
+    if (!exists(p)) return 0;
+    const int row = first_row + p.tile_row;
+    if (params_.lengths) return int(params_.lengths[row]);
+    if (!params_.step_offset) return params_.steps;
+    int active = 0, inactive = params_.steps;  // batch sizes never increase: a binary search
+    while (active < inactive) {
+      const int t = (active + inactive) / 2;
+      if (row < params_.step_offset[t + 1] - params_.step_offset[t]) {
+        active = t + 1;
+      } else {
+        inactive = t;
+      }
+    }
+    return active;
+  }
   /// The time of this direction's i-th step.
   FUSEDRNN_DEVICE int time(int i) const { return direction ? params_.steps - 1 - i : i; }
-  /// Batch row 0's token at step t.
-  FUSEDRNN_DEVICE int64_t step_offset(int t) const {
-    return params_.step_offset ? params_.step_offset[t] : int64_t(t) * params_.rows;
-  }
-  FUSEDRNN_DEVICE bool is_active(int row, int t) const {
-    if (t < 0 || t >= params_.steps) return false;
-    if (params_.lengths) return t < params_.lengths[row];
-    return !params_.step_offset || row < params_.step_offset[t + 1] - params_.step_offset[t];
+  /// The tile's first token in the i-th step; of an existing step's row 0 if there is none.
+  FUSEDRNN_DEVICE int64_t token(int i) const {
+    const int last = params_.steps - 1, t = time(i < 0 ? 0 : i > last ? last : i);
+    return (params_.step_offset ? params_.step_offset[t] : int64_t(t) * params_.rows) + first_row;
   }
 
  protected:
@@ -101,37 +125,185 @@ class Tile {
 
  public:
   const int direction, first_row, first_unit;
-
- protected:
-  float* carried_;
 };
 
-/// Elements between rows of `k` operands in shared memory: an odd multiple of 64 bytes. The lanes
-/// of an mma then load their 16 bytes from different banks.
+/// Elements between rows of `k` operands in shared memory: an odd multiple of 64 bytes. Rows then
+/// begin in other banks (operand_offset).
 template <class Element>
 constexpr int operand_stride(int k) {
   const int bytes = k * int(sizeof(Element)), over = bytes % 128;
   return (bytes + (over <= 64 ? 64 - over : 192 - over)) / int(sizeof(Element));
 }
 
-// ---- all-gather ---------------------------------------------------------------------------------
+// ---- results in fragments -----------------------------------------------------------------------
 
-/// Sizes of an exchange in which every CTA reads the operands of all hidden units.
+/// Sizes of a GEMM by tensor cores whose results stay in the lanes' fragments.
 ///
-/// A CTA has kBlocks blocks of 16 units. Each block has kSplits warps that share K (split-K).
-/// Forward, A's rows are the block's gates, kTiles = G, and K is all units' h. Backward, A's rows
-/// are the block's units and K is all units' gate gradients.
-template <class Gemm_, int kBlocks_, int kSplits_, int kChunkRows_>
-struct AllGatherTraits {
+/// A CTA has kGroups groups of 8 kBlocks units. Each group has kSplits warps that share K (split-K)
+/// and trade their sums. A unit's kResults rows of A are in different row groups, so one lane gets
+/// them all. A lane's fragments have the pairs of its units and of two rows in each eight.
+template <class Gemm_, int kResults_, int kBlocks_, int kGroups_, int kSplits_, int kChunkRows_,
+          bool kOneChunk_>
+struct FragmentTraits {
   using Gemm = Gemm_;
   using Element = typename Gemm::Element;
+  using Operand = typename Gemm::Operand;
+  static constexpr int kResults = kResults_, kBlocks = kBlocks_, kGroups = kGroups_;
+  static constexpr int kSplits = kSplits_, kChunkRows = kChunkRows_;
+  static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false;
+  static constexpr int kThreads = kWarp * kGroups * kSplits;
+  static constexpr int kUnits = 8 * kBlocks * kGroups;
+  static constexpr int kK = kSplits * Gemm::kK;
+  static constexpr int kFragmentPairs = kBlocks * 2 * (kChunkRows / 8);
+  static constexpr int kPairs = kFragmentPairs < kSplits ? 1 : kFragmentPairs / kSplits;
+  static constexpr int kThreadUnits = kSplits == 1 ? kBlocks : 1;  ///< that a thread works on
+  static_assert(Gemm::kRowGroups == kBlocks * kResults && kChunkRows % 8 == 0);
+  static_assert(kSplits == 1 || kBlocks == 1);
+
+  using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
+
+  /// A pair's results on their way to the warp that owns the pair.
+  struct alignas(kResults == 1 ? 4 : kResults == 2 ? 8 : 16) Traded {
+    float result[kResults == 3 ? 4 : kResults];
+  };
+  /// Two buffers: the warps of a group may be one GEMM apart.
+  static constexpr int kTraded = kSplits == 1 ? 0 : kThreads * kSplits * kPairs;
+
+  struct WorkStorage : SharedLayout {
+    FUSEDRNN_INLINE explicit WorkStorage(int tile_rows)
+        : traded(add<Traded>(2 * kTraded)),
+          carried(add<float>(Carried::floats(tile_rows / kChunkRows))) {}
+    int traded;  ///< [2, kGroups, kSplits (to), kSplits (from), kPairs, kWarp]
+    int carried;
+  };
+  template <class Traits>
+  class Work;
+};
+
+template <class Gemm_, int kResults_, int kBlocks_, int kGroups_, int kSplits_, int kChunkRows_,
+          bool kOneChunk_>
+template <class Traits>
+class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_, kOneChunk_>::Work
+    : public Tile<Traits> {
+ public:
+  FUSEDRNN_DEVICE Work(const PersistentParams& params, unsigned char* memory, const WorkStorage& at)
+      : Tile<Traits>(params),
+        traded_(reinterpret_cast<Traded*>(memory + at.traded)),
+        carried_memory_(reinterpret_cast<float*>(memory + at.carried)) {}
+
+  FUSEDRNN_DEVICE float* carried_memory() const { return carried_memory_; }
+
+  /// The thread's i-th pair in a chunk, i < kPairs.
+  FUSEDRNN_DEVICE Pair pair(int chunk, int i) const {
+    const int lane = threadIdx.x % kWarp, v = kSplits == 1 ? i : split() + i * kSplits;
+    Pair p;
+    p.chunk_row = v / 2 / kBlocks * 8 + lane % 4 * 2 + v % 2;
+    p.tile_row = chunk * kChunkRows + p.chunk_row;
+    p.unit = (group() * kBlocks + v / 2 % kBlocks) * 8 + lane / 4;
+    p.is_owned = v < kFragmentPairs;
+    return p;
+  }
+  /// Which of its units a thread's i-th pair has.
+  static constexpr int unit_of_pair(int i) { return kSplits == 1 ? i / 2 % kBlocks : 0; }
+
+  /// weight.row(unit, result): a row of A.
+  template <class Weight>
+  FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
+    const int first = this->first_unit + group() * kBlocks * 8 + threadIdx.x % kWarp / 4;
+    gemm.load(
+        [&](auto row_group) {
+          return weight.row(first + row_group / kResults * 8, row_group % kResults);
+        },
+        split() * Gemm::kK);
+  }
+
+ protected:
+  static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }
+  static FUSEDRNN_DEVICE int group() { return threadIdx.x / kWarp / kSplits; }
+
+  /// Multiplies a chunk whose operands begin at `rows`, `stride` apart.
+  template <template <class> class B>
+  FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows, int stride,
+                                     float (&results)[kPairs][kResults]) {
+    float c[kChunkRows / 8][Gemm::kTiles][4] = {};
+    gemm.accumulate(B<Operand>{rows + split() * Gemm::kK, stride}, c);
+    const auto result = [&](auto v, auto g) {
+      return gemm.result(c, v / 2 / kBlocks, v / 2 % kBlocks * kResults + g, v % 2);
+    };
+    if constexpr (kSplits == 1) {
+      unroll<kPairs>(
+          [&](auto i) { unroll<kResults>([&](auto g) { results[i][g] = result(i, g); }); });
+    } else {
+      trade(result, results);
+    }
+  }
+
+ private:
+  /// Each warp of a group owns every kSplits-th pair, and gets its results from the others.
+  template <class Result>
+  FUSEDRNN_DEVICE void trade(const Result& result, float (&results)[kPairs][kResults]) {
+    const int lane = threadIdx.x % kWarp, own = split();
+    const auto traded = [&](int to, int from, int i) -> Traded& {
+      return traded_[(((group() * kSplits + to) * kSplits + from) * kPairs + i) * kWarp + lane];
+    };
+    unroll<kSplits>([&](auto to) {
+      unroll<kPairs>([&](auto i) {
+        constexpr int v = to + i * kSplits;
+        if constexpr (v < kFragmentPairs) {
+          if (to == own) {
+            unroll<kResults>(
+                [&](auto g) { results[i][g] = result(std::integral_constant<int, v>{}, g); });
+          } else {
+            Traded t;
+            unroll<kResults>(
+                [&](auto g) { t.result[g] = result(std::integral_constant<int, v>{}, g); });
+            traded(to, own, i) = t;
+          }
+        }
+      });
+    });
+    sync_threads(1 + group(), kSplits * kWarp);
+    unroll<kSplits - 1>([&](auto n) {
+      unroll<kPairs>([&](auto i) {
+        if (own + i * kSplits < kFragmentPairs) {
+          const Traded t = traded(own, own ^ (n + 1), i);
+          unroll<kResults>([&](auto g) { results[i][g] += t.result[g]; });
+        }
+      });
+    });
+    // The other buffer is for the next GEMM.
+    traded_ += is_second_ ? -kTraded : kTraded;
+    is_second_ = !is_second_;
+  }
+
+  Traded* traded_;
+  float* carried_memory_;
+  bool is_second_ = false;
+};
+
+// ---- partial sums in shared memory --------------------------------------------------------------
+
+/// Sizes of a GEMM whose partial sums go through shared memory.
+///
+/// A CTA has kBlocks blocks of 16 units. Each block has kSplits warps that share K (split-K). A's
+/// rows are the block's kResults rows of each unit, all units' first row first.
+template <class Gemm_, int kBlocks_, int kSplits_, int kChunkRows_, bool kOneChunk_>
+struct PartialSumTraits {
+  using Gemm = Gemm_;
+  using Element = typename Gemm::Element;
+  using Operand = Element;
+  static constexpr int kResults = Gemm::kTiles;
   static constexpr int kBlocks = kBlocks_, kSplits = kSplits_, kChunkRows = kChunkRows_;
+  static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false;
   static constexpr int kBlockUnits = 16;
   static constexpr int kThreads = kWarp * kBlocks * kSplits;
   static constexpr int kUnits = kBlockUnits * kBlocks;
   static constexpr int kK = kSplits * Gemm::kK;
   static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< per thread and chunk
+  static constexpr int kThreadUnits = 1;
   static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
+
+  using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
 
   /// Strides of the partial sums [kSplits, kChunkRows, kBlocks, kBlockRows]. They spread a warp's
   /// stores, and its loads from two blocks, over all banks.
@@ -146,84 +318,88 @@ struct AllGatherTraits {
   static constexpr int kPartialFloats =
       kSplits * kSplitStride > kLoadFloats ? kSplits * kSplitStride : kLoadFloats;
 
-  /// The part of shared memory that every all-gather has.
-  struct GemmStorage : SharedLayout {
-    FUSEDRNN_INLINE explicit GemmStorage(int tile_rows)
+  struct WorkStorage : SharedLayout {
+    FUSEDRNN_INLINE explicit WorkStorage(int tile_rows)
         : partials(add<float>(kPartialFloats)),
           scratch(add<float>(kWarps * Gemm::kScratchFloats)),
-          carried(add<float>(kCarried * tile_rows * kUnits)),
-          carried_floats(kCarried * tile_rows * kUnits) {}
+          carried(add<float>(Carried::floats(tile_rows / kChunkRows))) {}
     int partials, scratch, carried;
-    int carried_floats;  ///< `carried`'s size; an exchange adds its own arrays behind it
   };
+  template <class Traits>
+  class Work;
 };
 
-/// The GEMM of an all-gather. Its split-K reduction goes through shared memory: a thread adds the
-/// partial sums of its unit and row in a fixed order.
+/// A thread adds the partial sums of its unit and row in a fixed order.
+template <class Gemm_, int kBlocks_, int kSplits_, int kChunkRows_, bool kOneChunk_>
 template <class Traits>
-class AllGatherGemm : public Tile<Traits> {
+class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
+    : public Tile<Traits> {
  public:
-  using Element = typename Traits::Element;
-  using Gemm = typename Traits::Gemm;
-  using typename Tile<Traits>::Pair;
-
-  FUSEDRNN_DEVICE AllGatherGemm(const PersistentParams& params, unsigned char* memory,
-                                const typename Traits::GemmStorage& at)
-      : Tile<Traits>(params, reinterpret_cast<float*>(memory + at.carried)),
+  FUSEDRNN_DEVICE Work(const PersistentParams& params, unsigned char* memory, const WorkStorage& at)
+      : Tile<Traits>(params),
         partials_(reinterpret_cast<float*>(memory + at.partials)),
-        scratch_(reinterpret_cast<float*>(memory + at.scratch)) {}
+        scratch_(reinterpret_cast<float*>(memory + at.scratch)),
+        carried_memory_(reinterpret_cast<float*>(memory + at.carried)) {}
 
-  /// Weight's constructor takes the first unit and first k of the warp's part, 0 and `args`.
-  template <class Weight, class... Args>
-  FUSEDRNN_DEVICE void load(Gemm& gemm, const Args&... args) const {
+  FUSEDRNN_DEVICE float* carried_memory() const { return carried_memory_; }
+
+  /// The thread's i-th pair in a chunk, i < kPairs. All its pairs have the same unit.
+  FUSEDRNN_DEVICE Pair pair(int chunk, int i) const {
+    Pair p;
+    p.chunk_row = (threadIdx.x + i * kThreads) / kUnits;
+    p.tile_row = chunk * kChunkRows + p.chunk_row;
+    p.unit = threadIdx.x % kUnits;
+    p.is_owned = true;
+    return p;
+  }
+  static constexpr int unit_of_pair(int) { return 0; }
+
+  /// weight.row(unit, result): a row of A.
+  template <class Weight>
+  FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
     const int warp = threadIdx.x / kWarp;
-    const Weight weight{this->first_unit + warp / Traits::kSplits * Traits::kBlockUnits,
-                        warp % Traits::kSplits * Gemm::kK, 0, args...};
-    gemm.load(weight, reinterpret_cast<unsigned char*>(partials_) + warp * Gemm::kLoadScratchBytes);
+    const int first = this->first_unit + warp / kSplits * kBlockUnits;
+    gemm.load([&](int row) { return weight.row(first + row % 16, row / 16); },
+              warp % kSplits * Gemm::kK,
+              reinterpret_cast<unsigned char*>(partials_) + warp * Gemm::kLoadScratchBytes);
     sync_cta();  // the partial sums take the place of the scratch memory
   }
 
-  FUSEDRNN_DEVICE float read(const Pair& p, int gate) const {
-    const int unit = threadIdx.x % Traits::kUnits, block = unit / Traits::kBlockUnits;
-    const float* at = partials_ + p.chunk_row * Traits::kRowStride + block * Traits::kBlockStride +
-                      gate * 16 + unit % Traits::kBlockUnits;
-    float sum = at[0];
-#pragma unroll
-    for (int split = 1; split < Traits::kSplits; ++split) sum += at[split * Traits::kSplitStride];
-    return sum;
-  }
-
  protected:
-  /// Multiplies a chunk whose operands begin at `rows`, kStride apart.
-  template <class Operand, int kStride>
-  FUSEDRNN_DEVICE void multiply(const Gemm& gemm, const Element* rows) const {
-    const int warp = threadIdx.x / kWarp, block = warp / Traits::kSplits;
-    const int split = warp % Traits::kSplits;
-    gemm.template multiply<Traits::kChunkRows>(
-        Operand{rows + split * Gemm::kK, kStride},
-        partials_ + split * Traits::kSplitStride + block * Traits::kBlockStride, Traits::kRowStride,
-        scratch_ + warp * Gemm::kScratchFloats);
+  template <template <class> class B>
+  FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows, int stride,
+                                     float (&results)[kPairs][kResults]) const {
+    const int warp = threadIdx.x / kWarp, block = warp / kSplits, split = warp % kSplits;
+    gemm.template multiply<kChunkRows>(B<Operand>{rows + split * Gemm::kK, stride},
+                                       partials_ + split * kSplitStride + block * kBlockStride,
+                                       kRowStride, scratch_ + warp * Gemm::kScratchFloats);
     sync_cta();
-  }
-
-  /// Orders a chunk's stores before later loads, and its reads before the next GEMM's partial sums.
-  /// Nothing follows the last step's last chunk.
-  FUSEDRNN_DEVICE void sync_chunk(int k, bool is_last) const {
-    if (!is_last || k < this->params_.steps) sync_cta();
-  }
-
-  /// Rounds a pair's values to its operands, in a row of the exchange at the CTA's first unit. K
-  /// has kParts equal parts; values[i] belongs to the i-th.
-  template <int kParts>
-  static FUSEDRNN_DEVICE void store_operands(Element* row, const float (&values)[kParts]) {
-    unroll<kParts>([&](auto part) {
-      Gemm::set_operand(row[part * (Traits::kK / kParts) + threadIdx.x % Traits::kUnits],
-                        values[part]);
+    unroll<kPairs>([&](auto i) {
+      const Pair p = pair(0, i);
+      const float* at = partials_ + p.chunk_row * kRowStride + p.unit / kBlockUnits * kBlockStride +
+                        p.unit % kBlockUnits;
+      unroll<kResults>([&](auto g) {
+        float sum = at[16 * g];
+#pragma unroll
+        for (int s = 1; s < kSplits; ++s) sum += at[16 * g + s * kSplitStride];
+        results[i][g] = sum;
+      });
     });
   }
 
+ private:
   float* partials_;
   float* scratch_;
+  float* carried_memory_;
 };
+
+/// Rounds a pair's values to its operands in a row of the exchange. K has kParts equal parts;
+/// values[i] belongs to the i-th. place(k): where the row has operand k.
+template <class Traits, int kParts, class Place>
+FUSEDRNN_DEVICE void store_operands(int unit, const float (&values)[kParts], const Place& place) {
+  unroll<kParts>([&](auto part) {
+    Traits::Gemm::set_operand(*place(part * (Traits::kK / kParts) + unit), values[part]);
+  });
+}
 
 }  // namespace fusedrnn::cuda

@@ -44,62 +44,84 @@ class ChunkBarriers {
 template <class Traits>
 class ClusterAllGather;
 
-/// A CTA's 32 units of a row are the lanes of one warp, which sends them together.
-template <class Gemm, int kSplits, int kChunkRows>
-struct ClusterAllGatherTraits : AllGatherTraits<Gemm, 2, kSplits, kChunkRows>, UsesClusters {
+/// WorkTraits: FragmentTraits with blocks of 8 units, whose lanes own one pair each.
+template <class WorkTraits>
+struct ClusterAllGatherTraits : WorkTraits, UsesClusters {
   using Exchange = ClusterAllGather<ClusterAllGatherTraits>;
-  using Base = AllGatherTraits<Gemm, 2, kSplits, kChunkRows>;
-  static constexpr int kOperandStride = operand_stride<typename Base::Element>(Base::kK);
-  static_assert(Base::kUnits == kWarp);
+  using Operand = typename WorkTraits::Operand;
+  static constexpr int kOperandStride = operand_stride<Operand>(WorkTraits::kK);
+  static_assert(WorkTraits::kBlocks == 1 && WorkTraits::kPairs == 1);
 
-  struct Storage : Base::GemmStorage {
+  struct Storage : WorkTraits::WorkStorage {
     FUSEDRNN_INLINE Storage(int tile_rows, int)
-        : Base::GemmStorage(tile_rows),
-          operands(this->template add<typename Base::Element>(2 * tile_rows * kOperandStride)),
-          barriers(this->template add<TransactionBarrier>(2 * tile_rows / kChunkRows)) {}
+        : WorkTraits::WorkStorage(tile_rows),
+          operands(this->template add<Operand>(2 * tile_rows * kOperandStride)),
+          barriers(this->template add<TransactionBarrier>(2 * tile_rows / WorkTraits::kChunkRows)) {
+    }
     int operands;  ///< [2, tile_rows, kOperandStride]
     int barriers;  ///< [2, chunks]
   };
 };
 
 template <class Traits>
-class ClusterAllGather : public AllGatherGemm<Traits> {
+class ClusterAllGather : public Traits::template Work<Traits> {
  public:
-  using Base = AllGatherGemm<Traits>;
-  using typename Base::Element;
-  using typename Base::Gemm;
-  using typename Base::Pair;
+  using Base = typename Traits::template Work<Traits>;
+  using Gemm = typename Traits::Gemm;
+  using Operand = typename Traits::Operand;
 
-  FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, Element*, unsigned char* memory)
+  FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, typename Traits::Element*,
+                                   unsigned char* memory)
       : ClusterAllGather(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)) {}
 
-  FUSEDRNN_DEVICE void store(int k, int chunk, const Pair& p, const float (&h)[1]) const {
+  /// Sends a group's 8 units of each row to every CTA of the cluster, 16 bytes at a time. The lanes
+  /// of a row collect its parts, and each sends them to some CTAs. All lanes have read this chunk's
+  /// former operands: a barrier of the group is behind them. So the receiver, which is another
+  /// CTA's sender, may overwrite them.
+  FUSEDRNN_DEVICE void store(int k, int chunk, const float (&h)[1][1]) const {
     if (k == this->params_.steps) return;
-    Element* const row = buffer(k) + p.tile_row * Traits::kOperandStride + this->first_unit;
-    if (p.row >= this->params_.rows) return;
-    Element own;
-    Gemm::set_operand(own, p.exists ? h[0] : 0.f);
-    send_to_all(own, row, barriers_.at(k, chunk));
+    const int lane = threadIdx.x % kWarp, q = lane % 4;
+    const Pair p = this->pair(chunk, 0);
+    Operand own;
+    Gemm::set_operand(own, h[0][0]);
+    constexpr int kPerWord = 4 / int(sizeof(Operand)), kParts = 8 / kPerWords<Operand>;
+    uint32_t bits;
+    if constexpr (kPerWord == 2) {
+      bits = own.bits;
+      bits |= shuffle_xor(bits, 4) << 16;  // only the words of even units are used
+    } else {
+      bits = scalar::bit_cast<uint32_t>(own);
+    }
+    const bool sends = p.chunk_row < this->rows_of(chunk);
+    unroll<kParts>([&](auto part) {
+      Words words;
+      unroll<4>([&](auto i) { words.word[i] = shuffle(bits, 4 * kPerWord * (4 * part + i) + q); });
+      const int unit = this->first_unit + p.unit / 8 * 8 + part * kPerWords<Operand>;
+      Operand* const to =
+          buffer(k) + operand_offset<Operand>(p.tile_row, unit, Traits::kOperandStride);
+      if (!sends) return;
+      for (unsigned cta = lane / 4; cta < gridDim.x; cta += 8) {
+        st_async(words, to, barriers_.at(k, chunk), cta);
+      }
+    });
   }
-  /// A chunk's arrival proves that its senders have read that chunk's partial sums, but nothing
-  /// about other chunks. With several chunks we still need a CTA barrier.
-  FUSEDRNN_DEVICE void commit(const Gemm&, int, int) const {
-    if (this->chunks() > 1) sync_cta();
-  }
-  FUSEDRNN_DEVICE void wait(const Gemm& gemm, int k, int chunk) const {
-    barriers_.wait(k, chunk, bytes(chunk));
-    this->template multiply<SharedOperand<Element>, Traits::kOperandStride>(
-        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride);
+  FUSEDRNN_DEVICE void commit(const Gemm&, int, int) const {}
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk)); }
+  FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int chunk,
+                                float (&results)[Traits::kPairs][Traits::kResults]) {
+    this->template multiply_rows<SharedOperand>(
+        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride,
+        Traits::kOperandStride, results);
   }
 
  private:
   FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, unsigned char* memory,
                                    const typename Traits::Storage& at)
       : Base(params, memory, at),
-        operands_(reinterpret_cast<Element*>(memory + at.operands)),
+        operands_(reinterpret_cast<Operand*>(memory + at.operands)),
         buffer_stride_(params.tile_rows * Traits::kOperandStride) {
     for (int i = threadIdx.x; i < 2 * buffer_stride_; i += Traits::kThreads) {
-      operands_[i] = Element{};
+      operands_[i] = Operand{};
     }
     barriers_.init(reinterpret_cast<TransactionBarrier*>(memory + at.barriers), this->chunks(),
                    params.steps, [&](int chunk) { return bytes(chunk); });
@@ -107,33 +129,11 @@ class ClusterAllGather : public AllGatherGemm<Traits> {
 
   /// The bytes that a CTA receives for a chunk.
   FUSEDRNN_DEVICE uint32_t bytes(int chunk) const {
-    return gridDim.x * Traits::kUnits * this->rows_of(chunk) * sizeof(Element);
+    return gridDim.x * Traits::kUnits * this->rows_of(chunk) * sizeof(Operand);
   }
-  FUSEDRNN_DEVICE Element* buffer(int k) const { return operands_ + k % 2 * buffer_stride_; }
+  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + k % 2 * buffer_stride_; }
 
-  /// Sends every lane's operand to the same place in each CTA of the cluster, 16 bytes at a time. A
-  /// lane collects one 16-byte part of the row and sends it to some CTAs.
-  static FUSEDRNN_DEVICE void send_to_all(Element own, Element* row, TransactionBarrier* barrier) {
-    constexpr int kPerWord = 4 / sizeof(Element);  // elements
-    constexpr int kPerStore = 16 / sizeof(Element), kStores = kWarp / kPerStore;
-    const int lane = threadIdx.x % kWarp;
-    uint32_t bits;
-    if constexpr (kPerWord == 2) {
-      bits = own.bits;
-      bits |= shuffle(bits, lane ^ 1) << 16;  // only even lanes' words are used
-    } else {
-      bits = scalar::bit_cast<uint32_t>(own);
-    }
-    Words words;
-    unroll<4>(
-        [&](auto i) { words.word[i] = shuffle(bits, lane % kStores * kPerStore + i * kPerWord); });
-    sync_warp();  // the receiver may overwrite memory that any lane of this warp has read
-    for (unsigned cta = lane / kStores; cta < gridDim.x; cta += kWarp / kStores) {
-      st_async(words, row + lane % kStores * kPerStore, barrier, cta);
-    }
-  }
-
-  Element* operands_;
+  Operand* operands_;
   int buffer_stride_;
   ChunkBarriers barriers_;
 };
@@ -152,7 +152,12 @@ struct ClusterReduceScatterTraits : UsesClusters {
   using Gemm = Gemm_;
   using Element = typename Gemm::Element;
   using Exchange = ClusterReduceScatter<ClusterReduceScatterTraits>;
+  using Operand = Element;
   static constexpr int kThreads = 256, kUnits = kWarp, kChunkRows = kChunkRows_, kPairs = 1;
+  static constexpr int kResults = 1, kThreadUnits = 1;
+  static constexpr bool kOneChunk = false;
+  static constexpr bool kOwnUnitsAlone = true;  ///< K is the CTA's own units' gates
+  using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
   static_assert(kChunkRows * kUnits == kThreads * kPairs);
   static constexpr int kK = Gemm::kK;
   static constexpr int kTileUnits = 16;                         ///< per mma tile
@@ -164,7 +169,7 @@ struct ClusterReduceScatterTraits : UsesClusters {
   struct Storage : SharedLayout {
     FUSEDRNN_INLINE Storage(int tile_rows, int ctas)
         : load_scratch(add<unsigned char>(kThreads / kWarp * Gemm::kLoadScratchBytes)),
-          carried(add<float>(kCarried * tile_rows * kUnits)),
+          carried(add<float>(Carried::floats(tile_rows / kChunkRows))),
           operands(add<Element>(2 * tile_rows * kOperandStride)),
           partials(add<float>(2 * (tile_rows / kChunkRows) * ctas * kPartials)),
           barriers(add<TransactionBarrier>(2 * (tile_rows / kChunkRows))) {}
@@ -180,28 +185,37 @@ class ClusterReduceScatter : public Tile<Traits> {
  public:
   using Element = typename Traits::Element;
   using Gemm = typename Traits::Gemm;
-  using typename Tile<Traits>::Pair;
 
   FUSEDRNN_DEVICE ClusterReduceScatter(const PersistentParams& params, Element*,
                                        unsigned char* memory)
       : ClusterReduceScatter(params, memory,
                              typename Traits::Storage(params.tile_rows, gridDim.x)) {}
 
-  /// Weight's constructor takes the warp's first unit, 0, the first unit of K and `args`.
-  template <class Weight, class... Args>
-  FUSEDRNN_DEVICE void load(Gemm& gemm, const Args&... args) const {
+  /// weight.row(unit, 0): a row of A.
+  template <class Weight>
+  FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
     const int warp = threadIdx.x / kWarp;
-    const Weight weight{warp * Traits::kWarpUnits, 0, this->first_unit, args...};
-    gemm.load(weight, load_scratch_ + warp * Gemm::kLoadScratchBytes);
+    gemm.load([&](int row) { return weight.row(warp * Traits::kWarpUnits + row, 0); }, 0,
+              load_scratch_ + warp * Gemm::kLoadScratchBytes);
+  }
+
+  FUSEDRNN_DEVICE float* carried_memory() const { return carried_memory_; }
+  FUSEDRNN_DEVICE Pair pair(int chunk, int) const {
+    Pair p;
+    p.chunk_row = threadIdx.x / Traits::kUnits;
+    p.tile_row = chunk * Traits::kChunkRows + p.chunk_row;
+    p.unit = threadIdx.x % Traits::kUnits;
+    p.is_owned = true;
+    return p;
   }
 
   template <int kParts>
-  FUSEDRNN_DEVICE void store(int k, int, const Pair& p, const float (&values)[kParts]) const {
+  FUSEDRNN_DEVICE void store(int k, int chunk, const float (&values)[1][kParts]) const {
     static_assert(kParts * Traits::kUnits == Traits::kK);
-    if (!p.exists) return;
-    Element* const row = operands(k, p.tile_row);
-    unroll<kParts>([&](auto part) {
-      Gemm::set_operand(row[part * Traits::kUnits + threadIdx.x % Traits::kUnits], values[part]);
+    const Pair p = pair(chunk, 0);
+    store_operands<Traits>(p.unit, values[0], [&](int at) {
+      return operands(k, chunk * Traits::kChunkRows) +
+             operand_offset<Element>(p.chunk_row, at, Traits::kOperandStride);
     });
   }
 
@@ -228,26 +242,25 @@ class ClusterReduceScatter : public Tile<Traits> {
     });
   }
 
-  FUSEDRNN_DEVICE void wait(const Gemm&, int k, int chunk) {
-    barriers_.wait(k, chunk, bytes(chunk));
-    received_ = partials(k, chunk);
-  }
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk)); }
 
-  FUSEDRNN_DEVICE float read(const Pair& p, int) const {
-    const int unit = threadIdx.x % Traits::kUnits;
-    const float* at =
-        received_ + offset(unit, p.chunk_row / 2) + (p.chunk_row % 2 ^ int(swapped(unit)));
+  /// Adds what the CTAs have sent.
+  FUSEDRNN_DEVICE void multiply(const Gemm&, int k, int chunk, float (&results)[1][1]) const {
+    const Pair p = pair(chunk, 0);
+    const float* at = partials(k, chunk) + offset(p.unit, p.chunk_row / 2) +
+                      (p.chunk_row % 2 ^ int(swapped(p.unit)));
     float of_cta[Traits::kMaxCtas], sum = 0;  // all loads are issued before the first addition
     unroll<Traits::kMaxCtas>(
         [&](auto cta) { of_cta[cta] = cta < gridDim.x ? at[cta * Traits::kPartials] : 0.f; });
     unroll<Traits::kMaxCtas>([&](auto cta) { sum += of_cta[cta]; });
-    return sum;
+    results[0][0] = sum;
   }
 
  private:
   FUSEDRNN_DEVICE ClusterReduceScatter(const PersistentParams& params, unsigned char* memory,
                                        const typename Traits::Storage& at)
-      : Tile<Traits>(params, reinterpret_cast<float*>(memory + at.carried)),
+      : Tile<Traits>(params),
+        carried_memory_(reinterpret_cast<float*>(memory + at.carried)),
         load_scratch_(memory + at.load_scratch),
         operands_(reinterpret_cast<Element*>(memory + at.operands)),
         partials_(reinterpret_cast<float*>(memory + at.partials)) {
@@ -275,9 +288,10 @@ class ClusterReduceScatter : public Tile<Traits> {
   }
   static FUSEDRNN_DEVICE bool swapped(int unit) { return unit / 16 % 2; }
 
+  float* carried_memory_;
   unsigned char* load_scratch_;
   Element* operands_;
-  float *partials_, *received_ = nullptr;
+  float* partials_;
   ChunkBarriers barriers_;
 };
 

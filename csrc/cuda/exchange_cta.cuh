@@ -8,63 +8,68 @@ namespace fusedrnn::cuda {
 template <class Traits>
 class CtaExchange;
 
-template <class Gemm, int kBlocks, int kChunkRows>
-struct CtaTraits : AllGatherTraits<Gemm, kBlocks, 1, kChunkRows> {
+/// WorkTraits: FragmentTraits or PartialSumTraits.
+template <class WorkTraits>
+struct CtaTraits : WorkTraits {
   using Exchange = CtaExchange<CtaTraits>;
-  using Base = AllGatherTraits<Gemm, kBlocks, 1, kChunkRows>;
-  static constexpr int kOperandStride = operand_stride<typename Base::Element>(Base::kK);
+  static constexpr int kOperandStride =
+      operand_stride<typename WorkTraits::Operand>(WorkTraits::kK);
+  static_assert(WorkTraits::kOneChunk);
 
-  struct Storage : Base::GemmStorage {
+  struct Storage : WorkTraits::WorkStorage {
     FUSEDRNN_INLINE Storage(int tile_rows, int)
-        : Base::GemmStorage(tile_rows),
-          operands(this->template add<typename Base::Element>(2 * tile_rows * kOperandStride)) {}
-    int operands;  ///< [2, tile_rows, kOperandStride]
+        : WorkTraits::WorkStorage(tile_rows),
+          operands(this->template add<typename WorkTraits::Operand>(2 * kRows * kOperandStride)) {}
+    static constexpr int kRows = WorkTraits::kChunkRows;
+    int operands;  ///< [2, kChunkRows, kOperandStride]
   };
 };
 
 template <class Traits>
-class CtaExchange : public AllGatherGemm<Traits> {
+class CtaExchange : public Traits::template Work<Traits> {
  public:
-  using Base = AllGatherGemm<Traits>;
-  using typename Base::Element;
-  using typename Base::Gemm;
-  using typename Base::Pair;
+  using Base = typename Traits::template Work<Traits>;
+  using Gemm = typename Traits::Gemm;
+  using Operand = typename Traits::Operand;
 
-  FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, Element*, unsigned char* memory)
+  FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, typename Traits::Element*,
+                              unsigned char* memory)
       : CtaExchange(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)) {}
 
   template <int kParts>
-  FUSEDRNN_DEVICE void store(int k, int, const Pair& p, const float (&values)[kParts]) const {
-    if (k == this->params_.steps) return;
-    Element* const row = buffer(k) + p.tile_row * Traits::kOperandStride + this->first_unit;
-    if (p.exists) this->store_operands(row, values);
+  FUSEDRNN_DEVICE void store(int k, int, const float (&values)[Traits::kPairs][kParts]) const {
+    Operand* const rows = buffer(k);
+    unroll<Traits::kPairs>([&](auto i) {
+      const Pair p = this->pair(0, i);
+      store_operands<Traits>(p.unit, values[i], [&](int at) {
+        return rows + operand_offset<Operand>(p.chunk_row, at, Traits::kOperandStride);
+      });
+    });
   }
-  FUSEDRNN_DEVICE void commit(const Gemm&, int k, int chunk) const {
-    this->sync_chunk(k, chunk + 1 == this->chunks());
+  /// Orders a step's stores before the next step's loads. Nothing follows the last step.
+  FUSEDRNN_DEVICE void commit(const Gemm&, int k, int) const {
+    if (k < this->params_.steps) sync_cta();
   }
-  FUSEDRNN_DEVICE void wait(const Gemm& gemm, int k, int chunk) const {
-    this->template multiply<SharedOperand<Element>, Traits::kOperandStride>(
-        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride);
+  FUSEDRNN_DEVICE void wait(int, int) const {}
+  FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int,
+                                float (&results)[Traits::kPairs][Traits::kResults]) {
+    this->template multiply_rows<SharedOperand>(gemm, buffer(k), Traits::kOperandStride, results);
   }
 
  private:
+  static constexpr int kBuffer = Traits::kChunkRows * Traits::kOperandStride;
+
   FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, unsigned char* memory,
                               const typename Traits::Storage& at)
-      : Base(params, memory, at),
-        // The same as memory + at.operands, but ptxas needs fewer registers for it.
-        operands_(reinterpret_cast<Element*>(this->carried_ + at.carried_floats)),
-        buffer_stride_(params.tile_rows * Traits::kOperandStride) {
-    // Padding of K and rows past the batch must be zero.
-    for (int i = threadIdx.x; i < 2 * buffer_stride_; i += Traits::kThreads) {
-      operands_[i] = Element{};
-    }
+      : Base(params, memory, at), operands_(reinterpret_cast<Operand*>(memory + at.operands)) {
+    // Padding of K must be zero.
+    for (int i = threadIdx.x; i < 2 * kBuffer; i += Traits::kThreads) operands_[i] = Operand{};
     sync_cta();
   }
 
-  FUSEDRNN_DEVICE Element* buffer(int k) const { return operands_ + k % 2 * buffer_stride_; }
+  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + k % 2 * kBuffer; }
 
-  Element* operands_;
-  int buffer_stride_;
+  Operand* operands_;
 };
 
 }  // namespace fusedrnn::cuda

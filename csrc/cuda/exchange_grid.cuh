@@ -9,61 +9,70 @@ namespace fusedrnn::cuda {
 template <class Traits>
 class GridExchange;
 
-template <class Gemm, int kSplits, int kChunkRows>
-struct GridTraits : AllGatherTraits<Gemm, 1, kSplits, kChunkRows> {
+/// WorkTraits: FragmentTraits or PartialSumTraits.
+template <class WorkTraits>
+struct GridTraits : WorkTraits {
   using Exchange = GridExchange<GridTraits>;
-  using Base = AllGatherTraits<Gemm, 1, kSplits, kChunkRows>;
-  static constexpr int kOperandStride = Base::kK;
+  static constexpr int kOperandStride = WorkTraits::kK;
 
-  struct Storage : Base::GemmStorage {
-    FUSEDRNN_INLINE Storage(int tile_rows, int) : Base::GemmStorage(tile_rows) {}
+  struct Storage : WorkTraits::WorkStorage {
+    FUSEDRNN_INLINE Storage(int tile_rows, int) : WorkTraits::WorkStorage(tile_rows) {}
   };
 };
 
 /// The group's counter counts the CTAs that have committed a step.
 template <class Traits>
-class GridExchange : public AllGatherGemm<Traits> {
+class GridExchange : public Traits::template Work<Traits> {
  public:
-  using Base = AllGatherGemm<Traits>;
-  using typename Base::Element;
-  using typename Base::Gemm;
-  using typename Base::Pair;
+  using Base = typename Traits::template Work<Traits>;
+  using Gemm = typename Traits::Gemm;
+  using Operand = typename Traits::Operand;
 
   /// exchange: [2, groups * tile_rows, kOperandStride] of the direction, zero on entry.
-  FUSEDRNN_DEVICE GridExchange(const PersistentParams& params, Element* exchange,
+  FUSEDRNN_DEVICE GridExchange(const PersistentParams& params, typename Traits::Element* exchange,
                                unsigned char* memory)
       : Base(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)),
-        operands_(exchange + this->first_row * Traits::kOperandStride),
+        operands_(reinterpret_cast<Operand*>(exchange) + this->first_row * Traits::kOperandStride),
         buffer_stride_(gridDim.y * params.tile_rows * Traits::kOperandStride),
         arrivals_(params.arrivals + this->direction * gridDim.y + blockIdx.y) {}
 
   template <int kParts>
-  FUSEDRNN_DEVICE void store(int k, int, const Pair& p, const float (&values)[kParts]) const {
+  FUSEDRNN_DEVICE void store(int k, int chunk,
+                             const float (&values)[Traits::kPairs][kParts]) const {
     if (k == this->params_.steps) return;
-    Element* const row = buffer(k) + p.tile_row * Traits::kOperandStride + this->first_unit;
-    if (p.exists) this->store_operands(row, values);
+    unroll<Traits::kPairs>([&](auto i) {
+      const Pair p = this->pair(chunk, i);
+      Operand* const row = buffer(k) + p.tile_row * Traits::kOperandStride;
+      if (!this->exists(p)) return;
+      store_operands<Traits>(this->first_unit + p.unit, values[i],
+                             [&](int at) { return row + at; });
+    });
   }
-  /// The CTA arrives once for all chunks in a step.
+  /// The CTA arrives once for all chunks in a step. Orders a chunk's stores before later loads, and
+  /// its reads before the next GEMM's partial sums. Nothing follows the last step's last chunk.
   FUSEDRNN_DEVICE void commit(const Gemm&, int k, int chunk) const {
     const bool is_last = chunk + 1 == this->chunks();
-    this->sync_chunk(k, is_last);
+    if (!is_last || k < this->params_.steps) sync_cta();
     if (is_last && threadIdx.x == 0) add_release(arrivals_, 1);
   }
-  FUSEDRNN_DEVICE void wait(const Gemm& gemm, int k, int chunk) const {
-    if (chunk == 0) {
-      if (threadIdx.x == 0) {
-        while (load_acquire(arrivals_) < uint32_t(k + 1) * gridDim.x) pause();
-      }
-      sync_cta();
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const {
+    if (chunk > 0) return;
+    if (threadIdx.x == 0) {
+      while (load_acquire(arrivals_) < uint32_t(k + 1) * gridDim.x) pause();
     }
-    this->template multiply<GlobalOperand<Element>, Traits::kOperandStride>(
-        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride);
+    sync_cta();
+  }
+  FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int chunk,
+                                float (&results)[Traits::kPairs][Traits::kResults]) {
+    this->template multiply_rows<GlobalOperand>(
+        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride,
+        Traits::kOperandStride, results);
   }
 
  private:
-  FUSEDRNN_DEVICE Element* buffer(int k) const { return operands_ + k % 2 * buffer_stride_; }
+  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + k % 2 * buffer_stride_; }
 
-  Element* operands_;
+  Operand* operands_;
   int buffer_stride_;
   uint32_t* arrivals_;
 };

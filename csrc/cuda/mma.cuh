@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../target.h"
-#include "ptx.cuh"
+#include "approximations.cuh"
 
 namespace fusedrnn::cuda {
 
@@ -13,21 +13,49 @@ using scalar::unroll;
 
 constexpr int kWarp = 32;
 
-/// Where a GEMM loads B: rows `stride` apart, aligned to 16 bytes.
+/// Elements in 16 bytes, which one load takes.
+template <class Element>
+constexpr int kPerWords = 16 / int(sizeof(Element));
+
+/// Where an operand lies in shared memory, in rows `stride` elements apart.
+///
+/// The 16-byte parts of a row change places by the row. A warp's loads for an mma use all banks,
+/// and so do its stores of eight units and four rows.
+template <class Element>
+FUSEDRNN_INLINE constexpr int operand_offset(int row, int k, int stride) {
+  constexpr int n = kPerWords<Element>;
+  return row * stride + (k / n ^ row / 2 % 4) * n + k % n;
+}
+
+/// Where a GEMM loads B, aligned to 16 bytes. lane(r, q): the q-th 16 bytes of row r, where q < 4.
+/// The same lane's next parts are 64 bytes apart, and its next rows 8 `stride`.
 template <class Element>
 struct SharedOperand {
   const Element* data;
   int stride;
   FUSEDRNN_DEVICE Words load(int row, int k) const {
-    return *reinterpret_cast<const Words*>(data + row * stride + k);
+    return *reinterpret_cast<const Words*>(data + operand_offset<Element>(row, k, stride));
   }
+  FUSEDRNN_DEVICE const Element* lane(int r, int q) const {
+    return data + operand_offset<Element>(r, q * kPerWords<Element>, stride);
+  }
+  static FUSEDRNN_DEVICE Words load(const Element* p) { return *reinterpret_cast<const Words*>(p); }
 };
 template <class Element>
 struct GlobalOperand {
   const Element* data;
   int stride;
   FUSEDRNN_DEVICE Words load(int row, int k) const { return load_cg(data + row * stride + k); }
+  FUSEDRNN_DEVICE const Element* lane(int r, int q) const {
+    return data + r * stride + q * kPerWords<Element>;
+  }
+  static FUSEDRNN_DEVICE Words load(const Element* p) { return load_cg(p); }
 };
+
+/// The activations behind a GEMM by tensor cores.
+template <class Element>
+using TensorCoreActivations =
+    std::conditional_t<std::is_same_v<Element, BFloat16>, RoughActivations, ApproximateActivations>;
 
 /// A type's mma: K = 16 for the half types, 8 for TF32.
 template <class Element>
@@ -45,23 +73,22 @@ template <class Element_, int kTiles_, int kK_>
 class TensorCoreGemm {
  public:
   using Element = Element_;
+  using Activations = TensorCoreActivations<Element>;
   static constexpr int kTiles = kTiles_, kK = kK_;
   static constexpr int kScratchFloats = 0;        ///< per warp, for multiply()
   static constexpr int kLoadScratchBytes = 1024;  ///< per warp, for load()
 
-  /// Reads A from weight.at(row, k). Weight::kContiguousK: neighbours in k, not in row, are
-  /// neighbours in memory.
-  template <class Weight>
-  FUSEDRNN_DEVICE void load(const Weight& weight, void* scratch) {
+  /// Reads A from row(i).at(k), whose neighbours in i are neighbours in memory.
+  template <class Row>
+  FUSEDRNN_DEVICE void load(const Row& row, int first_k, void* scratch) {
     const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
     Element* const tile = static_cast<Element*>(scratch);  // [16, kPairK]
     unroll<kTiles>([&](auto m) {
       unroll<kPairs>([&](auto j) {
 #pragma unroll 8
         for (int i = lane; i < 16 * kPairK; i += kWarp) {
-          const int row = Weight::kContiguousK ? i / kPairK : i % 16;
-          const int k = Weight::kContiguousK ? i % kPairK : i / 16;
-          tile[row * kPairK + k] = weight.at(16 * m + row, j * kPairK + k);
+          const int k = i / 16;
+          tile[i % 16 * kPairK + k] = row(16 * m + i % 16).at(first_k + j * kPairK + k);
         }
         sync_warp();
         unroll<2>([&](auto s) {
@@ -137,23 +164,187 @@ class TensorCoreGemm {
   uint32_t a_[kTiles][kPairs][2][4];
 };
 
+/// How a lane reads a row of weights: 16 bytes at a time where all rows are aligned.
+template <class Element>
+class WeightRow {
+ public:
+  /// `row`: null for zeros. `end`: the row's elements.
+  FUSEDRNN_DEVICE WeightRow(const Element* row, int end, bool is_aligned)
+      : row_(row), end_(row ? end : 0), is_aligned_(is_aligned) {}
+
+  /// Elements [k, k + count), zeros past the end. is_aligned implies an end divisible by
+  /// kPerWords.
+  template <int count>
+  FUSEDRNN_DEVICE void load(int k, Element (&to)[count]) const {
+    constexpr int n = kPerWords<Element>;
+    static_assert(count % n == 0);
+    if (is_aligned_) {
+      unroll<count / n>([&](auto i) {
+        const Words w =
+            k + i * n < end_ ? *reinterpret_cast<const Words*>(row_ + k + i * n) : Words{};
+        __builtin_memcpy(&to[i * n], &w, sizeof(w));
+      });
+    } else {
+      unroll<count>([&](auto i) { to[i] = k + i < end_ ? row_[k + i] : Element{}; });
+    }
+  }
+
+ private:
+  const Element* row_;
+  int end_;
+  bool is_aligned_;
+};
+
+/// By tensor cores, with results that stay in the lanes' fragments.
+///
+/// A has kRowGroups groups of eight rows. With lane = 4 r + q, the lane gets row r of each group
+/// for B's rows 2 q and 2 q + 1. A sum over k may take any order. This order puts a lane's operands
+/// for two mma next to each other, 16 bytes, in memory too.
+///
+/// Operand is the type that tensor cores multiply, Element that of the weights in memory. TF32 and
+/// float16 have the same mantissa: where B is at most 1, float32 weights become float16, each row
+/// scaled by a power of two.
+template <class Operand_, class Element_, int kRowGroups_, int kK_>
+class FragmentGemm {
+ public:
+  using Operand = Operand_;
+  using Element = Element_;
+  using Activations = TensorCoreActivations<Operand>;
+  static constexpr int kRowGroups = kRowGroups_, kK = kK_;
+  static constexpr int kTiles = (kRowGroups + 1) / 2;
+  static constexpr bool kScaled = sizeof(Element) == 4 && sizeof(Operand) == 2;
+
+  /// row(group): the lane's row as a WeightRow. first_k: of the warp.
+  template <class Row>
+  FUSEDRNN_DEVICE void load(const Row& row, int first_k) {
+    const int q = threadIdx.x % 4;
+    unroll<2 * kTiles>([&](auto group) {
+      if constexpr (group < kRowGroups) {
+        const WeightRow<Element> weights = row(group);
+        if constexpr (kScaled) {
+          load_scaled(weights, first_k, group);
+        } else {
+          unroll<kPairs>([&](auto j) {
+            Element values[kPerWords<Element>];
+            weights.load(first_k + j * kPairK + q * kPerWords<Element>, values);
+            if constexpr (sizeof(Element) == 4) {
+              unroll<4>([&](auto i) { values[i] = scalar::bit_cast<float>(tf32_of(values[i])); });
+            }
+            set(group, j, scalar::bit_cast<Words>(values));
+          });
+        }
+      } else {
+        unroll<kPairs>([&](auto j) { set(group, j, Words{}); });
+      }
+    });
+  }
+
+  /// Rounds a value to B's type.
+  static FUSEDRNN_DEVICE void set_operand(Operand& to, float value) {
+    if constexpr (sizeof(Operand) == 4) {
+      to = scalar::bit_cast<float>(tf32_of(value));
+    } else {
+      round_to(to, kScaled ? value * kOperandScale : value);
+    }
+  }
+
+  /// c += A B^T. c[n][group / 2][2 (group % 2) + i] is the result for B's row 8 n + 2 q + i.
+  template <int N, class B>
+  FUSEDRNN_DEVICE void accumulate(const B& b_operand, float (&c)[N][kTiles][4]) const {
+    const int lane = threadIdx.x % kWarp;
+    const Operand* const b_lane = b_operand.lane(lane / 4, lane % 4);
+    // An mma waits for the one before it in its chain. Few tiles get two chains each.
+    constexpr bool kTwoChains = N * kTiles < 3;
+    float other[kTwoChains ? N : 1][kTwoChains ? kTiles : 1][4] = {};
+    unroll<kPairs>([&](auto j) {
+      Words b[N];
+      unroll<N>([&](auto n) { b[n] = B::load(b_lane + 8 * n * b_operand.stride + j * kPairK); });
+      unroll<2>([&](auto s) {
+        unroll<kTiles>([&](auto m) {
+          unroll<N>([&](auto n) {
+            float (&sum)[4] =
+                kTwoChains && s ? other[kTwoChains ? n : 0][kTwoChains ? m : 0] : c[n][m];
+            mma<Operand>(sum, a_[m][j][s], b[n].word[2 * s], b[n].word[2 * s + 1]);
+          });
+        });
+      });
+    });
+    if constexpr (kTwoChains) {
+      unroll<N>([&](auto n) {
+        unroll<kTiles>([&](auto m) { unroll<4>([&](auto i) { c[n][m][i] += other[n][m][i]; }); });
+      });
+    }
+  }
+
+  /// A result from the fragments, its scales undone.
+  template <int N>
+  FUSEDRNN_DEVICE float result(const float (&c)[N][kTiles][4], int n, int group, int i) const {
+    const float value = c[n][group / 2][2 * (group % 2) + i];
+    if constexpr (kScaled) return value * unscale_[group];
+    return value;
+  }
+
+ private:
+  static constexpr int kPairK = 64 / int(sizeof(Operand));  ///< K of two mma
+  static constexpr int kPairs = kK / kPairK;
+  static_assert(kK % kPairK == 0);
+  static constexpr float kOperandScale = 16384;  ///< 1 is far from float16's smallest and largest
+  static constexpr float kLargest = 3.40282347e38f;  ///< finite
+
+  FUSEDRNN_DEVICE void set(int group, int j, const Words& w) {
+    unroll<4>([&](auto i) { a_[group / 2][j][i / 2][group % 2 + i % 2 * 2] = w.word[i]; });
+  }
+
+  /// Scales the warp's part of a row so that its largest element is from 2^14 to 2^15.
+  FUSEDRNN_DEVICE void load_scaled(const WeightRow<Element>& weights, int first_k, int group) {
+    const int q = threadIdx.x % 4;
+    float values[kPairs][8], largest = 0;
+    unroll<kPairs>([&](auto j) {
+      weights.load(first_k + j * kPairK + q * 8, values[j]);
+      unroll<8>([&](auto i) {
+        const float v = values[j][i], size = v < 0 ? -v : v;
+        largest = size > largest && size <= kLargest ? size : largest;
+      });
+    });
+    unroll<2>([&](auto i) {
+      const float other = shuffle_xor(largest, 1 << i);
+      largest = other > largest ? other : largest;
+    });
+    // Powers of two by their exponents. The largest power is 2^127.
+    const int exponent = int(scalar::bit_cast<uint32_t>(largest) >> 23);
+    const int of_scale = exponent < 14 ? 254 : 268 - exponent;
+    const float scale = scalar::bit_cast<float>(uint32_t(of_scale) << 23);
+    unscale_[group] = 1 / (scale * kOperandScale);
+    unroll<kPairs>([&](auto j) {
+      Words w;
+      unroll<4>([&](auto i) {
+        w.word[i] = pack<Operand>(values[j][2 * i] * scale, values[j][2 * i + 1] * scale);
+      });
+      set(group, j, w);
+    });
+  }
+
+  uint32_t a_[kTiles][kPairs][2][4];
+  float unscale_[kScaled ? kRowGroups : 1];
+};
+
 /// By float32 multiply-adds. A lane has one or two rows of A; if A has only 16 rows, half a row's
 /// K. B goes through scratch memory, a few rows at a time.
 template <int kTiles_, int kK_>
 class FmaGemm {
  public:
   using Element = float;
+  using Activations = scalar::ExactActivations;
   static constexpr int kTiles = kTiles_, kK = kK_;
   static constexpr int kStagedRows = 4;  ///< of B at a time
   static constexpr int kScratchFloats = kStagedRows * (kK + 4);
   static constexpr int kLoadScratchBytes = 0;
 
-  template <class Weight>
-  FUSEDRNN_DEVICE void load(const Weight& weight, void*) {
+  /// row(i): A's row i, with load() as in WeightRow.
+  template <class Row>
+  FUSEDRNN_DEVICE void load(const Row& row, int warp_k, void*) {
     unroll<kOwnRows>([&](auto i) {
-      unroll<kOwnK>([&](auto k) {
-        a_[i][k] = own_row(i) < 16 * kTiles ? weight.at(own_row(i), first_k() + k) : 0.f;
-      });
+      if (own_row(i) < 16 * kTiles) row(own_row(i)).load(warp_k + first_k(), a_[i]);
     });
   }
 
@@ -206,7 +397,7 @@ class FmaGemm {
   static FUSEDRNN_DEVICE int first_k() {
     return kLanesPerRow == 2 ? int(threadIdx.x % kWarp / 16) * kOwnK : 0;
   }
-  float a_[kOwnRows][kOwnK];
+  float a_[kOwnRows][kOwnK] = {};
 };
 
 }  // namespace fusedrnn::cuda

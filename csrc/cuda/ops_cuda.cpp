@@ -18,6 +18,7 @@ PlanProblem plan_problem(const Layer& layer, const LaunchContext& context) {
   problem.hidden_size = layer.H;
   problem.directions = layer.D;
   problem.has_projection = layer.has_projection;
+  problem.is_bounded = layer.cell.is_bounded && !layer.h0.defined();
   problem.precision = context.precision;
   problem.multiprocessors = context.multiprocessors;
   problem.requested = requested_algorithm();

@@ -10,23 +10,33 @@ template <class Cell, class Traits>
 struct PersistentBackwardKernel : Traits {
   using Element = typename Traits::Element;
   using Exchange = typename Traits::Exchange;
-  using Pair = typename Tile<Traits>::Pair;
+  using Carried = typename Traits::Carried;
+  using Activations = typename Traits::Gemm::Activations;
   PersistentBackwardParams<Element> params;
 
-  /// Indices of the values that a CTA carries. An inactive row's dh waits for its last step.
-  static constexpr int kDstate = 0, kDh = 1;
-  static constexpr int kGateK = Traits::kK / Cell::kGates;  ///< K per gate
+  /// Indices of the values that a thread carries. An inactive row's dh waits for its last step.
+  static constexpr int kDstate = 0, kDh = 1, kLength = 2;
+  static constexpr int kPairs = Traits::kPairs;
 
-  /// weight_hh as the GEMM's A. Rows: units. K: all units' gates, or the CTA's own.
-  struct Weight {
-    static constexpr bool kContiguousK = false;
-    int first_unit, first_k, first_k_unit;
+  /// A unit's column of weight_hh: a row of the GEMM's A. K: all units' gates, or the CTA's own.
+  struct WeightColumn {
+    static constexpr int kGateK = Traits::kK / Cell::kGates;  ///< K per gate
     const Element* weight_hh;
-    int H;
-    FUSEDRNN_DEVICE Element at(int row, int k) const {
-      const int unit = first_unit + row, gate = (first_k + k) / kGateK;
-      const int k_unit = first_k_unit + (first_k + k) % kGateK;
+    int H, unit, first_k_unit;
+    FUSEDRNN_DEVICE Element at(int k) const {
+      const int gate = k / kGateK, k_unit = first_k_unit + k % kGateK;
       return unit < H && k_unit < H ? weight_hh[(gate * H + k_unit) * H + unit] : Element{};
+    }
+    template <int count>
+    FUSEDRNN_DEVICE void load(int k, Element (&to)[count]) const {
+      unroll<count>([&](auto i) { to[i] = at(k + i); });
+    }
+  };
+  struct Weight {
+    const Element* weight_hh;
+    int H, first_k_unit;
+    FUSEDRNN_DEVICE WeightColumn row(int unit, int) const {
+      return {weight_hh, H, unit, first_k_unit};
     }
   };
 
@@ -39,29 +49,30 @@ struct PersistentBackwardKernel : Traits {
     float h0, state;               ///< h0: without a previous step. state: before this step
   };
 
-  FUSEDRNN_DEVICE Inputs load(const Exchange& e, const Pair& p, int i) const {
+  FUSEDRNN_DEVICE Inputs load(const Exchange& e, const Pair& p, int length, int i) const {
     const auto& tensors = params.direction[e.direction];
-    const int H = params.hidden_size, t = e.time(i);
+    const int H = params.hidden_size, unit = e.first_unit + p.unit, row = e.first_row + p.tile_row;
+    const auto is_active = [&](int step) {
+      return step >= 0 && step < params.steps && e.time(step) < length;
+    };
     Inputs in;
-    in.is_active = p.exists && e.is_active(p.row, t);
+    in.is_active = is_active(i);
     if (!in.is_active) return in;
-    in.token = e.step_offset(t) + p.row;
+    in.token = e.token(i) + p.tile_row;
     const auto load_saved = [&](float (&to)[Cell::kSaved], int64_t token) {
       unroll<Cell::kSaved>(
-          [&](auto a) { to[a] = tensors.saved[(token * Cell::kSaved + a) * H + p.unit]; });
+          [&](auto a) { to[a] = tensors.saved[(token * Cell::kSaved + a) * H + unit]; });
     };
-    const int previous = e.time(i - 1);
-    in.has_previous = e.is_active(p.row, previous);
+    in.has_previous = is_active(i - 1);
     if (in.has_previous) {
-      load_saved(in.previous, e.step_offset(previous) + p.row);
+      load_saved(in.previous, e.token(i - 1) + p.tile_row);
       in.state = in.previous[Cell::kSavedState];
     } else {
-      in.h0 = value_or_zero(tensors.h0, p.row * params.h0_stride + p.unit);
-      in.state = !Cell::kHasCellState
-                     ? in.h0
-                     : value_or_zero(tensors.c0, p.row * params.c0_stride + p.unit);
+      in.h0 = value_or_zero(tensors.h0, row * params.h0_stride + unit);
+      in.state =
+          !Cell::kHasCellState ? in.h0 : value_or_zero(tensors.c0, row * params.c0_stride + unit);
     }
-    in.dy = value_or_zero(tensors.dy, in.token * params.dy_stride + p.unit);
+    in.dy = value_or_zero(tensors.dy, in.token * params.dy_stride + unit);
     load_saved(in.saved, in.token);
     return in;
   }
@@ -71,66 +82,73 @@ struct PersistentBackwardKernel : Traits {
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
 
+    Carried carried(e.carried_memory());
     typename Traits::Gemm gemm;
-    e.template load<Weight>(gemm, tensors.weight_hh, H);
+    e.load(gemm, Weight{tensors.weight_hh, H, Traits::kOwnUnitsAlone ? e.first_unit : 0});
     for (int chunk = 0; chunk < e.chunks(); ++chunk) {
-      for (int i = 0; i < Traits::kPairs; ++i) {
+      unroll<kPairs>([&](auto i) {
         const Pair p = e.pair(chunk, i);
-        if (!p.exists) continue;
-        e.carried(p, kDstate) = value_or_zero(tensors.dc_n, p.row * H + p.unit);
-        e.carried(p, kDh) = value_or_zero(tensors.dh_n, p.row * H + p.unit);
-      }
+        const int64_t at = (e.first_row + p.tile_row) * int64_t(H) + e.first_unit + p.unit;
+        const bool exists = e.exists(p);
+        carried.at(chunk, i, kDstate) = exists ? value_or_zero(tensors.dc_n, at) : 0;
+        carried.at(chunk, i, kDh) = exists ? value_or_zero(tensors.dh_n, at) : 0;
+        carried.at(chunk, i, kLength) = scalar::bit_cast<float>(e.length(p));
+      });
     }
 
     // The n-th step from the end. The last GEMM, at n = steps, gives h0's gradient.
     for (int n = 0; n <= params.steps; ++n) {
       const int i = params.steps - 1 - n;
       for (int chunk = 0; chunk < e.chunks(); ++chunk) {
-        Inputs in[Traits::kPairs];
-        unroll<Traits::kPairs>([&](auto m) { in[m] = load(e, e.pair(chunk, m), i); });
-        if (n > 0) e.wait(gemm, n - 1, chunk);
-        float dgates[Traits::kPairs][Cell::kPreacts] = {};
-        unroll<Traits::kPairs>([&](auto m) {
-          const Pair p = e.pair(chunk, m);
-          if (n > 0 && p.exists) e.carried(p, kDh) += e.read(p, 0);
-          if (in[m].is_active) apply(e, p, in[m], dgates[m]);
-          float dhidden[Cell::kGates];
+        Inputs in[kPairs];
+        unroll<kPairs>([&](auto m) {
+          in[m] =
+              load(e, e.pair(chunk, m), scalar::bit_cast<int>(carried.at(chunk, m, kLength)), i);
+        });
+        if (n > 0) {
+          e.wait(n - 1, chunk);
+          float product[kPairs][1];
+          e.multiply(gemm, n - 1, chunk, product);
+          unroll<kPairs>([&](auto m) { carried.at(chunk, m, kDh) += product[m][0]; });
+        }
+        float dgates[kPairs][Cell::kPreacts] = {}, dhidden[kPairs][Cell::kGates];
+        unroll<kPairs>([&](auto m) {
+          if (in[m].is_active) {
+            float &dh = carried.at(chunk, m, kDh), dh_of_step = dh + in[m].dy;
+            dh = 0;
+            Cell::template backward<Activations>(in[m].saved, in[m].state, dh_of_step,
+                                                 carried.at(chunk, m, kDstate), dgates[m]);
+          }
           unroll<Cell::kGates>([&](auto g) {
             constexpr int hidden = Cell::hidden_preact[g];
-            dhidden[g] = dgates[m][hidden];
+            dhidden[m][g] = dgates[m][hidden];
           });
-          if (i >= 0) e.store(n, chunk, p, dhidden);
         });
+        if (i >= 0) e.store(n, chunk, dhidden);
         e.commit(gemm, n, chunk);
         // Other CTAs wait for the commit, not for these stores.
-        unroll<Traits::kPairs>([&](auto m) {
-          if (in[m].is_active) store(e, in[m], e.pair(chunk, m).unit, dgates[m]);
+        unroll<kPairs>([&](auto m) {
+          if (in[m].is_active) store(e, in[m], e.first_unit + e.pair(chunk, m).unit, dgates[m]);
         });
       }
     }
 
     for (int chunk = 0; chunk < e.chunks(); ++chunk) {
-      for (int i = 0; i < Traits::kPairs; ++i) {
+      unroll<kPairs>([&](auto i) {
         const Pair p = e.pair(chunk, i);
-        if (!p.exists) continue;
-        const float dstate = e.carried(p, kDstate), dh = e.carried(p, kDh);
-        tensors.dh0[p.row * H + p.unit] = !Cell::kHasCellState ? dh + dstate : dh;
-        if (tensors.dc0) tensors.dc0[p.row * H + p.unit] = dstate;
-      }
+        if (!e.exists(p)) return;
+        const int64_t at = (e.first_row + p.tile_row) * int64_t(H) + e.first_unit + p.unit;
+        const float dstate = carried.at(chunk, i, kDstate), dh = carried.at(chunk, i, kDh);
+        tensors.dh0[at] = !Cell::kHasCellState ? dh + dstate : dh;
+        if (tensors.dc0) tensors.dc0[at] = dstate;
+      });
     }
-  }
-
-  FUSEDRNN_DEVICE void apply(const Exchange& e, const Pair& p, const Inputs& in,
-                             float (&dgates)[Cell::kPreacts]) const {
-    const float dh = e.carried(p, kDh) + in.dy;
-    e.carried(p, kDh) = 0;
-    Cell::backward(in.saved, in.state, dh, e.carried(p, kDstate), dgates);
   }
 
   FUSEDRNN_DEVICE void store(const Exchange& e, const Inputs& in, int unit,
                              const float (&dgates)[Cell::kPreacts]) const {
     const auto& tensors = params.direction[e.direction];
-    const float h = in.has_previous ? Cell::output(in.previous) : in.h0;
+    const float h = in.has_previous ? Cell::template output<Activations>(in.previous) : in.h0;
     round_to(tensors.h_previous[in.token * params.hidden_size + unit], h);
     Element* const to = tensors.dgates + in.token * Cell::kPreacts * params.hidden_size + unit;
     unroll<Cell::kPreacts>([&](auto k) { round_to(to[k * params.hidden_size], dgates[k]); });

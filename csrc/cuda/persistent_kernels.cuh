@@ -15,22 +15,40 @@ struct Type {
   using type = T;
 };
 
-/// A kernel's traits, sized by its shape. Gemm<kTiles, kK> is TensorCoreGemm or FmaGemm.
+/// A forward kernel's traits by tensor cores: 8 warps.
+template <Algorithm kAlgorithm, class Cell, class Operand, class Element, bool kHalfRegisters>
+constexpr auto forward_traits() {
+  constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Operand));
+  constexpr bool is_cta = kAlgorithm == Algorithm::persistent_cta;
+  constexpr int splits = is_cta ? 1 : kAlgorithm == Algorithm::persistent_cluster ? 2 : 4;
+  constexpr int groups = 8 / splits, blocks = shape.cta_units / (8 * groups);
+  using Gemm = FragmentGemm<Operand, Element, blocks * Cell::kGates, shape.max_units / splits>;
+  using Work = FragmentTraits<Gemm, Cell::kGates, blocks, groups, splits, shape.chunk_rows, is_cta>;
+  if constexpr (is_cta) {
+    return Type<CtaTraits<Work>>{};
+  } else if constexpr (kAlgorithm == Algorithm::persistent_cluster) {
+    return Type<ClusterAllGatherTraits<Work>>{};
+  } else {
+    return Type<GridTraits<Work>>{};
+  }
+}
+
+/// The traits of a kernel whose partial sums go through shared memory. Gemm<kTiles, kK> is
+/// TensorCoreGemm or FmaGemm.
 template <Algorithm kAlgorithm, class Cell, bool kBackward, class Element, bool kHalfRegisters,
           template <int, int> class Gemm>
-constexpr auto traits_of() {
+constexpr auto partial_sum_traits() {
   constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Element));
-  // An all-gather's sizes.
-  constexpr int tiles = kBackward ? 1 : Cell::kGates;
-  constexpr int k = shape.warp_units * (kBackward ? Cell::kGates : 1);
+  constexpr int results = kBackward ? 1 : Cell::kGates;
+  constexpr int parts = kBackward ? Cell::kGates : 1;  // of K
   if constexpr (kAlgorithm == Algorithm::persistent_cta) {
-    return Type<CtaTraits<Gemm<tiles, k>, shape.unit_blocks, shape.chunk_rows>>{};
+    using G = Gemm<results, shape.max_units * parts>;
+    return Type<CtaTraits<PartialSumTraits<G, shape.cta_units / 16, 1, shape.chunk_rows, true>>>{};
   } else if constexpr (kAlgorithm == Algorithm::persistent_grid) {
-    return Type<GridTraits<Gemm<tiles, k>, shape.k_splits, shape.chunk_rows>>{};
-  } else if constexpr (!kBackward) {
-    return Type<ClusterAllGatherTraits<Gemm<tiles, k>, shape.k_splits, shape.chunk_rows>>{};
+    using G = Gemm<results, shape.max_units / 8 * parts>;
+    return Type<GridTraits<PartialSumTraits<G, 1, 8, shape.chunk_rows, false>>>{};
   } else {
-    constexpr int warp_tiles = shape.max_units() / (8 * 16);  // 8 warps have all units
+    constexpr int warp_tiles = shape.max_units / (8 * 16);  // 8 warps have all units
     using ScatterGemm = Gemm<warp_tiles, Cell::kGates * kWarp>;
     return Type<ClusterReduceScatterTraits<ScatterGemm, shape.chunk_rows>>{};
   }
@@ -41,6 +59,47 @@ struct TensorCore {
   template <int kTiles, int kK>
   using Gemm = TensorCoreGemm<Element, kTiles, kK>;
 };
+
+/// Calls f(Type<Traits>) for a plan's kernel by tensor cores; returns -1 where there is none.
+template <class Cell, class Operand, class Element, bool kBackward, class F>
+int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
+  const auto call = [&](auto algorithm, auto half_registers) {
+    if constexpr (kBackward) {
+      return f(partial_sum_traits<algorithm, Cell, true, Element, half_registers,
+                                  TensorCore<Element>::template Gemm>());
+    } else {
+      return f(forward_traits<algorithm, Cell, Operand, Element, half_registers>());
+    }
+  };
+  const auto either = [&](auto algorithm) {
+    return plan.half_registers ? call(algorithm, std::true_type{})
+                               : call(algorithm, std::false_type{});
+  };
+  switch (plan.algorithm) {
+    case Algorithm::persistent_cta:
+      return call(std::integral_constant<Algorithm, Algorithm::persistent_cta>{},
+                  std::false_type{});
+    case Algorithm::persistent_grid:
+      return either(std::integral_constant<Algorithm, Algorithm::persistent_grid>{});
+    case Algorithm::persistent_cluster:
+      return either(std::integral_constant<Algorithm, Algorithm::persistent_cluster>{});
+    default:
+      return -1;
+  }
+}
+
+/// The same for kernels by float32 multiply-adds. Clusters are for tensor cores.
+template <class Cell, bool kBackward, class F>
+int visit_fma_traits(const LaunchPlan& plan, const F& f) {
+  constexpr Algorithm cta = Algorithm::persistent_cta, grid = Algorithm::persistent_grid;
+  if (plan.algorithm == cta) {
+    return f(partial_sum_traits<cta, Cell, kBackward, float, false, FmaGemm>());
+  }
+  if (plan.algorithm != grid) return -1;
+  return plan.half_registers
+             ? f(partial_sum_traits<grid, Cell, kBackward, float, true, FmaGemm>())
+             : f(partial_sum_traits<grid, Cell, kBackward, float, false, FmaGemm>());
+}
 
 /// Calls f(Type<Kernel>) for a plan's kernel; returns -1 where there is none.
 template <class Cell, class Element, bool kBackward, class F>
@@ -53,37 +112,15 @@ int visit_kernel(const LaunchPlan& plan, const F& f) {
       return f(Type<PersistentForwardKernel<Cell, Traits>>{});
     }
   };
-#define FUSEDRNN_TRAITS(algorithm, half_registers, gemm) \
-  traits_of<Algorithm::algorithm, Cell, kBackward, Element, half_registers, gemm>()
   if constexpr (sizeof(Element) == 4) {
-    if (plan.precision == Precision::ieee) {
-      switch (plan.algorithm) {
-        case Algorithm::persistent_cta:
-          return call(FUSEDRNN_TRAITS(persistent_cta, false, FmaGemm));
-        case Algorithm::persistent_grid:
-          return plan.half_registers ? call(FUSEDRNN_TRAITS(persistent_grid, true, FmaGemm))
-                                     : call(FUSEDRNN_TRAITS(persistent_grid, false, FmaGemm));
-        default:
-          return -1;  // clusters are for tensor cores
+    if (plan.precision == Precision::ieee) return visit_fma_traits<Cell, kBackward>(plan, call);
+    if constexpr (Cell::kIsBounded && !kBackward) {
+      if (plan.half_operands) {
+        return visit_tensor_core_traits<Cell, Float16, Element, kBackward>(plan, call);
       }
     }
   }
-  using Tensor = TensorCore<Element>;
-  switch (plan.algorithm) {
-    case Algorithm::persistent_cta:
-      return call(FUSEDRNN_TRAITS(persistent_cta, false, Tensor::template Gemm));
-    case Algorithm::persistent_grid:
-      return plan.half_registers
-                 ? call(FUSEDRNN_TRAITS(persistent_grid, true, Tensor::template Gemm))
-                 : call(FUSEDRNN_TRAITS(persistent_grid, false, Tensor::template Gemm));
-    case Algorithm::persistent_cluster:
-      return plan.half_registers
-                 ? call(FUSEDRNN_TRAITS(persistent_cluster, true, Tensor::template Gemm))
-                 : call(FUSEDRNN_TRAITS(persistent_cluster, false, Tensor::template Gemm));
-    default:
-      return -1;
-  }
-#undef FUSEDRNN_TRAITS
+  return visit_tensor_core_traits<Cell, Element, Element, kBackward>(plan, call);
 }
 
 template <class Kernel>

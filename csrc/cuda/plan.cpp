@@ -40,38 +40,49 @@ bool can_count(const PlanProblem& p) {
 
 /// One CTA per tile of 8 rows: any number of tiles, no exchange between CTAs.
 /// Example: H = 100, B = 20 in bfloat16 are 3 CTAs; H = 129 does not fit one CTA's registers.
-LaunchPlan plan_cta(const PlanProblem& p, int64_t element_bytes) {
-  const KernelShape shape = kernel_shape(Algorithm::persistent_cta, false, element_bytes);
-  if (p.hidden_size > shape.max_units()) return {};
-  return {
-      Algorithm::persistent_cta, p.precision,      false, 1, divide_up(p.rows, shape.chunk_rows),
-      shape.chunk_rows,          shape.max_units()};
+LaunchPlan plan_cta(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes) {
+  constexpr Algorithm cta = Algorithm::persistent_cta;
+  const KernelShape shape = kernel_shape(cta, false, operand_bytes);
+  if (p.hidden_size > shape.max_units) return {};
+  LaunchPlan plan = stepwise;
+  plan.algorithm = cta;
+  plan.ctas = 1;
+  plan.groups = divide_up(p.rows, shape.chunk_rows);
+  plan.tile_rows = shape.chunk_rows;
+  plan.max_units = shape.max_units;
+  return plan;
 }
 
 /// Whether half the registers hold the layer's weights.
 /// Example: the grid's kernels have room for 1024 bfloat16 units, or 512 with half the registers.
 /// H = 512 takes the latter, whose GEMM has half the K.
-bool fits_half_registers(Algorithm algorithm, int64_t hidden_size, int64_t element_bytes) {
-  return hidden_size <= kernel_shape(algorithm, true, element_bytes).max_units();
+bool fits_half_registers(Algorithm algorithm, int64_t hidden_size, int64_t operand_bytes) {
+  return hidden_size <= kernel_shape(algorithm, true, operand_bytes).max_units;
 }
 
 /// Groups of CTAs with 16 units each. All CTAs of the launch must be resident, one on each
 /// multiprocessor. As many groups run as find room; a tile has at least 16 rows.
 /// Example: H = 512, B = 100, one direction, 132 multiprocessors. A group is 32 CTAs. 4 groups fit,
 /// and each gets 25 rows, rounded up to a tile of 32.
-LaunchPlan plan_grid(const PlanProblem& p, int64_t element_bytes) {
+LaunchPlan plan_grid(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes) {
   constexpr Algorithm grid = Algorithm::persistent_grid;
-  const bool half = fits_half_registers(grid, p.hidden_size, element_bytes);
-  const KernelShape shape = kernel_shape(grid, half, element_bytes);
-  if (p.hidden_size > shape.max_units()) return {};
-  const int64_t ctas = divide_up(p.hidden_size, shape.cta_units());
+  const bool half = fits_half_registers(grid, p.hidden_size, operand_bytes);
+  const KernelShape shape = kernel_shape(grid, half, operand_bytes);
+  if (p.hidden_size > shape.max_units) return {};
+  const int64_t ctas = divide_up(p.hidden_size, shape.cta_units);
   const int64_t max_groups =
       std::min(divide_up(p.rows, shape.chunk_rows), p.multiprocessors / (p.directions * ctas));
   if (max_groups == 0) return {};
   const int64_t tile_rows = round_up(divide_up(p.rows, max_groups), shape.chunk_rows);
   if (tile_rows > kMaxGridTileRows) return {};
-  return {grid,      p.precision,      half, ctas, divide_up(p.rows, tile_rows),
-          tile_rows, shape.max_units()};
+  LaunchPlan plan = stepwise;
+  plan.algorithm = grid;
+  plan.half_registers = half;
+  plan.ctas = ctas;
+  plan.groups = divide_up(p.rows, tile_rows);
+  plan.tile_rows = tile_rows;
+  plan.max_units = shape.max_units;
+  return plan;
 }
 
 /// Clusters of CTAs with 32 units each. Every device with clusters runs 8 CTAs in one, some run 16.
@@ -80,17 +91,22 @@ LaunchPlan plan_grid(const PlanProblem& p, int64_t element_bytes) {
 /// Example: H = 256 is 8 CTAs and a tile of up to 64 rows. If 16 clusters are active at once,
 /// B = 70 in one direction is divided into 9 tiles of 8 rows.
 template <class ActiveClusters>
-LaunchPlan plan_cluster(const PlanProblem& p, int64_t element_bytes,
+LaunchPlan plan_cluster(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes,
                         const ActiveClusters& active_clusters) {
   constexpr Algorithm cluster = Algorithm::persistent_cluster;
-  const bool half = fits_half_registers(cluster, p.hidden_size, element_bytes);
-  const KernelShape shape = kernel_shape(cluster, half, element_bytes);
-  if (p.hidden_size > shape.max_units()) return {};
+  const bool half = fits_half_registers(cluster, p.hidden_size, operand_bytes);
+  const KernelShape shape = kernel_shape(cluster, half, operand_bytes);
+  if (p.hidden_size > shape.max_units) return {};
   // PTX defines st.async only between different CTAs: at least two.
-  const int64_t ctas = std::max<int64_t>(2, divide_up(p.hidden_size, shape.cta_units()));
+  const int64_t ctas = std::max<int64_t>(2, divide_up(p.hidden_size, shape.cta_units));
   const int64_t max_rows = ctas > 8 ? 32 : 64;
-  LaunchPlan plan{cluster,  p.precision,      half, ctas, divide_up(p.rows, max_rows),
-                  max_rows, shape.max_units()};
+  LaunchPlan plan = stepwise;
+  plan.algorithm = cluster;
+  plan.half_registers = half;
+  plan.ctas = ctas;
+  plan.groups = divide_up(p.rows, max_rows);
+  plan.tile_rows = max_rows;
+  plan.max_units = shape.max_units;
   const int64_t active = active_clusters(plan);
   if (active == 0) return {};
   const int64_t groups = std::max<int64_t>(1, active / p.directions);
@@ -105,16 +121,16 @@ LaunchPlan plan_cluster(const PlanProblem& p, int64_t element_bytes,
 /// One CTA is best wherever the weights fit it. Example: H = 64 in float32 runs in one CTA, H = 65
 /// in a grid. Clusters run only on request, until a GPU has shown their gain over the grid.
 template <class ActiveClusters>
-LaunchPlan plan_persistent(const PlanProblem& p, int64_t element_bytes,
+LaunchPlan plan_persistent(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes,
                            const ActiveClusters& active_clusters) {
   if (p.has_projection || !can_count(p)) return {};
-  if (p.requested == Algorithm::persistent_cta) return plan_cta(p, element_bytes);
-  if (p.requested == Algorithm::persistent_grid) return plan_grid(p, element_bytes);
+  if (p.requested == Algorithm::persistent_cta) return plan_cta(p, stepwise, operand_bytes);
+  if (p.requested == Algorithm::persistent_grid) return plan_grid(p, stepwise, operand_bytes);
   if (p.requested == Algorithm::persistent_cluster) {
-    return plan_cluster(p, element_bytes, active_clusters);
+    return plan_cluster(p, stepwise, operand_bytes, active_clusters);
   }
-  const LaunchPlan plan = plan_cta(p, element_bytes);
-  return plan.algorithm == Algorithm::persistent_cta ? plan : plan_grid(p, element_bytes);
+  const LaunchPlan plan = plan_cta(p, stepwise, operand_bytes);
+  return plan.algorithm == Algorithm::persistent_cta ? plan : plan_grid(p, stepwise, operand_bytes);
 }
 
 template <class Element>
@@ -138,11 +154,16 @@ template <class Element>
 
 template <class Element, class ActiveClusters>
 LaunchPlan plan(const PlanProblem& p, const PersistentKernels<Element>* kernels,
-                const ActiveClusters& active_clusters) {
+                bool may_have_half_operands, const ActiveClusters& active_clusters) {
   if (p.requested == Algorithm::stepwise || p.rows == 0) return {};
   if (!p.requested && p.steps <= kFewSteps) return {};
+  LaunchPlan stepwise;
+  stepwise.precision = p.precision;
+  stepwise.half_operands = may_have_half_operands && p.is_bounded && sizeof(Element) == 4 &&
+                           p.precision == Precision::tf32;
+  const int64_t operand_bytes = stepwise.half_operands ? 2 : sizeof(Element);
   const LaunchPlan plan =
-      kernels ? plan_persistent(p, sizeof(Element), active_clusters) : LaunchPlan{};
+      kernels ? plan_persistent(p, stepwise, operand_bytes, active_clusters) : LaunchPlan{};
   if (p.requested && plan.algorithm != *p.requested) refuse<Element>(p);
   return plan;
 }
@@ -164,11 +185,13 @@ std::optional<Algorithm> requested_algorithm() {
 
 template <class Element>
 LaunchPlan plan_forward(const PlanProblem& problem, const PersistentKernels<Element>* kernels) {
-  return plan(problem, kernels, [&](const LaunchPlan& p) { return kernels->forward_clusters(p); });
+  return plan(problem, kernels, true,
+              [&](const LaunchPlan& p) { return kernels->forward_clusters(p); });
 }
 template <class Element>
 LaunchPlan plan_backward(const PlanProblem& problem, const PersistentKernels<Element>* kernels) {
-  return plan(problem, kernels, [&](const LaunchPlan& p) { return kernels->backward_clusters(p); });
+  return plan(problem, kernels, false,
+              [&](const LaunchPlan& p) { return kernels->backward_clusters(p); });
 }
 
 template <class Element>

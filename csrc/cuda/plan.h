@@ -27,6 +27,7 @@ struct LaunchPlan {
   Algorithm algorithm = Algorithm::stepwise;
   Precision precision = Precision::ieee;
   bool half_registers = false;  ///< half the registers hold all weights, so a step is shorter
+  bool half_operands = false;   ///< TF32's products from float16 operands (mma.cuh)
   int64_t ctas = 0;             ///< per group
   int64_t groups = 0;           ///< per direction
   int64_t tile_rows = 0;        ///< batch rows per group
@@ -37,6 +38,7 @@ struct LaunchPlan {
 struct PlanProblem {
   int64_t steps = 0, rows = 0, hidden_size = 0, directions = 0;
   bool has_projection = false;
+  bool is_bounded = false;  ///< |h| is at most 1 in all steps
   Precision precision = Precision::ieee;
   int64_t multiprocessors = 0;
   std::optional<Algorithm> requested = {};  ///< by name: it runs or is an error
@@ -63,13 +65,11 @@ void check_fallback(const LaunchPlan& plan, const PlanProblem& problem);
 
 // ---- kernel shapes ------------------------------------------------------------------------------
 
-/// A persistent kernel's compile-time sizes. A CTA has `unit_blocks` blocks of 16 hidden units. For
-/// each block it has `k_splits` warps that share K. A warp's part is `warp_units` units.
+/// A persistent kernel's compile-time sizes, which follow from the bytes of an operand.
 struct KernelShape {
-  int unit_blocks, k_splits, warp_units;
+  int cta_units;   ///< hidden units per CTA
+  int max_units;   ///< of the layer
   int chunk_rows;  ///< batch rows per GEMM
-  constexpr int cta_units() const { return 16 * unit_blocks; }
-  constexpr int max_units() const { return k_splits * warp_units; }
 };
 
 /// A thread's weights fill 128 registers, or 64 with `half_registers`.
@@ -77,15 +77,12 @@ struct KernelShape {
 /// Example: an LSTM's 128 bfloat16 units in one CTA have 4 * 128 * 128 weights, 128 KB. Its 256
 /// threads hold 128 registers of 4 bytes each.
 constexpr KernelShape kernel_shape(Algorithm algorithm, bool half_registers,
-                                   int64_t element_bytes) {
-  const int warp_units = element_bytes == 2 ? 128 : 64;
-  if (algorithm == Algorithm::persistent_cta) return {warp_units / 16, 1, warp_units, 8};
-  const int units = half_registers ? warp_units / 2 : warp_units;
-  // Each CTA of a cluster owns 32 hidden units. K is split over four warps, so a warp holds as many
-  // weights as in the single-CTA kernel. With few rows a GEMM, more clusters find room, and each is
-  // done sooner.
-  return algorithm == Algorithm::persistent_grid ? KernelShape{1, 8, units, 16}
-                                                 : KernelShape{2, 4, units, 8};
+                                   int64_t operand_bytes) {
+  const int units = (operand_bytes == 2 ? 128 : 64) / (half_registers ? 2 : 1);
+  if (algorithm == Algorithm::persistent_cta) return {units, units, 8};
+  // With few rows a GEMM, more clusters find room, and each is done sooner.
+  return algorithm == Algorithm::persistent_grid ? KernelShape{16, 8 * units, 16}
+                                                 : KernelShape{32, 4 * units, 8};
 }
 
 }  // namespace fusedrnn::cuda
