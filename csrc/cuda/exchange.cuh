@@ -7,7 +7,7 @@
 //   store(k, chunk, values)            the pairs' operands for the k-th GEMM: h or gate gradients
 //   commit(gemm, k, chunk)             publishes a chunk whose stores are all done
 //   wait(k, chunk)                     waits for a chunk's operands for the k-th GEMM
-//   multiply(gemm, k, chunk, results)  the GEMM: the pairs' results
+//   multiply(gemm, k, chunk, results)  the GEMM: adds to the pairs' results
 //
 // The first GEMM is k = 0. Stores for k = steps are never read. The exchange is double-buffered by
 // k % 2. Waiting for step k - 1 proves that every CTA has finished reading step k - 2, so its
@@ -61,6 +61,31 @@ class Carried<kPairs, kThreads, true> {
   float values_[kPairs][kCarried];
 };
 
+/// p + count * size, one multiply-add.
+template <class T>
+FUSEDRNN_DEVICE T* advance(T* p, unsigned count, unsigned size = 1) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t(count) * (size * sizeof(T)));
+}
+
+/// The element of a thread's first pair in an array of tokens [N, stride].
+template <class T>
+class TokenPlace {
+ public:
+  /// p: null for an array that nobody uses. offset: of the element from its tile's first token.
+  FUSEDRNN_DEVICE TokenPlace(T* p, int64_t offset, int64_t stride)
+      : p_(kept(p ? p + offset : nullptr)), bytes_(kept(unsigned(stride * sizeof(T)))) {}
+  /// In the tile that begins with `token`.
+  FUSEDRNN_DEVICE T* at(int token) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p_) + uint64_t(unsigned(token)) * bytes_);
+  }
+
+ private:
+  T* p_;
+  unsigned bytes_;  ///< a token
+};
+
 /// A batch row and a hidden unit that one thread works on.
 struct Pair {
   int chunk_row, tile_row;  ///< the row's index in its chunk and in the tile
@@ -77,29 +102,33 @@ class Tile {
       : params_(params),
         direction(blockIdx.z),
         first_row(blockIdx.y * params.tile_rows),
-        first_unit(blockIdx.x * Traits::kUnits) {}
+        first_unit(blockIdx.x * Traits::kUnits),
+        rows_(kept(params.rows - first_row < params.tile_rows ? params.rows - first_row
+                                                              : params.tile_rows)) {}
 
+  static FUSEDRNN_DEVICE int tile_rows(const PersistentParams& params) {
+    return Traits::kOneChunk ? Traits::kChunkRows : params.tile_rows;
+  }
   /// The chunks that have batch rows.
   FUSEDRNN_DEVICE int chunks() const {
-    if constexpr (Traits::kOneChunk) return 1;
-    const int rows = params_.rows - first_row;
-    return ((rows < params_.tile_rows ? rows : params_.tile_rows) + Traits::kChunkRows - 1) /
-           Traits::kChunkRows;
+    return Traits::kOneChunk ? 1 : (rows_ + Traits::kChunkRows - 1) / Traits::kChunkRows;
   }
   FUSEDRNN_DEVICE int rows_of(int chunk) const {
-    const int rows = params_.rows - first_row - chunk * Traits::kChunkRows;
+    const int rows = rows_ - chunk * Traits::kChunkRows;
     return rows < Traits::kChunkRows ? rows : Traits::kChunkRows;
   }
   FUSEDRNN_DEVICE bool exists(const Pair& p) const {
-    return p.is_owned && first_row + p.tile_row < params_.rows &&
-           first_unit + p.unit < params_.hidden_size;
+    return p.is_owned && p.tile_row < rows_ && first_unit + p.unit < params_.hidden_size;
   }
 
   /// A pair's row is active in the steps before this time; in none if the pair does not exist.
   FUSEDRNN_DEVICE int length(const Pair& p) const {
     if (!exists(p)) return 0;
     const int row = first_row + p.tile_row;
-    if (params_.lengths) return int(params_.lengths[row]);
+    if (params_.lengths) {
+      const int64_t length = params_.lengths[row];
+      return length < 0 ? 0 : length < params_.steps ? int(length) : params_.steps;
+    }
     if (!params_.step_offset) return params_.steps;
     int active = 0, inactive = params_.steps;  // batch sizes never increase: a binary search
     while (active < inactive) {
@@ -114,10 +143,10 @@ class Tile {
   }
   /// The time of this direction's i-th step.
   FUSEDRNN_DEVICE int time(int i) const { return direction ? params_.steps - 1 - i : i; }
-  /// The tile's first token in the i-th step; of an existing step's row 0 if there is none.
-  FUSEDRNN_DEVICE int64_t token(int i) const {
-    const int last = params_.steps - 1, t = time(i < 0 ? 0 : i > last ? last : i);
-    return (params_.step_offset ? params_.step_offset[t] : int64_t(t) * params_.rows) + first_row;
+  /// The tile's first token in the i-th step; any number if there is no such step.
+  FUSEDRNN_DEVICE int token(int i) const {
+    if (!params_.step_offset) return time(i) * params_.rows + first_row;
+    return i < 0 || i >= params_.steps ? 0 : int(params_.step_offset[time(i)]) + first_row;
   }
 
  protected:
@@ -125,6 +154,9 @@ class Tile {
 
  public:
   const int direction, first_row, first_unit;
+
+ private:
+  int rows_;  ///< of the tile, in the batch
 };
 
 /// Elements between rows of `k` operands in shared memory: an odd multiple of 64 bytes. Rows then
@@ -142,6 +174,9 @@ constexpr int operand_stride(int k) {
 /// A CTA has kGroups groups of 8 kBlocks units. Each group has kSplits warps that share K (split-K)
 /// and trade their sums. A unit's kResults rows of A are in different row groups, so one lane gets
 /// them all. A lane's fragments have the pairs of its units and of two rows in each eight.
+///
+/// A tile of 4 / kBlocks rows or less (kFewRows) leaves columns of B free. They repeat its rows, so
+/// that each of a row's four lanes gets another pair, instead of one lane all.
 template <class Gemm_, int kResults_, int kBlocks_, int kGroups_, int kSplits_, int kChunkRows_,
           bool kOneChunk_>
 struct FragmentTraits {
@@ -154,11 +189,14 @@ struct FragmentTraits {
   static constexpr int kThreads = kWarp * kGroups * kSplits;
   static constexpr int kUnits = 8 * kBlocks * kGroups;
   static constexpr int kK = kSplits * Gemm::kK;
-  static constexpr int kFragmentPairs = kBlocks * 2 * (kChunkRows / 8);
-  static constexpr int kPairs = kFragmentPairs < kSplits ? 1 : kFragmentPairs / kSplits;
-  static constexpr int kThreadUnits = kSplits == 1 ? kBlocks : 1;  ///< that a thread works on
-  static_assert(Gemm::kRowGroups == kBlocks * kResults && kChunkRows % 8 == 0);
-  static_assert(kSplits == 1 || kBlocks == 1);
+  static constexpr bool kFewRows = kChunkRows < 8;
+  static constexpr int kRowTiles = kFewRows ? 1 : kChunkRows / 8;
+  static constexpr int kFragmentPairs = kBlocks * 2 * kRowTiles;
+  static constexpr int kPairs = kFewRows || kFragmentPairs < kSplits ? 1 : kFragmentPairs / kSplits;
+  static constexpr int kThreadUnits = kPairs == 1 ? 1 : kBlocks;  ///< that a thread works on
+  static_assert(Gemm::kRowGroups == kBlocks * kResults);
+  static_assert(kFewRows ? kChunkRows * kBlocks == 4 && kSplits == 1 : kChunkRows % 8 == 0);
+  static_assert(kSplits == 1 || (kBlocks == 1 && kPairs == 1));
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
 
@@ -173,7 +211,7 @@ struct FragmentTraits {
     FUSEDRNN_INLINE explicit WorkStorage(int tile_rows)
         : traded(add<Traded>(2 * kTraded)),
           carried(add<float>(Carried::floats(tile_rows / kChunkRows))) {}
-    int traded;  ///< [2, kGroups, kSplits (to), kSplits (from), kPairs, kWarp]
+    int traded;  ///< [2, kGroups, kSplits (to), kSplits (from), kWarp]
     int carried;
   };
   template <class Traits>
@@ -187,24 +225,44 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
     : public Tile<Traits> {
  public:
   FUSEDRNN_DEVICE Work(const PersistentParams& params, unsigned char* memory, const WorkStorage& at)
-      : Tile<Traits>(params),
-        traded_(reinterpret_cast<Traded*>(memory + at.traded)),
-        carried_memory_(reinterpret_cast<float*>(memory + at.carried)) {}
+      : Tile<Traits>(params), memory_(memory), carried_(at.carried) {
+    const int lane = threadIdx.x % kWarp;
+    // The rows of B change places so that the first of a lane's pairs is its own.
+    const int first = kSplits == 1 ? 0 : split() / 2 % kRowTiles * 8 + split() % 2;
+    unroll<kRowTiles>([&](auto n) {
+      const int row = kFewRows ? lane / 8 % kChunkRows : (8 * n + lane / 4) ^ first;
+      b_offset_[n] = kept(Traits::b_offset(row, lane % 4) + split() * Gemm::kK);
+    });
+    // traded [kGroups, kSplits (to), kSplits (from), kWarp]. from: relative to the owner's number.
+    const auto traded = [&](int to, int from) {
+      const int index = ((group() * kSplits + to) * kSplits + from) * kWarp + lane;
+      return kept(at.traded + index * int(sizeof(Traded)));
+    };
+    if constexpr (kSplits > 1) {
+      unroll<kSplits - 1>([&](auto n) { given_[n] = traded(split() ^ (n + 1), n + 1); });
+      taken_ = traded(split(), 1);
+    }
+  }
 
-  FUSEDRNN_DEVICE float* carried_memory() const { return carried_memory_; }
+  FUSEDRNN_DEVICE float* carried_memory() const {
+    return reinterpret_cast<float*>(memory_ + carried_);
+  }
 
   /// The thread's i-th pair in a chunk, i < kPairs.
   FUSEDRNN_DEVICE Pair pair(int chunk, int i) const {
-    const int lane = threadIdx.x % kWarp, v = kSplits == 1 ? i : split() + i * kSplits;
+    const int lane = threadIdx.x % kWarp, v = kSplits == 1 ? i : split();
+    const int block = kFewRows ? lane % 4 / kChunkRows : v / 2 % kBlocks;
     Pair p;
-    p.chunk_row = v / 2 / kBlocks * 8 + lane % 4 * 2 + v % 2;
+    p.chunk_row = kFewRows ? lane % 4 % kChunkRows : v / 2 / kBlocks * 8 + lane % 4 * 2 + v % 2;
     p.tile_row = chunk * kChunkRows + p.chunk_row;
-    p.unit = (group() * kBlocks + v / 2 % kBlocks) * 8 + lane / 4;
+    p.unit = (group() * kBlocks + block) * 8 + lane / 4;
     p.is_owned = v < kFragmentPairs;
     return p;
   }
-  /// Which of its units a thread's i-th pair has.
-  static constexpr int unit_of_pair(int i) { return kSplits == 1 ? i / 2 % kBlocks : 0; }
+  /// The i-th pair's row and unit relative to the first's, and which of the thread's units it is.
+  static constexpr int row_offset(int i) { return i / 2 / kBlocks * 8 + i % 2; }
+  static constexpr int unit_offset(int i) { return unit_of_pair(i) * 8; }
+  static constexpr int unit_of_pair(int i) { return i / 2 % kBlocks; }
 
   /// weight.row(unit, result): a row of A.
   template <class Weight>
@@ -221,64 +279,58 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }
   static FUSEDRNN_DEVICE int group() { return threadIdx.x / kWarp / kSplits; }
 
-  /// Multiplies a chunk whose operands begin at `rows`, `stride` apart.
-  template <template <class> class B>
-  FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows, int stride,
+  /// Multiplies a chunk whose operands begin at `rows`.
+  template <class B>
+  FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows,
                                      float (&results)[kPairs][kResults]) {
-    float c[kChunkRows / 8][Gemm::kTiles][4] = {};
-    gemm.accumulate(B<Operand>{rows + split() * Gemm::kK, stride}, c);
-    const auto result = [&](auto v, auto g) {
-      return gemm.result(c, v / 2 / kBlocks, v / 2 % kBlocks * kResults + g, v % 2);
-    };
-    if constexpr (kSplits == 1) {
+    float c[kRowTiles][Gemm::kTiles][4] = {};
+    const auto each_pair = [&](const auto& f) {
       unroll<kPairs>(
-          [&](auto i) { unroll<kResults>([&](auto g) { results[i][g] = result(i, g); }); });
-    } else {
-      trade(result, results);
+          [&](auto v) { unroll<kResults>([&](auto g) { f(results[v][g], result_at(c, v, g)); }); });
+    };
+    constexpr bool kStartsFromResults = kSplits == 1 && !kFewRows && !Gemm::kScaled;
+    if constexpr (kStartsFromResults) each_pair([](float r, float& sum) { sum = r; });
+    gemm.template accumulate<B>(rows, b_offset_, c);
+    gemm.unscale(c);
+    if constexpr (kSplits > 1) trade(c);
+    if constexpr (kFewRows && kBlocks == 2) {
+      const bool is_second = threadIdx.x % 4 / 2;
+      unroll<kResults>([&](auto g) {
+        result_at(c, 0, g) = is_second ? result_at(c, 2, g) : result_at(c, 0, g);
+      });
     }
+    each_pair([](float& r, float sum) { r = kStartsFromResults ? sum : r + sum; });
   }
 
  private:
-  /// Each warp of a group owns every kSplits-th pair, and gets its results from the others.
-  template <class Result>
-  FUSEDRNN_DEVICE void trade(const Result& result, float (&results)[kPairs][kResults]) {
-    const int lane = threadIdx.x % kWarp, own = split();
-    const auto traded = [&](int to, int from, int i) -> Traded& {
-      return traded_[(((group() * kSplits + to) * kSplits + from) * kPairs + i) * kWarp + lane];
-    };
-    unroll<kSplits>([&](auto to) {
-      unroll<kPairs>([&](auto i) {
-        constexpr int v = to + i * kSplits;
-        if constexpr (v < kFragmentPairs) {
-          if (to == own) {
-            unroll<kResults>(
-                [&](auto g) { results[i][g] = result(std::integral_constant<int, v>{}, g); });
-          } else {
-            Traded t;
-            unroll<kResults>(
-                [&](auto g) { t.result[g] = result(std::integral_constant<int, v>{}, g); });
-            traded(to, own, i) = t;
-          }
-        }
-      });
+  using Fragments = float[kRowTiles][Gemm::kTiles][4];
+  /// Result g of the lane's pair v.
+  static FUSEDRNN_DEVICE float& result_at(Fragments& c, int v, int g) {
+    const int group = v / 2 % kBlocks * kResults + g;
+    return c[v / 2 / kBlocks][group / 2][group % 2 * 2 + v % 2];
+  }
+
+  /// Each warp of a group owns one of a lane's pairs: its first. The others add to its results.
+  FUSEDRNN_DEVICE void trade(Fragments& c) {
+    unroll<kSplits - 1>([&](auto n) {
+      constexpr int d = n + 1;
+      if (kFragmentPairs < kSplits && (split() ^ d) >= kFragmentPairs) return;
+      Traded t;
+      unroll<kResults>([&](auto g) { t.result[g] = result_at(c, d % kFragmentPairs, g); });
+      *reinterpret_cast<Traded*>(memory_ + given_[n] + buffer_) = t;
     });
     sync_threads(1 + group(), kSplits * kWarp);
     unroll<kSplits - 1>([&](auto n) {
-      unroll<kPairs>([&](auto i) {
-        if (own + i * kSplits < kFragmentPairs) {
-          const Traded t = traded(own, own ^ (n + 1), i);
-          unroll<kResults>([&](auto g) { results[i][g] += t.result[g]; });
-        }
-      });
+      const Traded t = reinterpret_cast<const Traded*>(memory_ + taken_ + buffer_)[n * kWarp];
+      unroll<kResults>([&](auto g) { result_at(c, 0, g) += t.result[g]; });
     });
-    // The other buffer is for the next GEMM.
-    traded_ += is_second_ ? -kTraded : kTraded;
-    is_second_ = !is_second_;
+    buffer_ ^= kTraded * int(sizeof(Traded));  // the other one is for the next GEMM
   }
 
-  Traded* traded_;
-  float* carried_memory_;
-  bool is_second_ = false;
+  unsigned char* memory_;
+  int carried_;
+  int b_offset_[kRowTiles];  ///< the lane's operands, from a chunk's first
+  int given_[kSplits], taken_, buffer_ = 0;
 };
 
 // ---- partial sums in shared memory --------------------------------------------------------------
@@ -352,6 +404,9 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
     p.is_owned = true;
     return p;
   }
+  /// As in FragmentTraits.
+  static constexpr int row_offset(int i) { return i * kThreads / kUnits; }
+  static constexpr int unit_offset(int) { return 0; }
   static constexpr int unit_of_pair(int) { return 0; }
 
   /// weight.row(unit, result): a row of A.
@@ -366,11 +421,11 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
   }
 
  protected:
-  template <template <class> class B>
-  FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows, int stride,
+  template <class B>
+  FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows,
                                      float (&results)[kPairs][kResults]) const {
     const int warp = threadIdx.x / kWarp, block = warp / kSplits, split = warp % kSplits;
-    gemm.template multiply<kChunkRows>(B<Operand>{rows + split * Gemm::kK, stride},
+    gemm.template multiply<kChunkRows>(B{rows + split * Gemm::kK, Traits::kOperandStride},
                                        partials_ + split * kSplitStride + block * kBlockStride,
                                        kRowStride, scratch_ + warp * Gemm::kScratchFloats);
     sync_cta();
@@ -382,7 +437,7 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
         float sum = at[16 * g];
 #pragma unroll
         for (int s = 1; s < kSplits; ++s) sum += at[16 * g + s * kSplitStride];
-        results[i][g] = sum;
+        results[i][g] += sum;
       });
     });
   }

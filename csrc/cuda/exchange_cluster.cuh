@@ -27,6 +27,10 @@ class ChunkBarriers {
   FUSEDRNN_DEVICE TransactionBarrier* at(int k, int chunk) const {
     return barriers_ + k % 2 * chunks_ + chunk;
   }
+  /// The barrier's bytes from the first one.
+  FUSEDRNN_DEVICE int offset(int k, int chunk) const {
+    return int(sizeof(TransactionBarrier)) * (k % 2 * chunks_ + chunk);
+  }
   /// Blocks until all bytes of step k have arrived. This barrier next counts step k + 2, which a
   /// CTA sends only after receiving our step k + 1, so phases cannot overlap.
   FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes) const {
@@ -52,6 +56,12 @@ struct ClusterAllGatherTraits : WorkTraits, UsesClusters {
   static constexpr int kOperandStride = operand_stride<Operand>(WorkTraits::kK);
   static_assert(WorkTraits::kBlocks == 1 && WorkTraits::kPairs == 1);
 
+  /// Where a row's q-th 16 bytes are, from a chunk's first operand.
+  static FUSEDRNN_DEVICE int b_offset(int row, int q) {
+    return operand_offset<typename WorkTraits::Operand>(
+        row, q * kPerWords<typename WorkTraits::Operand>, kOperandStride);
+  }
+
   struct Storage : WorkTraits::WorkStorage {
     FUSEDRNN_INLINE Storage(int tile_rows, int)
         : WorkTraits::WorkStorage(tile_rows),
@@ -72,7 +82,8 @@ class ClusterAllGather : public Traits::template Work<Traits> {
 
   FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, typename Traits::Element*,
                                    unsigned char* memory)
-      : ClusterAllGather(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)) {}
+      : ClusterAllGather(params, memory,
+                         typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
 
   /// Sends a group's 8 units of each row to every CTA of the cluster, 16 bytes at a time. The lanes
   /// of a row collect its parts, and each sends them to some CTAs. All lanes have read this chunk's
@@ -80,11 +91,8 @@ class ClusterAllGather : public Traits::template Work<Traits> {
   /// CTA's sender, may overwrite them.
   FUSEDRNN_DEVICE void store(int k, int chunk, const float (&h)[1][1]) const {
     if (k == this->params_.steps) return;
-    const int lane = threadIdx.x % kWarp, q = lane % 4;
-    const Pair p = this->pair(chunk, 0);
     Operand own;
     Gemm::set_operand(own, h[0][0]);
-    constexpr int kPerWord = 4 / int(sizeof(Operand)), kParts = 8 / kPerWords<Operand>;
     uint32_t bits;
     if constexpr (kPerWord == 2) {
       bits = own.bits;
@@ -92,50 +100,70 @@ class ClusterAllGather : public Traits::template Work<Traits> {
     } else {
       bits = scalar::bit_cast<uint32_t>(own);
     }
-    const bool sends = p.chunk_row < this->rows_of(chunk);
+    const int ctas = row_ < this->rows_of(chunk) ? ctas_ : 0;
+    const int bytes = int(sizeof(Operand)) * (k % 2 * buffer_stride_ + chunk * kChunkStride);
+    const int barrier = barriers_.offset(k, chunk);
     unroll<kParts>([&](auto part) {
       Words words;
-      unroll<4>([&](auto i) { words.word[i] = shuffle(bits, 4 * kPerWord * (4 * part + i) + q); });
-      const int unit = this->first_unit + p.unit / 8 * 8 + part * kPerWords<Operand>;
-      Operand* const to =
-          buffer(k) + operand_offset<Operand>(p.tile_row, unit, Traits::kOperandStride);
-      if (!sends) return;
-      for (unsigned cta = lane / 4; cta < gridDim.x; cta += 8) {
-        st_async(words, to, barriers_.at(k, chunk), cta);
-      }
+      unroll<4>([&](auto i) {
+        words.word[i] = shuffle(bits, 4 * kPerWord * (4 * part + i) + lane_of_row_);
+      });
+      unroll<2>([&](auto i) {
+        if (i < ctas) {
+          st_async(words, to_[part][i] + bytes, barrier_of_[i] + barrier);
+        }
+      });
     });
   }
   FUSEDRNN_DEVICE void commit(const Gemm&, int, int) const {}
   FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk)); }
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int chunk,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
-    this->template multiply_rows<SharedOperand>(
-        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride,
-        Traits::kOperandStride, results);
+    this->template multiply_rows<SharedOperand<Operand>>(
+        gemm, operands_ + k % 2 * buffer_stride_ + chunk * kChunkStride, results);
   }
 
  private:
+  static constexpr int kPerWord = 4 / int(sizeof(Operand)), kParts = 8 / kPerWords<Operand>;
+  static constexpr int kChunkStride = Traits::kChunkRows * Traits::kOperandStride;
+
   FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, unsigned char* memory,
                                    const typename Traits::Storage& at)
       : Base(params, memory, at),
         operands_(reinterpret_cast<Operand*>(memory + at.operands)),
-        buffer_stride_(params.tile_rows * Traits::kOperandStride) {
+        buffer_stride_(Base::tile_rows(params) * Traits::kOperandStride) {
     for (int i = threadIdx.x; i < 2 * buffer_stride_; i += Traits::kThreads) {
       operands_[i] = Operand{};
     }
-    barriers_.init(reinterpret_cast<TransactionBarrier*>(memory + at.barriers), this->chunks(),
-                   params.steps, [&](int chunk) { return bytes(chunk); });
+    auto* const barriers = reinterpret_cast<TransactionBarrier*>(memory + at.barriers);
+    barriers_.init(barriers, this->chunks(), params.steps, [&](int chunk) { return bytes(chunk); });
+    const Pair p = this->pair(0, 0);
+    const unsigned first = threadIdx.x % kWarp / 4;
+    row_ = kept(p.chunk_row);
+    ctas_ = kept(int(first < gridDim.x) + int(first + 8 < gridDim.x));
+    lane_of_row_ = kept(int(threadIdx.x % 4));
+    unroll<2>([&](auto i) {
+      const unsigned cta = first + 8 * i;
+      barrier_of_[i] = remote(barriers, cta);
+      unroll<kParts>([&](auto part) {
+        const int unit = this->first_unit + p.unit / 8 * 8 + part * kPerWords<Operand>;
+        to_[part][i] = remote(
+            operands_ + operand_offset<Operand>(p.chunk_row, unit, Traits::kOperandStride), cta);
+      });
+    });
   }
 
   /// The bytes that a CTA receives for a chunk.
   FUSEDRNN_DEVICE uint32_t bytes(int chunk) const {
     return gridDim.x * Traits::kUnits * this->rows_of(chunk) * sizeof(Operand);
   }
-  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + k % 2 * buffer_stride_; }
 
   Operand* operands_;
   int buffer_stride_;
   ChunkBarriers barriers_;
+  /// The lane's parts of its row and the barriers, in the memory of its CTAs, two at most.
+  RemoteAddress to_[kParts][2], barrier_of_[2];
+  int row_, ctas_, lane_of_row_;
 };
 
 // ---- reduce-scatter of partial dh ---------------------------------------------------------------
@@ -188,8 +216,8 @@ class ClusterReduceScatter : public Tile<Traits> {
 
   FUSEDRNN_DEVICE ClusterReduceScatter(const PersistentParams& params, Element*,
                                        unsigned char* memory)
-      : ClusterReduceScatter(params, memory,
-                             typename Traits::Storage(params.tile_rows, gridDim.x)) {}
+      : ClusterReduceScatter(
+            params, memory, typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
 
   /// weight.row(unit, 0): a row of A.
   template <class Weight>
@@ -253,7 +281,7 @@ class ClusterReduceScatter : public Tile<Traits> {
     unroll<Traits::kMaxCtas>(
         [&](auto cta) { of_cta[cta] = cta < gridDim.x ? at[cta * Traits::kPartials] : 0.f; });
     unroll<Traits::kMaxCtas>([&](auto cta) { sum += of_cta[cta]; });
-    results[0][0] = sum;
+    results[0][0] += sum;
   }
 
  private:

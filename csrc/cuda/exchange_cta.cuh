@@ -16,6 +16,12 @@ struct CtaTraits : WorkTraits {
       operand_stride<typename WorkTraits::Operand>(WorkTraits::kK);
   static_assert(WorkTraits::kOneChunk);
 
+  /// Where a row's q-th 16 bytes are, from a chunk's first operand.
+  static FUSEDRNN_DEVICE int b_offset(int row, int q) {
+    return operand_offset<typename WorkTraits::Operand>(
+        row, q * kPerWords<typename WorkTraits::Operand>, kOperandStride);
+  }
+
   struct Storage : WorkTraits::WorkStorage {
     FUSEDRNN_INLINE Storage(int tile_rows, int)
         : WorkTraits::WorkStorage(tile_rows),
@@ -34,16 +40,18 @@ class CtaExchange : public Traits::template Work<Traits> {
 
   FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, typename Traits::Element*,
                               unsigned char* memory)
-      : CtaExchange(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)) {}
+      : CtaExchange(params, memory,
+                    typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
 
   template <int kParts>
   FUSEDRNN_DEVICE void store(int k, int, const float (&values)[Traits::kPairs][kParts]) const {
-    Operand* const rows = buffer(k);
+    constexpr int kPart = Traits::kK / kParts;
+    static_assert(kPart * sizeof(Operand) % 64 == 0);  // parts begin where places repeat
     unroll<Traits::kPairs>([&](auto i) {
-      const Pair p = this->pair(0, i);
-      store_operands<Traits>(p.unit, values[i], [&](int at) {
-        return rows + operand_offset<Operand>(p.chunk_row, at, Traits::kOperandStride);
-      });
+      // Rows 2 n and 2 n + 1 have the same places.
+      constexpr int row = Base::row_offset(i) % 2;
+      Operand* const to = buffer(k) + offset_[i - row] + row * Traits::kOperandStride;
+      unroll<kParts>([&](auto part) { Gemm::set_operand(to[part * kPart], values[i][part]); });
     });
   }
   /// Orders a step's stores before the next step's loads. Nothing follows the last step.
@@ -53,7 +61,7 @@ class CtaExchange : public Traits::template Work<Traits> {
   FUSEDRNN_DEVICE void wait(int, int) const {}
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
-    this->template multiply_rows<SharedOperand>(gemm, buffer(k), Traits::kOperandStride, results);
+    this->template multiply_rows<SharedOperand<Operand>>(gemm, buffer(k), results);
   }
 
  private:
@@ -64,12 +72,18 @@ class CtaExchange : public Traits::template Work<Traits> {
       : Base(params, memory, at), operands_(reinterpret_cast<Operand*>(memory + at.operands)) {
     // Padding of K must be zero.
     for (int i = threadIdx.x; i < 2 * kBuffer; i += Traits::kThreads) operands_[i] = Operand{};
+    unroll<Traits::kPairs>([&](auto i) {
+      const Pair p = this->pair(0, i);
+      offset_[i] = operand_offset<Operand>(p.chunk_row, p.unit, Traits::kOperandStride);
+      if (Base::row_offset(i) % 2 == 0) offset_[i] = kept(offset_[i]);
+    });
     sync_cta();
   }
 
   FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + k % 2 * kBuffer; }
 
   Operand* operands_;
+  int offset_[Traits::kPairs];  ///< of the pairs' operands
 };
 
 }  // namespace fusedrnn::cuda

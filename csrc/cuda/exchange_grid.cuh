@@ -15,6 +15,11 @@ struct GridTraits : WorkTraits {
   using Exchange = GridExchange<GridTraits>;
   static constexpr int kOperandStride = WorkTraits::kK;
 
+  /// Where a row's q-th 16 bytes are, from a chunk's first operand.
+  static FUSEDRNN_DEVICE int b_offset(int row, int q) {
+    return row * kOperandStride + q * kPerWords<typename WorkTraits::Operand>;
+  }
+
   struct Storage : WorkTraits::WorkStorage {
     FUSEDRNN_INLINE Storage(int tile_rows, int) : WorkTraits::WorkStorage(tile_rows) {}
   };
@@ -31,7 +36,7 @@ class GridExchange : public Traits::template Work<Traits> {
   /// exchange: [2, groups * tile_rows, kOperandStride] of the direction, zero on entry.
   FUSEDRNN_DEVICE GridExchange(const PersistentParams& params, typename Traits::Element* exchange,
                                unsigned char* memory)
-      : Base(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)),
+      : Base(params, memory, typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)),
         operands_(reinterpret_cast<Operand*>(exchange) + this->first_row * Traits::kOperandStride),
         buffer_stride_(gridDim.y * params.tile_rows * Traits::kOperandStride),
         arrivals_(params.arrivals + this->direction * gridDim.y + blockIdx.y) {}
@@ -64,9 +69,8 @@ class GridExchange : public Traits::template Work<Traits> {
   }
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int chunk,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
-    this->template multiply_rows<GlobalOperand>(
-        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride,
-        Traits::kOperandStride, results);
+    this->template multiply_rows<GlobalOperand<Operand>>(
+        gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride, results);
   }
 
  private:

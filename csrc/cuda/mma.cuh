@@ -27,17 +27,13 @@ FUSEDRNN_INLINE constexpr int operand_offset(int row, int k, int stride) {
   return row * stride + (k / n ^ row / 2 % 4) * n + k % n;
 }
 
-/// Where a GEMM loads B, aligned to 16 bytes. lane(r, q): the q-th 16 bytes of row r, where q < 4.
-/// The same lane's next parts are 64 bytes apart, and its next rows 8 `stride`.
+/// Where a GEMM loads B, aligned to 16 bytes.
 template <class Element>
 struct SharedOperand {
   const Element* data;
   int stride;
   FUSEDRNN_DEVICE Words load(int row, int k) const {
-    return *reinterpret_cast<const Words*>(data + operand_offset<Element>(row, k, stride));
-  }
-  FUSEDRNN_DEVICE const Element* lane(int r, int q) const {
-    return data + operand_offset<Element>(r, q * kPerWords<Element>, stride);
+    return load(data + operand_offset<Element>(row, k, stride));
   }
   static FUSEDRNN_DEVICE Words load(const Element* p) { return *reinterpret_cast<const Words*>(p); }
 };
@@ -45,10 +41,7 @@ template <class Element>
 struct GlobalOperand {
   const Element* data;
   int stride;
-  FUSEDRNN_DEVICE Words load(int row, int k) const { return load_cg(data + row * stride + k); }
-  FUSEDRNN_DEVICE const Element* lane(int r, int q) const {
-    return data + r * stride + q * kPerWords<Element>;
-  }
+  FUSEDRNN_DEVICE Words load(int row, int k) const { return load(data + row * stride + k); }
   static FUSEDRNN_DEVICE Words load(const Element* p) { return load_cg(p); }
 };
 
@@ -244,21 +237,21 @@ class FragmentGemm {
     if constexpr (sizeof(Operand) == 4) {
       to = scalar::bit_cast<float>(tf32_of(value));
     } else {
-      round_to(to, kScaled ? value * kOperandScale : value);
+      to.bits = uint16_t(pack<Operand>(kScaled ? value * kOperandScale : value, 0));
     }
   }
 
   /// c += A B^T. c[n][group / 2][2 (group % 2) + i] is the result for B's row 8 n + 2 q + i.
-  template <int N, class B>
-  FUSEDRNN_DEVICE void accumulate(const B& b_operand, float (&c)[N][kTiles][4]) const {
-    const int lane = threadIdx.x % kWarp;
-    const Operand* const b_lane = b_operand.lane(lane / 4, lane % 4);
+  /// b_offset: of the lane's first part of rows 8 n + r. Its next ones are 64 bytes apart.
+  template <class B, int N>
+  FUSEDRNN_DEVICE void accumulate(const Operand* b_rows, const int (&b_offset)[N],
+                                  float (&c)[N][kTiles][4]) const {
     // An mma waits for the one before it in its chain. Few tiles get two chains each.
     constexpr bool kTwoChains = N * kTiles < 3;
     float other[kTwoChains ? N : 1][kTwoChains ? kTiles : 1][4] = {};
     unroll<kPairs>([&](auto j) {
       Words b[N];
-      unroll<N>([&](auto n) { b[n] = B::load(b_lane + 8 * n * b_operand.stride + j * kPairK); });
+      unroll<N>([&](auto n) { b[n] = B::load(b_rows + b_offset[n] + j * kPairK); });
       unroll<2>([&](auto s) {
         unroll<kTiles>([&](auto m) {
           unroll<N>([&](auto n) {
@@ -276,12 +269,16 @@ class FragmentGemm {
     }
   }
 
-  /// A result from the fragments, its scales undone.
+  /// Undoes the scales of sums.
   template <int N>
-  FUSEDRNN_DEVICE float result(const float (&c)[N][kTiles][4], int n, int group, int i) const {
-    const float value = c[n][group / 2][2 * (group % 2) + i];
-    if constexpr (kScaled) return value * unscale_[group];
-    return value;
+  FUSEDRNN_DEVICE void unscale(float (&c)[N][kTiles][4]) const {
+    if constexpr (kScaled) {
+      unroll<N>([&](auto n) {
+        unroll<kRowGroups>([&](auto group) {
+          unroll<2>([&](auto i) { c[n][group / 2][group % 2 * 2 + i] *= unscale_[group]; });
+        });
+      });
+    }
   }
 
  private:

@@ -107,7 +107,7 @@ struct PersistentBackwardKernel : Traits {
         });
         if (n > 0) {
           e.wait(n - 1, chunk);
-          float product[kPairs][1];
+          float product[kPairs][1] = {};
           e.multiply(gemm, n - 1, chunk, product);
           unroll<kPairs>([&](auto m) { carried.at(chunk, m, kDh) += product[m][0]; });
         }

@@ -11,6 +11,7 @@ struct PersistentForwardKernel : Traits {
   using Element = typename Traits::Element;
   using Exchange = typename Traits::Exchange;
   using Carried = typename Traits::Carried;
+  using Work = typename Traits::template Work<Traits>;
   using Activations = typename Traits::Gemm::Activations;
   using Direction = typename PersistentForwardParams<Element>::Direction;
   static constexpr int kPairs = Traits::kPairs, kGates = Cell::kGates;
@@ -40,31 +41,6 @@ struct PersistentForwardKernel : Traits {
     float of_unit[Traits::kThreadUnits][Cell::kPreacts] = {};
   };
 
-  /// What a chunk of a step needs besides the GEMM, asked for one chunk ahead.
-  struct Inputs {
-    int t = 0;
-    int64_t token = 0;  ///< the tile's first
-    bool is_active[kPairs] = {};
-    float x[kPairs][kGates];
-  };
-
-  FUSEDRNN_DEVICE Inputs load(const Exchange& e, const Carried& carried, int i, int chunk,
-                              int64_t token) const {
-    const int H = params.hidden_size;
-    Inputs in;
-    in.t = e.time(i);
-    in.token = token;
-    const float* const x =
-        params.direction[e.direction].x_product + token * (kGates * H) + e.first_unit;
-    unroll<kPairs>([&](auto n) {
-      in.is_active[n] = i < params.steps && in.t < length(carried, chunk, n);
-      const Pair p = e.pair(chunk, n);
-      const unsigned at = unsigned(p.tile_row * kGates * H + p.unit);
-      if (in.is_active[n]) unroll<kGates>([&](auto g) { in.x[n][g] = (x + g * H)[at]; });
-    });
-    return in;
-  }
-
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
@@ -75,49 +51,94 @@ struct PersistentForwardKernel : Traits {
     start(e, carried, tensors);
     e.commit(gemm, 0, e.chunks() - 1);
 
-    int64_t next_token = e.token(1);
-    Inputs in = load(e, carried, 0, 0, e.token(0));
+    const int H = kept(params.hidden_size), y_stride = int(params.y_stride), chunks = e.chunks();
+    const bool saves = tensors.saved;
+    const Pair first = e.pair(0, 0);
+    const auto place = [&](auto* p, int64_t stride) {
+      return TokenPlace(p, first.tile_row * stride + e.first_unit + first.unit, stride);
+    };
+    const auto x_place = place(tensors.x_product, kGates * H);
+    const auto y_place = place(tensors.y, params.y_stride);
+    const auto saved_place = place(tensors.saved, Cell::kSaved * H);
+    // x of the next chunk is asked for before this chunk's wait.
+    float x[kPairs][kGates] = {};
+    bool is_active[kPairs];
+    const auto load = [&](int t, int chunk, int token) {
+      const float* const from = x_place.at(token + chunk * Traits::kChunkRows);
+      unroll<kPairs>([&](auto n) {
+        // The time of no step is as far as `steps`, or negative.
+        is_active[n] = unsigned(t) < unsigned(length(carried, chunk, n));
+        if (!is_active[n]) return;
+        unroll<kGates>([&](auto g) {
+          x[n][g] = advance(from, H, Work::row_offset(n) * kGates + g)[Work::unit_offset(n)];
+        });
+      });
+    };
+
+    int t = e.time(0), token = e.token(0), next_token = e.token(1);
+    const int next_time = kept(e.direction ? -1 : 1), tokens = kept(next_time * params.rows);
+    load(t, 0, token);
     for (int i = 0; i < params.steps; ++i) {
-      const int chunks = e.chunks();
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
         float preact[kPairs][Cell::kPreacts];
+        bool now_active[kPairs];
         unroll<kPairs>([&](auto n) {
-          constexpr int unit = Traits::template Work<Traits>::unit_of_pair(n);
+          constexpr int unit = Work::unit_of_pair(n);
+          now_active[n] = is_active[n];
           unroll<Cell::kPreacts>([&](auto k) { preact[n][k] = biases.of_unit[unit][k]; });
           unroll<kGates>([&](auto g) {
             constexpr int input = Cell::input_preact[g];
-            preact[n][input] += in.x[n][g];
+            preact[n][input] += x[n][g];
           });
         });
-        const Inputs now = in;
+        const int now = token + chunk * Traits::kChunkRows;
         if (chunk + 1 < chunks) {
-          in = load(e, carried, i, chunk + 1, now.token);
+          load(t, chunk + 1, token);
         } else {
-          in = load(e, carried, i + 1, 0, next_token);
-          next_token = e.token(i + 2);
+          load(t += next_time, 0, next_token);
+          token = next_token;
+          next_token = params.step_offset ? e.token(i + 2) : token + tokens;
         }
         e.wait(i, chunk);
-        float products[kPairs][kGates];
-        e.multiply(gemm, i, chunk, products);
+        float sums[kPairs][kGates];
+        unroll<kPairs>([&](auto n) {
+          unroll<kGates>([&](auto g) {
+            constexpr int hidden = Cell::hidden_preact[g];
+            sums[n][g] = preact[n][hidden];
+          });
+        });
+        e.multiply(gemm, i, chunk, sums);
         float h[kPairs][1], saved[kPairs][Cell::kSaved];
         unroll<kPairs>([&](auto n) {
           unroll<kGates>([&](auto g) {
             constexpr int hidden = Cell::hidden_preact[g];
-            preact[n][hidden] += products[n][g];
+            preact[n][hidden] = sums[n][g];
           });
-          float state = carried.at(chunk, n, kState);
+          float& carried_state = carried.at(chunk, n, kState);
+          float& carried_h = carried.at(chunk, n, kH);
+          float state = carried_state;
           const float out = Cell::template forward<Activations>(preact[n], state, saved[n]);
-          if (now.is_active[n]) {
-            carried.at(chunk, n, kState) = state;
-            carried.at(chunk, n, kH) = out;
-          }
-          h[n][0] = carried.at(chunk, n, kH);
+          carried_state = now_active[n] ? state : carried_state;
+          h[n][0] = carried_h = now_active[n] ? out : carried_h;
         });
         e.store(i + 1, chunk, h);
         e.commit(gemm, i + 1, chunk);
         // Other CTAs wait for the commit, not for these stores.
-        store(e, now, chunk, h, saved);
+        Element* const y = y_place.at(now);
+        float* const to = saved_place.at(now);
+        unroll<kPairs>([&](auto n) {
+          if (!now_active[n]) return;
+          round_to(advance(y, y_stride, Work::row_offset(n))[Work::unit_offset(n)], h[n][0]);
+        });
+        if (!saves) continue;
+        unroll<kPairs>([&](auto n) {
+          if (!now_active[n]) return;
+          unroll<Cell::kSaved>([&](auto a) {
+            advance(to, H, Work::row_offset(n) * Cell::kSaved + a)[Work::unit_offset(n)] =
+                saved[n][a];
+          });
+        });
       }
     }
     finish(e, carried, tensors);
@@ -131,7 +152,7 @@ struct PersistentForwardKernel : Traits {
     const int H = params.hidden_size;
     Biases biases;
     unroll<kPairs>([&](auto n) {
-      constexpr int of_pair = Traits::template Work<Traits>::unit_of_pair(n);
+      constexpr int of_pair = Work::unit_of_pair(n);
       const int unit = e.first_unit + e.pair(0, n).unit;
       float (&to)[Cell::kPreacts] = biases.of_unit[of_pair];
       unroll<Cell::kPreacts>([&](auto k) { to[k] = 0; });
@@ -178,27 +199,6 @@ struct PersistentForwardKernel : Traits {
         if (tensors.c_n) tensors.c_n[at] = carried.at(chunk, i, kState);
       });
     }
-  }
-
-  FUSEDRNN_DEVICE void store(const Exchange& e, const Inputs& now, int chunk,
-                             const float (&h)[kPairs][1],
-                             const float (&saved)[kPairs][Cell::kSaved]) const {
-    const auto& tensors = params.direction[e.direction];
-    const int H = params.hidden_size, y_stride = int(params.y_stride);
-    Element* const y = tensors.y + now.token * params.y_stride + e.first_unit;
-    unroll<kPairs>([&](auto n) {
-      const Pair p = e.pair(chunk, n);
-      if (now.is_active[n]) round_to(y[unsigned(p.tile_row * y_stride + p.unit)], h[n][0]);
-    });
-    if (!tensors.saved) return;
-    float* const to = tensors.saved + now.token * (Cell::kSaved * H) + e.first_unit;
-    unroll<kPairs>([&](auto n) {
-      const Pair p = e.pair(chunk, n);
-      const unsigned at = unsigned(p.tile_row * Cell::kSaved * H + p.unit);
-      if (now.is_active[n]) {
-        unroll<Cell::kSaved>([&](auto a) { (to + a * H)[at] = saved[n][a]; });
-      }
-    });
   }
 };
 

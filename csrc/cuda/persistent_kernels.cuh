@@ -16,14 +16,16 @@ struct Type {
 };
 
 /// A forward kernel's traits by tensor cores: 8 warps.
-template <Algorithm kAlgorithm, class Cell, class Operand, class Element, bool kHalfRegisters>
+template <Algorithm kAlgorithm, class Cell, class Operand, class Element, bool kHalfRegisters,
+          bool kOneChunk, bool kFewRows = false>
 constexpr auto forward_traits() {
   constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Operand));
   constexpr bool is_cta = kAlgorithm == Algorithm::persistent_cta;
   constexpr int splits = is_cta ? 1 : kAlgorithm == Algorithm::persistent_cluster ? 2 : 4;
   constexpr int groups = 8 / splits, blocks = shape.cta_units / (8 * groups);
   using Gemm = FragmentGemm<Operand, Element, blocks * Cell::kGates, shape.max_units / splits>;
-  using Work = FragmentTraits<Gemm, Cell::kGates, blocks, groups, splits, shape.chunk_rows, is_cta>;
+  constexpr int rows = kFewRows ? few_rows(shape) : shape.chunk_rows;
+  using Work = FragmentTraits<Gemm, Cell::kGates, blocks, groups, splits, rows, kOneChunk>;
   if constexpr (is_cta) {
     return Type<CtaTraits<Work>>{};
   } else if constexpr (kAlgorithm == Algorithm::persistent_cluster) {
@@ -63,26 +65,44 @@ struct TensorCore {
 /// Calls f(Type<Traits>) for a plan's kernel by tensor cores; returns -1 where there is none.
 template <class Cell, class Operand, class Element, bool kBackward, class F>
 int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
-  const auto call = [&](auto algorithm, auto half_registers) {
+  const auto call = [&](auto algorithm, auto half_registers, auto one_chunk, auto few_rows) {
     if constexpr (kBackward) {
       return f(partial_sum_traits<algorithm, Cell, true, Element, half_registers,
                                   TensorCore<Element>::template Gemm>());
     } else {
-      return f(forward_traits<algorithm, Cell, Operand, Element, half_registers>());
+      return f(
+          forward_traits<algorithm, Cell, Operand, Element, half_registers, one_chunk, few_rows>());
     }
   };
-  const auto either = [&](auto algorithm) {
-    return plan.half_registers ? call(algorithm, std::true_type{})
-                               : call(algorithm, std::false_type{});
+  const auto by_chunks = [&](auto algorithm, auto half_registers) {
+    constexpr int chunk_rows = kernel_shape(algorithm, half_registers, sizeof(Operand)).chunk_rows;
+    constexpr std::false_type few_rows;
+    return plan.tile_rows == chunk_rows
+               ? call(algorithm, half_registers, std::true_type{}, few_rows)
+               : call(algorithm, half_registers, std::false_type{}, few_rows);
+  };
+  const auto by_rows = [&](auto half_registers) {
+    constexpr std::integral_constant<Algorithm, Algorithm::persistent_cta> cta;
+    constexpr std::true_type one_chunk;
+    return plan.tile_rows <= few_rows(kernel_shape(cta, half_registers, sizeof(Operand)))
+               ? call(cta, half_registers, one_chunk, std::true_type{})
+               : call(cta, half_registers, one_chunk, std::false_type{});
+  };
+  const auto by_registers = [&](auto algorithm) {
+    return plan.half_registers ? by_chunks(algorithm, std::true_type{})
+                               : by_chunks(algorithm, std::false_type{});
   };
   switch (plan.algorithm) {
     case Algorithm::persistent_cta:
-      return call(std::integral_constant<Algorithm, Algorithm::persistent_cta>{},
-                  std::false_type{});
+      // The half types alone have kernels for fewer units.
+      if constexpr (sizeof(Operand) == 2 && !kBackward) {
+        if (plan.half_registers) return by_rows(std::true_type{});
+      }
+      return by_rows(std::false_type{});
     case Algorithm::persistent_grid:
-      return either(std::integral_constant<Algorithm, Algorithm::persistent_grid>{});
+      return by_registers(std::integral_constant<Algorithm, Algorithm::persistent_grid>{});
     case Algorithm::persistent_cluster:
-      return either(std::integral_constant<Algorithm, Algorithm::persistent_cluster>{});
+      return by_registers(std::integral_constant<Algorithm, Algorithm::persistent_cluster>{});
     default:
       return -1;
   }

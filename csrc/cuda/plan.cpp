@@ -38,26 +38,30 @@ bool can_count(const PlanProblem& p) {
   return p.rows > 0 && p.rows <= 65535 * 8 && p.steps * divide_up(p.hidden_size, 16) <= INT32_MAX;
 }
 
-/// One CTA per tile of 8 rows: any number of tiles, no exchange between CTAs.
-/// Example: H = 100, B = 20 in bfloat16 are 3 CTAs; H = 129 does not fit one CTA's registers.
-LaunchPlan plan_cta(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes) {
-  constexpr Algorithm cta = Algorithm::persistent_cta;
-  const KernelShape shape = kernel_shape(cta, false, operand_bytes);
-  if (p.hidden_size > shape.max_units) return {};
-  LaunchPlan plan = stepwise;
-  plan.algorithm = cta;
-  plan.ctas = 1;
-  plan.groups = divide_up(p.rows, shape.chunk_rows);
-  plan.tile_rows = shape.chunk_rows;
-  plan.max_units = shape.max_units;
-  return plan;
-}
-
 /// Whether half the registers hold the layer's weights.
 /// Example: the grid's kernels have room for 1024 bfloat16 units, or 512 with half the registers.
 /// H = 512 takes the latter, whose GEMM has half the K.
 bool fits_half_registers(Algorithm algorithm, int64_t hidden_size, int64_t operand_bytes) {
   return hidden_size <= kernel_shape(algorithm, true, operand_bytes).max_units;
+}
+
+/// One CTA per tile of 8 rows: any number of tiles, no exchange between CTAs.
+/// Example: H = 100, B = 20 in bfloat16 are 3 CTAs; H = 129 does not fit one CTA's registers.
+LaunchPlan plan_cta(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes) {
+  constexpr Algorithm cta = Algorithm::persistent_cta;
+  const bool half = operand_bytes == 2 && stepwise.is_forward &&
+                    fits_half_registers(cta, p.hidden_size, operand_bytes);
+  const KernelShape shape = kernel_shape(cta, half, operand_bytes);
+  if (p.hidden_size > shape.max_units) return {};
+  LaunchPlan plan = stepwise;
+  plan.algorithm = cta;
+  plan.ctas = 1;
+  plan.half_registers = half;
+  plan.tile_rows =
+      std::min<int64_t>(shape.chunk_rows, divide_up(p.rows * p.directions, p.multiprocessors));
+  plan.groups = divide_up(p.rows, plan.tile_rows);
+  plan.max_units = shape.max_units;
+  return plan;
 }
 
 /// Groups of CTAs with 16 units each. All CTAs of the launch must be resident, one on each
@@ -159,6 +163,7 @@ LaunchPlan plan(const PlanProblem& p, const PersistentKernels<Element>* kernels,
   if (!p.requested && p.steps <= kFewSteps) return {};
   LaunchPlan stepwise;
   stepwise.precision = p.precision;
+  stepwise.is_forward = may_have_half_operands;
   stepwise.half_operands = may_have_half_operands && p.is_bounded && sizeof(Element) == 4 &&
                            p.precision == Precision::tf32;
   const int64_t operand_bytes = stepwise.half_operands ? 2 : sizeof(Element);

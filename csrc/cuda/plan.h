@@ -26,6 +26,7 @@ enum class Precision { ieee, tf32 };
 struct LaunchPlan {
   Algorithm algorithm = Algorithm::stepwise;
   Precision precision = Precision::ieee;
+  bool is_forward = true;
   bool half_registers = false;  ///< half the registers hold all weights, so a step is shorter
   bool half_operands = false;   ///< TF32's products from float16 operands (mma.cuh)
   int64_t ctas = 0;             ///< per group
@@ -84,5 +85,8 @@ constexpr KernelShape kernel_shape(Algorithm algorithm, bool half_registers,
   return algorithm == Algorithm::persistent_grid ? KernelShape{16, 8 * units, 16}
                                                  : KernelShape{32, 4 * units, 8};
 }
+
+/// One CTA has shorter steps for tiles of so many rows or less.
+constexpr int few_rows(const KernelShape& shape) { return 256 / shape.cta_units; }
 
 }  // namespace fusedrnn::cuda

@@ -191,6 +191,24 @@ FUSEDRNN_DEVICE void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], uint32_t
 }
 #undef FUSEDRNN_MMA
 
+// ---- registers ----------------------------------------------------------------------------------
+
+/// The same value, which stays in a register. The compiler would compute it again in each step of a
+/// loop that uses it in a branch.
+template <class T>
+FUSEDRNN_DEVICE T kept(T value) {
+  static_assert(sizeof(T) == 4 && std::is_integral_v<T>);
+  asm volatile("" : "+r"(value));
+  return value;
+}
+/// For a pointer to global memory.
+template <class T>
+FUSEDRNN_DEVICE T* kept(T* p) {
+  size_t address = __cvta_generic_to_global(p);
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 // ---- memory -------------------------------------------------------------------------------------
 
 /// 16 bytes that one access loads or stores.
@@ -198,6 +216,26 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+/// An address in the shared memory of a CTA of the cluster.
+struct RemoteAddress {
+  uint32_t address;
+  FUSEDRNN_DEVICE RemoteAddress operator+(int bytes) const { return {address + bytes}; }
+};
+/// Where CTA number `cta` of the cluster has what this CTA has at p. `cta` may be this CTA.
+FUSEDRNN_DEVICE RemoteAddress remote(const void* p, unsigned cta) {
+  RemoteAddress to;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to.address) : "r"(shared_address(p)), "r"(cta));
+  return to;
+}
+/// Stores 16 bytes at `to`. The receiver's barrier counts the bytes. Does not wait.
+FUSEDRNN_DEVICE void st_async(const Words& w, RemoteAddress to, RemoteAddress barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];"
+      :
+      : "r"(to.address), "r"(barrier.address), "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]),
+        "r"(w.word[3])
+      : "memory");
+}
 /// Stores 16 or 8 bytes at `to`'s place in the shared memory of CTA number `cta` of the cluster.
 /// `cta` may be this CTA. The receiver's copy of `barrier` counts the bytes. Does not wait.
 FUSEDRNN_DEVICE void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta) {

@@ -79,6 +79,7 @@ struct Case {
   int T, B, H, D;
   const char* layout;  ///< padded, packed or lengths
   int multiprocessors;
+  bool hx = true;  ///< false: the initial states are zeros
 };
 
 /// A case's sequences and the order of their steps.
@@ -151,6 +152,9 @@ struct Problem {
         dc_n(values<float>(D * B * H)) {
     std::copy(batch.row_lengths.begin(), batch.row_lengths.end(), lengths.data());
     std::copy(batch.offsets.begin(), batch.offsets.end(), step_offset.data());
+    if (!c.hx) {
+      for (const Buffer<float>& state : {h0, c0}) std::fill_n(state.data(), state.size(), 0.f);
+    }
   }
   template <class V>
   Buffer<V> values(int64_t n, float scale = 1) {
@@ -168,6 +172,10 @@ struct Problem {
   }
   /// The state before a direction's first step.
   const Buffer<float>& initial_state() const { return Cell::kHasCellState ? c0 : h0; }
+  /// Direction d's initial state, null without one.
+  const float* state_or_null(const Buffer<float>& state, int64_t d) const {
+    return c.hx ? of_direction(state, d) : nullptr;
+  }
   const int64_t* lengths_or_null() const { return batch.packed ? nullptr : lengths.data(); }
 };
 
@@ -314,8 +322,8 @@ PersistentForwardParams<Element> forward_params(const Problem& p, const Results&
                            p.bias_ih.data() + d * G * p.H,
                            p.bias_hh.data() + d * G * p.H,
                            p.x_product.data() + d * p.N * G * p.H,
-                           p.of_direction(p.h0, d),
-                           p.of_direction(p.c0, d),
+                           p.state_or_null(p.h0, d),
+                           p.state_or_null(p.c0, d),
                            r.y.data() + d * p.H,
                            p.of_direction(r.h_n, d),
                            p.of_direction(r.c_n, d),
@@ -334,8 +342,8 @@ PersistentBackwardParams<Element> backward_params(const Problem& p, const Result
   for (int64_t d = 0; d < p.D; ++d) {
     params.direction[d] = {p.weight_of(d),
                            r.expected_saved.data() + d * p.N * A * p.H,
-                           p.of_direction(p.h0, d),
-                           p.of_direction(p.c0, d),
+                           p.state_or_null(p.h0, d),
+                           p.state_or_null(p.c0, d),
                            p.dy.data() + d * p.H,
                            p.of_direction(p.dh_n, d),
                            Cell::kHasCellState ? p.of_direction(p.dc_n, d) : nullptr,
@@ -356,6 +364,7 @@ std::string run_persistent(const Problem& p, const Results& r) {
   problem.rows = p.B;
   problem.hidden_size = p.H;
   problem.directions = p.D;
+  problem.is_bounded = Cell::kIsBounded && !p.c.hx;
   problem.precision = p.c.precision;
   problem.multiprocessors = p.c.multiprocessors;
   problem.requested = p.c.algorithm;
@@ -570,6 +579,10 @@ std::vector<Case> all_cases() {
   if (sizeof(Element) == 4) {
     cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8});
     cases.push_back({grid, tf32, 3, 20, 18, 2, "lengths", 4});
+    // Float16 operands.
+    cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8, false});
+    cases.push_back({grid, tf32, 3, 20, 18, 2, "lengths", 4, false});
+    cases.push_back({cluster, tf32, 5, 20, 40, 1, "packed", 2, false});
   }
   return cases;
 }

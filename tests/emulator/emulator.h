@@ -198,6 +198,11 @@ inline void load_matrix_trans(uint32_t (&to)[4], const void* row, int line = __b
   for (int i = 0; i < 4; ++i) to[i] = element(i, 2 * q) | element(i, 2 * q + 1) << 16;
 }
 
+template <class T>
+T kept(T value) {
+  return value;
+}
+
 struct alignas(16) Words {
   uint32_t word[4];
 };
@@ -212,6 +217,20 @@ inline Words load_relaxed(const void* p) {
   Words w;
   for (int i = 0; i < 4; ++i) w.word[i] = load_relaxed(static_cast<const Words*>(p)->word + i);
   return w;
+}
+/// The same place in every CTA of the cluster, and one of the CTAs.
+struct RemoteAddress {
+  const char* own;
+  unsigned cta;
+  RemoteAddress operator+(int bytes) const { return {own + bytes, cta}; }
+};
+inline RemoteAddress remote(const void* p, unsigned cta) {
+  return {static_cast<const char*>(p), cta};
+}
+inline void st_async(const Words& w, RemoteAddress to, RemoteAddress barrier,
+                     int line = __builtin_LINE()) {
+  emulator::st_async(w.word, sizeof(w.word), const_cast<char*>(to.own),
+                     const_cast<char*>(barrier.own), to.cta, {"st_async", line});
 }
 inline Words load_cg(const void* p) { return *static_cast<const Words*>(p); }
 inline void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta,
