@@ -29,8 +29,8 @@ class ChunkBarriers {
   }
   /// Blocks until all bytes of step k have arrived. This barrier next counts step k + 2, which a
   /// CTA sends only after receiving our step k + 1, so phases cannot overlap.
-  FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes) const {
-    at(k, chunk)->wait(k / 2 % 2);
+  FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes, const Waiter& waiter) const {
+    at(k, chunk)->wait(k / 2 % 2, waiter);
     if (threadIdx.x == 0 && k + 2 < steps_) at(k, chunk)->arrive_and_expect_tx(bytes);
   }
 
@@ -87,7 +87,7 @@ class ClusterAllGather : public AllGatherGemm<Traits> {
     if (this->chunks() > 1) sync_cta();
   }
   FUSEDRNN_DEVICE void wait(const Gemm& gemm, int k, int chunk) const {
-    barriers_.wait(k, chunk, bytes(chunk));
+    barriers_.wait(k, chunk, bytes(chunk), this->waiter());
     this->template multiply<SharedOperand<Element>, Traits::kOperandStride>(
         gemm, buffer(k) + chunk * Traits::kChunkRows * Traits::kOperandStride);
   }
@@ -229,7 +229,7 @@ class ClusterReduceScatter : public Tile<Traits> {
   }
 
   FUSEDRNN_DEVICE void wait(const Gemm&, int k, int chunk) {
-    barriers_.wait(k, chunk, bytes(chunk));
+    barriers_.wait(k, chunk, bytes(chunk), this->waiter());
     received_ = partials(k, chunk);
   }
 

@@ -52,7 +52,8 @@ class GridExchange : public AllGatherGemm<Traits> {
   FUSEDRNN_DEVICE void wait(const Gemm& gemm, int k, int chunk) const {
     if (chunk == 0) {
       if (threadIdx.x == 0) {
-        while (load_acquire(arrivals_) < uint32_t(k + 1) * gridDim.x) pause();
+        poll([&] { return load_acquire(arrivals_) >= uint32_t(k + 1) * gridDim.x; },
+             this->waiter());
       }
       sync_cta();
     }

@@ -70,6 +70,7 @@ struct PersistentBackwardKernel : Traits {
     const int H = params.hidden_size;
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
+    e.kernel_name = kernel_name<Cell, Traits, true>();
 
     typename Traits::Gemm gemm;
     e.template load<Weight>(gemm, tensors.weight_hh, H);

@@ -50,6 +50,7 @@ struct PersistentForwardKernel : Traits {
     const int H = params.hidden_size;
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
+    e.kernel_name = kernel_name<Cell, Traits, false>();
 
     typename Traits::Gemm gemm;
     e.template load<Weight>(gemm, tensors.weight_hh, H);
