@@ -77,9 +77,16 @@ void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigne
 uint64_t nanoseconds();
 [[noreturn]] void fail_wait(const cuda::Waiter& waiter, Where where);
 
+/// Relaxed words. A word arrives in memory some time later, in any order, even after later words of
+/// the same thread. Before, its writer alone sees it, and threads that met the writer at a barrier
+/// of the CTA. A fence of such a thread lets it arrive, and so does the kernel's end. An earlier
+/// word of such a thread for the same place arrives before it or never.
+///
+/// Plain loads see memory, not a word that has not arrived.
 void store_relaxed(uint32_t word, uint32_t* p, Where where);
-uint32_t load_relaxed(const uint32_t* p);
-void fence_device();
+/// The word that this thread sees at p; `in_memory`: what it has loaded from there.
+uint32_t find_relaxed(const uint32_t* p, uint32_t in_memory);
+void fence_device(Where where);
 /// `bytes` at p must be aligned and in the CTA's shared memory.
 void check_shared(const void* p, unsigned bytes, Where where);
 
@@ -116,9 +123,11 @@ inline void sync_threads(int barrier, int threads, int line = __builtin_LINE()) 
 }
 inline void sync_warp(int line = __builtin_LINE()) { emulator::sync_warp({"sync_warp", line}); }
 inline uint32_t load_acquire(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-inline void fence_device() { emulator::fence_device(); }
-inline void add_release(uint32_t* p, uint32_t value) {
-  emulator::fence_device();
+inline void fence_device(int line = __builtin_LINE()) {
+  emulator::fence_device({"fence_device", line});
+}
+inline void add_release(uint32_t* p, uint32_t value, int line = __builtin_LINE()) {
+  emulator::fence_device({"add_release", line});
   __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
 }
 
@@ -201,18 +210,26 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 inline void store_relaxed(uint32_t word, uint32_t* p, int line = __builtin_LINE()) {
+  __atomic_fetch_or(p, 0u, __ATOMIC_RELAXED);  // ThreadSanitizer sees an atomic store here
   emulator::store_relaxed(word, p, {"store_relaxed", line});
 }
 inline void store_relaxed(const Words& w, void* p, int line = __builtin_LINE()) {
   for (int i = 0; i < 4; ++i) store_relaxed(w.word[i], static_cast<Words*>(p)->word + i, line);
 }
-inline uint32_t load_relaxed(const uint32_t* p) { return emulator::load_relaxed(p); }
+inline uint32_t load_relaxed(const uint32_t* p) {
+  return emulator::find_relaxed(p, __atomic_load_n(p, __ATOMIC_RELAXED));
+}
 inline Words load_relaxed(const void* p) {
   Words w;
   for (int i = 0; i < 4; ++i) w.word[i] = load_relaxed(static_cast<const Words*>(p)->word + i);
   return w;
 }
-inline Words load_cg(const void* p) { return *static_cast<const Words*>(p); }
+inline Words load_cg(const void* p) {
+  const Words* const from = static_cast<const Words*>(p);
+  Words w = *from;
+  for (int i = 0; i < 4; ++i) w.word[i] = emulator::find_relaxed(from->word + i, w.word[i]);
+  return w;
+}
 inline void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta,
                      int line = __builtin_LINE()) {
   emulator::st_async(w.word, sizeof(w.word), to, barrier, cta, {"st_async", line});
