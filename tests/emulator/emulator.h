@@ -290,32 +290,43 @@ uint32_t pack(float low, float high) {
   return bits[0].bits | uint32_t(bits[1].bits) << 16;
 }
 
-// The approximations have an error close to the most that the PTX ISA allows. It follows from the
-// argument's bits, so that results are repeatable.
+// The approximations have errors up to those that the PTX ISA allows. They follow from the
+// argument's bits, so that results are repeatable. The results that the PTX ISA lists are exact.
 
-/// `exact` with a relative error up to `bound`; no error where PTX's tables give the result, for
-/// arguments that are zero, infinite or NaN.
-inline float approximate(double exact, float x, double bound) {
-  if (x == 0 || x - x != 0) return float(exact);
+/// From -1 to 1.
+inline double error_of(float x) {
   uint32_t hash = bits_of(x) * 0x9e3779b1u;
   hash = (hash ^ hash >> 15) * 0x85ebca77u;
   hash ^= hash >> 13;
-  const double error = (double(hash & 0xffffffu) / 0x1p23 - 1) * bound;
-  const float value = float(exact * (1 + error));
-  // Rounded to float32 it may be outside.
-  return std::fabs(double(value) - exact) <= bound * std::fabs(exact) ? value : float(exact);
+  return double(hash & 0xffffffu) / double(0x7fffff) - 1;
 }
+inline bool is_finite(double x) { return x - x == 0; }
 /// Subnormal numbers as zeros of the same sign.
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
+inline double last_place(double x) { return std::ldexp(1.0, std::ilogb(x) - 23); }
+
 inline float exp2_approx(float x) {
   x = flushed(x);
-  return flushed(approximate(std::exp2(double(x)), x, 0x1p-22));
+  const float rounded = std::exp2(x);
+  if (x == 0 || !is_finite(x) || !is_finite(rounded) || flushed(rounded) == 0) {
+    return flushed(rounded);
+  }
+  return flushed(float(rounded + double(std::lround(2 * error_of(x))) * last_place(rounded)));
 }
-inline float tanh_approx(float x) { return approximate(std::tanh(double(x)), x, 0x1p-11); }
+inline float tanh_approx(float x) {
+  const double exact = std::tanh(double(x)), bound = 0x1p-11;
+  if (flushed(x) == 0 || !is_finite(x)) return float(exact);
+  const float value = float(exact * (1 + error_of(x) * bound));
+  return std::fabs(double(value) - exact) <= bound * std::fabs(exact) ? value : float(exact);
+}
 inline float reciprocal(float x) {
   x = flushed(x);
-  return flushed(approximate(1 / double(x), x, 0x1p-23));
+  const double exact = 1 / double(x);
+  if (x == 0 || !is_finite(x)) return float(exact);
+  // Rounding adds as much. Only a result that is subnormal is flushed.
+  const float value = float(exact + error_of(x) * last_place(exact) / 2);
+  return std::fabs(exact) < 0x1p-126 ? flushed(value) : flushed(value) == 0 ? float(exact) : value;
 }
 
 /// The value at `place` among those in a fragment's register.
