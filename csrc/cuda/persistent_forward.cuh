@@ -44,6 +44,7 @@ struct PersistentForwardKernel : Traits {
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
+    e.kernel_name = kernel_name<Cell, Traits, false>();
     Carried carried(e.carried_memory());
     typename Traits::Gemm gemm;
     e.load(gemm, Weight(tensors.weight_hh, params.hidden_size));
