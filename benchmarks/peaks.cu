@@ -76,6 +76,7 @@ bool take_expired() {
 /// kernel ends.
 class Deadline {
  public:
+  FUSEDRNN_DEVICE Deadline() { start_ = clock64(); }
   /// Calls `ready` until it is true or the deadline has passed.
   template <class Ready>
   FUSEDRNN_DEVICE void wait(const Ready& ready) {
@@ -87,11 +88,12 @@ class Deadline {
       }
     }
   }
+  FUSEDRNN_DEVICE bool has_passed() const { return has_passed_; }
 
  private:
   // Half a second. The longest kernel needs a fifth.
   static constexpr long long kCycles = 1ll << 30;
-  long long start_ = clock64();
+  long long start_;
   bool has_passed_ = false;
 };
 
@@ -208,10 +210,8 @@ double tflops(float* out) {
   return Kernel::kFlops * Kernel::kThreads * ctas * kRounds / ms * 1e-9;
 }
 
-// The PTX of this file alone. A weak load could leave its loop: it does not change.
-
 /// 16 bytes at gpu scope: four words, each of them whole, in no order (PTX ISA, "Vector Data-types"
-/// in the memory consistency model).
+/// in the memory consistency model). Unlike a weak load it can't leave its loop.
 FUSEDRNN_DEVICE Words load_relaxed(const Words* p) {
   Words w;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -455,12 +455,12 @@ struct DsmemLatency : LatencyProbe, UsesClusters {
 #if __CUDA_ARCH__ >= 900
     const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
     auto* const table = reinterpret_cast<uint64_t*>(shared);
-    const unsigned own = cluster.block_rank();
+    uint64_t* const others = cluster.map_shared_rank(table, cluster.block_rank() ^ 1);
+    sync_cluster();  // the other CTA has started
     for (unsigned i = threadIdx.x; i < kEntries; i += kThreads) {
-      table[i] =
-          reinterpret_cast<uint64_t>(cluster.map_shared_rank(table, own) + (i + 1) % kEntries);
+      others[i] = reinterpret_cast<uint64_t>(others + (i + 1) % kEntries);
     }
-    at = cluster.map_shared_rank(table, own ^ 1);
+    at = others;
     sync_cluster();
 #endif
   }
@@ -567,7 +567,7 @@ struct InCta {
 };
 
 // A grid's all-gather has kLoads loads of a thread in flight. A mail of 64 bytes needs one or two;
-// eight would lengthen each poll.
+// polling eight would take longer.
 
 /// Between all CTAs of a grid, through L2, with a counter of arrivals as in the persistent grid
 /// kernels.
@@ -743,12 +743,13 @@ struct InClusterAsync : UsesClusters {
         st_async(own, buffer + blockIdx.x * words + word, barrier, i >> log_words);
       }
       deadline.wait([&] { return is_complete(barrier, t / 2 % 2); });
+      if (deadline.has_passed()) break;
       if (threadIdx.x == 0 && t + 2 < steps) barrier->arrive_and_expect_tx(bytes);
       own = buffer[from * words + word];
     }
     sync_warp();
     out[blockIdx.x * kThreads + threadIdx.x] = own.word[0];
-    sync_cluster();  // after a missed deadline mail may still be on its way to a CTA that is done
+    sync_cluster();  // after a missed deadline others may still send to this CTA
   }
 };
 
@@ -795,7 +796,11 @@ class Section {
     const char* comma = "";
     for (const auto& [key, value] : values_) {
       std::printf("%s\"%s\": ", comma, key.c_str());
-      std::isfinite(value) ? std::printf("%.6g", value) : std::printf("null");
+      if (std::isfinite(value)) {
+        std::printf("%.6g", value);
+      } else {
+        std::printf("null");
+      }
       comma = ", ";
     }
     std::printf("}%s\n", end);
@@ -839,7 +844,9 @@ Section latencies(bool has_clusters) {
   const Memory<Words> to(LatencyProbe::kThreads);
   found.add("membar_gpu", cycles_of(MembarLatency<false>{{}, to.data()}));
   found.add("store_and_membar_gpu", cycles_of(MembarLatency<true>{{}, to.data()}));
-  if (has_clusters) found.add("dsmem_load", cycles_of(DsmemLatency{}, DsmemLatency::grid()));
+  if (has_clusters && active_clusters<Timed<DsmemLatency>>(DsmemLatency::grid())) {
+    found.add("dsmem_load", cycles_of(DsmemLatency{}, DsmemLatency::grid()));
+  }
   return found;
 }
 
