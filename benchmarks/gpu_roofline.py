@@ -41,8 +41,8 @@ _ACTIVATION_CYCLES = {"bfloat16": 60, "float16": 130, "float32": 130, "float64":
 # Backward, a gradient passes through three multiply-adds; all else needs saved values alone.
 _BACKWARD_CYCLES = 12
 
-# The issue model's figures, from the SASS of sm_90a. `python -m benchmarks peaks` compares them
-# with the measured ones of the same name. cycles: of a warp, in issue_cycles of a scheduler.
+# The figures that the issue model of the kernels assumes for sm_90a. `python -m benchmarks peaks`
+# compares them with the measured ones of the same names.
 ASSUMED: dict[str, dict[str, float]] = {
     "clock": {"ghz": 1.9},
     "latency_cycles": {
@@ -111,10 +111,10 @@ class GpuPeaks:
         return self.measured("latency_cycles", name) or ASSUMED["latency_cycles"][name]
 
     def exchange_seconds(self, ctas: int) -> float:
-        """The least seconds per step in which so many CTAs, or more, exchange h.
+        """The least measured seconds per step in which so many CTAs, or more, exchange h.
 
-        Above 16 CTAs: through L2. From the measured number of CTAs at or below. Of any measured
-        mail, because a large mail can travel while the GEMM runs.
+        Above 16 CTAs only the exchanges through L2 count. A number between two measured ones takes
+        the lower. Messages of any size count, because a large one can travel while the GEMM runs.
         """
         found = []
         for name, ns in self.kernels.get("exchange_ns", {}).items():

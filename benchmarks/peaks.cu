@@ -533,23 +533,24 @@ double clock_ghz() {
 
 // ---- exchange of h ------------------------------------------------------------------------------
 //
-// An all-gather: in a step each CTA sends 64 bytes to 2 KB, its mail, and gets every CTA's mail.
-// One row of 32 bfloat16 units is 64 bytes.
+// An all-gather: in a step each CTA sends 64 bytes to 2 KB, its message, and gets every CTA's
+// message. One row of 32 bfloat16 units is 64 bytes.
 
-constexpr unsigned kMaxMail = 2048;
-constexpr unsigned kMails[] = {64, 512, kMaxMail};
+constexpr unsigned kMaxMessage = 2048;
+constexpr unsigned kMessages[] = {64, 512, kMaxMessage};
 constexpr int kLogWordsBytes = 4;  // sizeof(Words) is 16
 
-/// Words in a mail, as a power of two: a division would take longer than the exchange's own work.
-unsigned log_words(unsigned mail) {
+/// Words in a message, as a power of two: a division would take longer than the exchange's own
+/// work.
+unsigned log_words(unsigned message) {
   unsigned log = 0;
-  while ((1u << (log + kLogWordsBytes)) < mail) ++log;
+  while ((1u << (log + kLogWordsBytes)) < message) ++log;
   return log;
 }
 
 /// Between a CTA's threads, through shared memory.
 struct InCta {
-  static constexpr int kThreads = 128, kMail = kThreads * sizeof(float);
+  static constexpr int kThreads = 128, kMessage = kThreads * sizeof(float);
   float* out;
   int steps;
 
@@ -566,8 +567,8 @@ struct InCta {
   }
 };
 
-// A grid's all-gather has kLoads loads of a thread in flight. A mail of 64 bytes needs one or two;
-// polling eight would take longer.
+// A grid's all-gather has kLoads loads of a thread in flight. A message of 64 bytes needs one or
+// two; polling eight would take longer.
 
 /// Between all CTAs of a grid, through L2, with a counter of arrivals as in the persistent grid
 /// kernels.
@@ -711,17 +712,18 @@ struct InClusterAsync : UsesClusters {
   unsigned log_words;
   int steps;
 
-  /// The same shared memory for every mail, because active_clusters() remembers its answers by the
-  /// cluster's size.
+  /// The same shared memory for every message, because active_clusters() remembers its answers by
+  /// the cluster's size.
   static Grid grid(unsigned ctas) {
-    const size_t shared = 2 * kMaxCtas * kMaxMail + 2 * sizeof(TransactionBarrier);
+    const size_t shared = 2 * kMaxCtas * kMaxMessage + 2 * sizeof(TransactionBarrier);
     return {ctas, 1, 1, shared, false, ctas};
   }
   FUSEDRNN_DEVICE void operator()(unsigned char* shared) const {
     Deadline deadline;
     const unsigned ctas = gridDim.x, words = 1u << log_words, total = ctas << log_words;
     Words* const h = reinterpret_cast<Words*>(shared);  // [2, CTAs, words]
-    auto* const barriers = reinterpret_cast<TransactionBarrier*>(shared + 2 * kMaxCtas * kMaxMail);
+    auto* const barriers =
+        reinterpret_cast<TransactionBarrier*>(shared + 2 * kMaxCtas * kMaxMessage);
     const uint32_t bytes = total * sizeof(Words);
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i) {
@@ -732,7 +734,7 @@ struct InClusterAsync : UsesClusters {
     sync_cluster();
     // Item i is word i % words for CTA i / words. A thread without items takes no part: nothing
     // would keep the others from completing a phase that it still has to see. A thread reads as
-    // many words as it sends, so a mail tells that its sender has read the step before.
+    // many words as it sends, so a message tells that its sender has read the step before.
     const int own_steps = threadIdx.x < total ? steps : 0;
     Words own = {{threadIdx.x, threadIdx.x, threadIdx.x, threadIdx.x}};
     const unsigned word = threadIdx.x & (words - 1), from = (blockIdx.x + 1) % ctas;
@@ -860,15 +862,15 @@ Section issue_rates() {
   return found;
 }
 
-std::string exchange_name(const char* protocol, unsigned ctas, unsigned mail) {
-  return std::string(protocol) + " " + std::to_string(ctas) + " " + std::to_string(mail);
+std::string exchange_name(const char* protocol, unsigned ctas, unsigned message) {
+  return std::string(protocol) + " " + std::to_string(ctas) + " " + std::to_string(message);
 }
 
-/// Nanoseconds per step of `Exchange<loads>` with enough loads for a thread's part of the mail.
+/// Nanoseconds per step of `Exchange<loads>` with enough loads for a thread's part of the message.
 template <template <int> class Exchange, class... Args>
-double grid_nanoseconds(const Memory<uint32_t>& zeroed, unsigned ctas, unsigned mail,
+double grid_nanoseconds(const Memory<uint32_t>& zeroed, unsigned ctas, unsigned message,
                         Args... args) {
-  const unsigned log = log_words(mail), threads = Exchange<1>::kThreads, total = ctas << log;
+  const unsigned log = log_words(message), threads = Exchange<1>::kThreads, total = ctas << log;
   const auto measure = [&](auto loads) {
     return nanoseconds([&](int steps) {
       zeroed.zero();
@@ -886,15 +888,15 @@ void add_grids(Section& found, uint32_t* out) {
   std::vector<unsigned> sizes;
   for (unsigned ctas = 2; ctas < multiprocessors; ctas *= 2) sizes.push_back(ctas);
   sizes.push_back(multiprocessors);
-  const Memory<uint32_t> memory(2 * size_t(multiprocessors) * kMaxMail / sizeof(uint32_t));
+  const Memory<uint32_t> memory(2 * size_t(multiprocessors) * kMaxMessage / sizeof(uint32_t));
   const Memory<uint32_t> arrived(1);
   Words* const h = reinterpret_cast<Words*>(memory.data());
   for (unsigned ctas : sizes) {
-    for (unsigned mail : kMails) {
-      found.add(exchange_name("grid", ctas, mail),
-                grid_nanoseconds<InGrid>(arrived, ctas, mail, h, arrived.data(), out));
-      found.add(exchange_name("grid_flags", ctas, mail),
-                grid_nanoseconds<InGridFlags>(memory, ctas, mail, h, out));
+    for (unsigned message : kMessages) {
+      found.add(exchange_name("grid", ctas, message),
+                grid_nanoseconds<InGrid>(arrived, ctas, message, h, arrived.data(), out));
+      found.add(exchange_name("grid_flags", ctas, message),
+                grid_nanoseconds<InGridFlags>(memory, ctas, message, h, out));
     }
   }
 }
@@ -912,9 +914,9 @@ void add_clusters(Section& found, Section& active_sizes, uint32_t* out) {
               }));
     const Grid grid = InClusterAsync::grid(ctas);
     if (!active_clusters<InClusterAsync>(grid)) continue;
-    for (unsigned mail : kMails) {
-      const unsigned log = log_words(mail);
-      found.add(exchange_name("st_async", ctas, mail), nanoseconds([&](int steps) {
+    for (unsigned message : kMessages) {
+      const unsigned log = log_words(message);
+      found.add(exchange_name("st_async", ctas, message), nanoseconds([&](int steps) {
                   check(launch(InClusterAsync{{}, out, log, steps}, grid, nullptr));
                 }));
     }
@@ -932,8 +934,8 @@ int main() {
   l2.add("read_tb_per_s", l2_read());
   const Section latency = latencies(has_clusters), issue = issue_rates();
   const Memory<uint32_t> out(size_t(multiprocessors) * 256);
-  exchange.add(exchange_name("cta", 1, InCta::kMail), nanoseconds([&](int steps) {
-                 const Grid grid{1, 1, 1, 2 * InCta::kMail};
+  exchange.add(exchange_name("cta", 1, InCta::kMessage), nanoseconds([&](int steps) {
+                 const Grid grid{1, 1, 1, 2 * InCta::kMessage};
                  check(launch(InCta{reinterpret_cast<float*>(out.data()), steps}, grid, nullptr));
                }));
   if (has_clusters) add_clusters(exchange, active_sizes, out.data());
