@@ -5,11 +5,13 @@ Subcommands:
   models     models from other packages
   compiled   networks under torch.compile
   training   the tagger example
+  peaks      a GPU's peaks beside the figures that the issue model assumes
   step_cost  the cost of a step on a GPU
   profile    kernels and counters in the slowest cases on a GPU
 
 A run over the whole grid is stored in benchmarks/results/, with pictures. A partial run is stored
-only with --output. On a GPU, a call's time includes the wait for its end.
+only with --output. A GPU has three clocks (measure.py): calls with the wait for their end, calls
+back to back, and a CUDA graph's replay.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from benchmarks import (
     baselines,
     cases,
+    gpu_roofline,
     machine,
     measure,
     report,
@@ -137,11 +140,11 @@ def _measure(
     present = _present(device, names)
     header = machine.header(device, present)
     probe = roofline.probe() if device == "cpu" else None
-    gpu_peaks = roofline.gpu_peaks() if device == "cuda" else None
+    gpu_peaks = gpu_roofline.measure() if device == "cuda" else None
     header["peaks"] = gpu_peaks and dataclasses.asdict(gpu_peaks)
     last = best = probe.measure() if probe else None
     rows: list[dict[str, Any]] = []
-    report.heading()
+    report.heading(on_gpu=device == "cuda")
     for case in chosen:
         for mode in modes:
             supporting = [baseline for baseline in present if baseline.supports(case, mode)]
@@ -153,7 +156,7 @@ def _measure(
                 bound = roofline.bound_ms(case, mode, now.or_better(last or now))
                 last, best = now, now.or_better(best or now)
             if gpu_peaks:
-                bound = roofline.gpu_bound_ms(case, mode, gpu_peaks)
+                bound = gpu_roofline.bound_ms(case, mode, gpu_peaks)
             for row in found:
                 row["roofline_ms"] = bound
             report.lines(found)
@@ -164,7 +167,8 @@ def _measure(
         header["peaks"] = dataclasses.asdict(best)
     if gpu_peaks:
         _add_regimes(rows, chosen, device)
-    return {"header": header, "rows": rows}
+    run = {"header": header, "rows": rows}
+    return run | ({"model": gpu_roofline.compared(gpu_peaks)} if gpu_peaks else {})
 
 
 def _add_regimes(rows: list[dict[str, Any]], chosen: Sequence[cases.Case], device: str) -> None:

@@ -1,4 +1,9 @@
-"""Measures times and memory: one process calls the candidates in turn."""
+"""Measures times and memory: one process calls the candidates in turn.
+
+A GPU has three clocks. A call with the wait for its end includes Python, the launches and the wait,
+on both sides. Calls back to back, timed by events, hide the host where the GPU is slower. The
+replay of a call's CUDA graph is the GPU alone.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +33,9 @@ BUSY_CORES = max(0.15, 0.05 * (os.cpu_count() or 1))
 # A case may take this many times as long to find calm rounds.
 PATIENCE = 3
 MODES = ("inference", "training")
+# Rounds of a GPU's clocks, and the milliseconds that a round's calls of a candidate should take.
+GPU_ROUNDS = 7
+GPU_ROUND_MS = 10.0
 
 
 def in_turn(
@@ -131,6 +139,129 @@ def _synchronized(call: Call) -> Call:
     return wait
 
 
+def _event_ms(call: Call, count: int) -> float:
+    """Milliseconds per call of `count` calls back to back, between two events."""
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    call()  # the GPU is busy with it when it gets the first event
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / count
+
+
+def back_to_back(calls: Mapping[str, Call]) -> dict[str, list[float]]:
+    """Milliseconds per call for each candidate, timed by events: one mean per round."""
+    counts = {}
+    for name, call in calls.items():
+        each = max(_event_ms(call, 3), 1e-3)
+        counts[name] = max(5, min(200, round(GPU_ROUND_MS / each)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(GPU_ROUNDS):
+            for name, call in calls.items():
+                times[name].append(_event_ms(call, counts[name]))
+    finally:
+        gc.enable()
+    return times
+
+
+def captured(call: Call) -> Call:
+    """Captures a call in a CUDA graph; gives a call that replays the graph.
+
+    Raises:
+        Unsupported: the call can't be captured, because it waits for the GPU or copies from the
+            host's memory.
+    """
+    stream: Any = torch.cuda.current_stream()
+    cuda: Any = torch.cuda
+    graph, warm_up = cuda.CUDAGraph(), cuda.Stream()
+    gc.collect()  # a destructor of another graph would break the capture
+    gc.disable()
+    try:
+        warm_up.wait_stream(stream)
+        with torch.cuda.stream(warm_up):
+            for _ in range(3):
+                call()
+        stream.wait_stream(warm_up)
+        with torch.cuda.graph(graph):
+            output = call()
+    except RuntimeError as error:
+        # The call's own error is the reason. The end of an invalid capture raises another.
+        reason = error.__context__ or error
+        first = str(reason).strip().splitlines() or [""]
+        raise Unsupported(f"no CUDA graph: {first[0]}") from error
+    finally:
+        torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
+        gc.enable()
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _graph_times(
+    calls: Mapping[str, Call], verify: Callable[[str, Any], None]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds per replay, and the reasons why candidates have no graph."""
+    replays, missing = {}, {}
+    for name, call in calls.items():
+        try:
+            replays[name] = captured(call)
+        except Unsupported as error:
+            missing[name] = str(error)
+    for name, replay in replays.items():
+        verify(name, replay())
+    return back_to_back(replays), missing
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Medians over rounds, their ratio and spreads."""
+    return {
+        "ours_ms": statistics.median(ours),
+        "baseline_ms": statistics.median(theirs),
+        # Per round, because a slow second of the machine slows both alike.
+        "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+        "ours_spread": spread(ours),
+        "baseline_spread": spread(theirs),
+    }
+
+
+def gpu_clocks(
+    calls: Mapping[str, Call], verify: Callable[[str, Any], None]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The results of a GPU's further clocks, by baseline and clock; ours is named "fusedrnn".
+
+    Each has the keys of `compared`. A graph that could not be captured has None in their place and
+    `missing`, the reason by candidate.
+    """
+    plain = back_to_back(calls)
+    graphs, missing = _graph_times(calls, verify)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in calls:
+        if name == "fusedrnn":
+            continue
+        found[name] = {"back_to_back": compared(plain["fusedrnn"], plain[name])}
+        both = ("fusedrnn", name)
+        reasons = {key: missing[key] for key in both if key in missing}
+        if not reasons:
+            found[name]["graph"] = compared(graphs["fusedrnn"], graphs[name])
+            continue
+        alone: dict[str, Any] = dict.fromkeys(compared([1.0, 1.0], [1.0, 1.0]))
+        for key, side in zip(both, ("ours", "baseline"), strict=True):
+            if key in graphs:
+                alone[f"{side}_ms"] = statistics.median(graphs[key])
+                alone[f"{side}_spread"] = spread(graphs[key])
+        found[name]["graph"] = {**alone, "missing": reasons}
+    return found
+
+
 def measure(
     case: Case,
     mode: str,
@@ -140,7 +271,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measures a case against baselines that support it on the device; one row for each.
 
-    The caller fills in roofline_ms.
+    The caller fills in roofline_ms. On a GPU, a row's own times are those of calls with the wait
+    for their end. The other clocks' results are under their names, as `gpu_clocks` gives them.
 
     Raises:
         AssertionError: a candidate's output differs from nn's.
@@ -152,16 +284,23 @@ def measure(
         except Unsupported as error:
             print(f"{case.name} {mode}: no {candidate.name}: {error}", file=sys.stderr)
             continue
-        calls[candidate.name] = _synchronized(call) if device == "cuda" else call
+        calls[candidate.name] = call
     expected = Torch(device).prepare(case, "inference")()
+
+    def verify(name: str, output: Any) -> None:
+        check(name, case, device, output, expected)
+
     for name, call in calls.items():
-        check(name, case, device, call(), expected)
+        verify(name, call())
     memory = {
         name: peak_memory(call, device)
         for name, call in calls.items()
         if name in ("fusedrnn", "torch", "cudnn")
     }
-    times = in_turn(calls, seconds)
+    on_gpu = device == "cuda"
+    waiting = {name: _synchronized(call) for name, call in calls.items()} if on_gpu else calls
+    times = in_turn(waiting, seconds)
+    clocks = gpu_clocks(calls, verify) if on_gpu else {}
     ours = times.pop("fusedrnn")
     sizes = dataclasses.asdict(case)
     del sizes["compiled"]
@@ -170,16 +309,12 @@ def measure(
             **sizes,
             "mode": mode,
             "baseline": name,
-            "ours_ms": statistics.median(ours),
-            "baseline_ms": statistics.median(theirs),
-            # Per round, because a slow second of the machine slows both alike.
-            "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
             "roofline_ms": None,
-            "ours_spread": spread(ours),
-            "baseline_spread": spread(theirs),
+            **compared(ours, theirs),
             "rounds": len(ours),
             "ours_bytes": memory["fusedrnn"],
             "baseline_bytes": memory.get(name),
+            **clocks.get(name, {}),
         }
         for name, theirs in times.items()
     ]

@@ -26,6 +26,8 @@ TITLES = {
 }
 # nn's own implementation on either device: ratios over it are compared, and its roofline is drawn.
 REFERENCES = ("torch", "cudnn")
+# A GPU's clocks besides the call with the wait for its end: keys of a row, columns of a table.
+CLOCKS = {"back_to_back": "back to back", "graph": "by graph"}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -55,27 +57,48 @@ def store(output: Path, found: dict[str, Any]) -> None:
     output.write_text(json.dumps({**old, **found}, indent=1) + "\n")
 
 
-def heading() -> None:
+def heading(on_gpu: bool = False) -> None:
+    clocks = f"{'back to back':>14}{'graph':>8}" if on_gpu else ""
     print(
         f"{'case':30}{'mode':11}{'baseline':14}{'fusedrnn ms':>12}{'base ms':>10}{'ratio':>8}"
-        f"{'spread':>8}{'roofline':>9}"
+        f"{clocks}{'spread':>8}{'roofline':>9}"
     )
 
 
+def _has_clocks(row: Row) -> bool:
+    """Whether a row has the ratios by a GPU's further clocks."""
+    return "graph" in row
+
+
+def _ratio(row: Row, clock: str) -> str:
+    """The ratio by a clock; "-" without one, as where a graph can't be captured."""
+    ratio = row.get(clock, {}).get("ratio")
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
 def lines(rows: Sequence[Row]) -> None:
-    """Prints a line for each row. The last column is the roofline's share of our time."""
+    """Prints a line for each row. The last column is the roofline's share of our time.
+
+    On a GPU: the ratios by all three clocks, and the reason where there is no graph.
+    """
     for row in rows:
         bound = row["roofline_ms"]
         share = f"{bound / row['ours_ms']:9.0%}" if bound else ""
+        clocks = ""
+        if _has_clocks(row):
+            clocks = f"{_ratio(row, 'back_to_back'):>14}{_ratio(row, 'graph'):>8}"
         print(
             f"{row['name']:30}{row['mode']:11}{row['baseline']:14}{row['ours_ms']:12.4f}"
-            f"{row['baseline_ms']:10.4f}{row['ratio']:8.2f}{row['ours_spread']:8.1%}{share}",
+            f"{row['baseline_ms']:10.4f}{row['ratio']:8.2f}{clocks}{row['ours_spread']:8.1%}"
+            f"{share}",
             flush=True,
         )
+        for name, reason in row.get("graph", {}).get("missing", {}).items():
+            print(f"  {TITLES[name]}: {reason}", flush=True)
 
 
 def show(rows: Sequence[Row]) -> None:
-    heading()
+    heading(on_gpu=any(_has_clocks(row) for row in rows))
     lines(rows)
 
 
@@ -87,6 +110,11 @@ def summary(rows: Sequence[Row]) -> None:
             f"{mode} over {baseline}: {_mean(found):.2f} in the geometric mean over "
             f"{len(found)} cases, at least {lowest['ratio']:.2f} ({lowest['name']})"
         )
+        for clock, title in CLOCKS.items():
+            ratios = _ratios(found, clock)
+            if ratios:
+                mean, count = statistics.geometric_mean(ratios), len(ratios)
+                print(f"  {title}: {mean:.2f} over {count} cases, at least {min(ratios):.2f}")
     noisy = [r for r in rows if max(r["ours_spread"], r["baseline_spread"]) > 0.2]
     print(f"{len(noisy)} of {len(rows)} rows vary by over 20 % between rounds")
 
@@ -96,6 +124,12 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         groups.setdefault((row["baseline"], row["mode"]), []).append(row)
     return groups
+
+
+def _ratios(rows: Sequence[Row], clock: str) -> list[float]:
+    """The ratios by a clock, of the rows that have one."""
+    found = (row.get(clock, {}).get("ratio") for row in rows)
+    return [ratio for ratio in found if ratio is not None]
 
 
 def _mean(rows: Sequence[Row]) -> float:
@@ -152,7 +186,8 @@ def marker(name: str, run: dict[str, Any]) -> str:
 def table(run: dict[str, Any]) -> str:
     """A line for each case: our milliseconds and the ratios over the baselines, in both modes.
 
-    A GPU's table adds the roofline's share, the regime, and both peak memories in MiB.
+    A GPU's table adds the ratios by the other clocks, the roofline's share, the regime, and both
+    peak memories in MiB.
     """
     rows: list[Row] = run["rows"]
     groups = _groups(rows)
@@ -162,11 +197,15 @@ def table(run: dict[str, Any]) -> str:
             by_mode.setdefault(mode, []).append(name)
     head, means = ["case"], ["geometric mean"]
     on_gpu = run["header"]["device"] != "cpu"
-    more = ["of roofline", "regime", "MiB"] if on_gpu else []
+    more = [*CLOCKS.values(), "of roofline", "regime", "MiB"] if on_gpu else []
     for mode, found in by_mode.items():
         head += [f"{mode}, ms", *(f"over {TITLES[name]}" for name in found), *more]
         means += ["", *(f"**{_mean(groups[name, mode]):.2f}**" for name in found)]
-        means += [""] * len(more)
+        if on_gpu:
+            first = groups[found[0], mode]
+            ratios = [_ratios(first, clock) for clock in CLOCKS]
+            means += [f"**{statistics.geometric_mean(r):.2f}**" if r else "" for r in ratios]
+            means += [""] * (len(more) - len(CLOCKS))
     body = []
     for name in dict.fromkeys(row["name"] for row in rows):
         cells = [name]
@@ -193,7 +232,8 @@ def _gpu_cells(row: Row) -> list[str]:
     ours, theirs = row["ours_bytes"], row["baseline_bytes"]
     memory = "" if ours is None or theirs is None else f"{ours / 2**20:.1f} / {theirs / 2**20:.1f}"
     share = f"{row['roofline_ms'] / row['ours_ms']:.0%}" if row["roofline_ms"] else ""
-    return [share, row.get("regime", ""), memory]
+    clocks = [_ratio(row, clock) if _has_clocks(row) else "" for clock in CLOCKS]
+    return [*clocks, share, row.get("regime", ""), memory]
 
 
 def digits(value: float) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,9 @@ pytest.importorskip("benchmarks")  # importable from the checkout's root only
 from benchmarks import (
     baselines,
     cases,
+    gpu_roofline,
     latency,
+    machine,
     measure,
     models,
     profile,
@@ -30,12 +35,14 @@ from benchmarks import (
     step_cost,
     training,
 )
+from benchmarks import peaks as peaks_command
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.cells import LAYERS, STEPS
 from benchmarks.models.compare import difference
 from benchmarks.models.job import Job, Model, Results, Swap, weights
 from fusedrnn import _ops
+from tools import gpu as gpu_stages
 
 PEAKS = roofline.Peaks(
     flops={"float32": 1e9, "float64": 5e8, "bfloat16": 2e9, "float16": 1e9},
@@ -146,30 +153,236 @@ def test_roofline() -> None:
     assert fast.read_seconds(1000, 1 << 5) == pytest.approx(1000 / 4e9)
 
 
+# 8 multiprocessors at 1 GHz, so a cycle is a nanosecond. A multiprocessor's operations in a cycle:
+# 1000 by tensor cores, 500 in TF32, 112.5 by float32 multiply-adds. L2: 100 bytes for each.
+GPU = gpu_roofline.GpuPeaks(
+    flops={"float32": 4e12, "float64": 1e12, "bfloat16": 6e12, "float16": 8e12},
+    bandwidth=5e11,
+    multiprocessors=8,
+    shared_bytes=200_000,
+    kernels={
+        "clock": {"ghz": 1.0},
+        "tflops": {"bfloat16": 8.0, "float16": None, "tf32": 3.0, "ieee": 0.9},
+        "l2": {"read_tb_per_s": 0.8},
+        "latency_cycles": {"ffma": 5.0, "hmma_bfloat16": 30.0, "hmma_tf32": None},
+        "exchange_ns": {
+            "cta 1 512": 50.0,
+            "st_async 2 64": 300.0,
+            "st_async 4 64": 400.0,
+            "st_async 4 2048": 390.0,
+            "cluster 4 512": None,
+            "grid 4 64": 1000.0,
+            "grid_flags 4 64": 600.0,
+        },
+    },
+)
+
+
+def with_kernels(peaks: gpu_roofline.GpuPeaks, **sections: Any) -> gpu_roofline.GpuPeaks:
+    return dataclasses.replace(peaks, kernels={**peaks.kernels, **sections})
+
+
+def step_of(
+    case: Case, peaks: gpu_roofline.GpuPeaks, is_backward: bool = False
+) -> gpu_roofline.Step:
+    step = gpu_roofline.step(case, peaks, is_backward)
+    assert step
+    return step
+
+
+def test_exchange_by_the_number_of_ctas() -> None:
+    seconds = {ctas: GPU.exchange_seconds(ctas) for ctas in (1, 2, 3, 4, 16, 17, 99)}
+    expected = {1: 50, 2: 300, 3: 300, 4: 390, 16: 390, 17: 600, 99: 600}
+    assert seconds == {ctas: pytest.approx(1e-9 * ns) for ctas, ns in expected.items()}
+    # A noisy probe of more CTAs can't make a bound on fewer too high.
+    noisy = with_kernels(GPU, exchange_ns={"grid 2 64": 500.0, "grid 4 64": 450.0})
+    assert noisy.exchange_seconds(2) == noisy.exchange_seconds(4) == pytest.approx(450e-9)
+    assert with_kernels(GPU, exchange_ns={}).exchange_seconds(2) == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "changed", "ctas", "exchange", "gemm", "activations"),
+    [
+        # 64 * 256 weights by a tile of 8 rows: 2 * 16384 * 8 / 1000. Two CTAs would save 131 and
+        # cost 250.
+        (Case("a", H=64, dtype="bfloat16"), {}, 1, 50, 262.144, 60),
+        # A row by float32 multiply-adds, 2 * 16384 / 112.5, not by a tile in TF32.
+        (Case("b", H=64), {}, 1, 50, 2 * 16384 / 112.5, 130),
+        # 9 rows on 8 multiprocessors: two each, for which a tile is faster.
+        (Case("c", B=9, H=32), {}, 1, 50, 2 * 4096 * 8 / 500, 130),
+        # A GRU has three quarters of the weights, a plain RNN a quarter and one nonlinearity.
+        (Case("d", "GRU", H=64, dtype="bfloat16"), {}, 1, 50, 196.608, 60),
+        (Case("e", "RNN", H=64, dtype="bfloat16"), {}, 1, 50, 65.536, 30),
+        # With fast tensor cores the chain is longest: K = 128 in bfloat16 is 8 mma, whose sums are
+        # added in 3 levels.
+        (
+            Case("f", H=128, dtype="bfloat16"),
+            {"tflops": {"bfloat16": 8e3}},
+            1,
+            50,
+            30 + 3 * 5,
+            60,
+        ),
+        # 160 * 640 weights in bfloat16 are 51200 bytes over a CTA's 153600 bytes of registers. They
+        # come from shared memory at 128 bytes a cycle; another CTA would cost 450 more.
+        (
+            Case("g", H=160, dtype="bfloat16"),
+            {"tflops": {"bfloat16": 8e3}, "exchange_ns": {"cta 1 512": 50.0, "grid 2 64": 500.0}},
+            1,
+            50,
+            400,
+            60,
+        ),
+        # With a cheaper exchange the weights are in the registers of two: 30 + 5 * log2(10).
+        (
+            Case("h", H=160, dtype="bfloat16"),
+            {"tflops": {"bfloat16": 8e3}, "exchange_ns": {"cta 1 512": 50.0, "grid 2 64": 300.0}},
+            2,
+            300,
+            30 + 5 * np.log2(10),
+            60,
+        ),
+        # 8 MiB on all 8 multiprocessors: 694976 bytes a CTA come through L2.
+        (
+            Case("i", H=1024, dtype="bfloat16"),
+            {"tflops": {"bfloat16": 8e3}},
+            8,
+            390,
+            (2**20 - 153_600 - 200_000) / 100,
+            60,
+        ),
+        # Directions share the multiprocessors, so a direction has four at most.
+        (
+            Case("j", H=1024, dtype="bfloat16", bidirectional=True),
+            {"tflops": {"bfloat16": 8e3}},
+            4,
+            390,
+            (2**21 - 153_600 - 200_000) / 100,
+            60,
+        ),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else "",
+)
+def test_step_of_a_gpu(
+    case: Case,
+    changed: dict[str, Any],
+    ctas: int,
+    exchange: float,
+    gemm: float,
+    activations: float,
+) -> None:
+    step = step_of(case, with_kernels(GPU, **changed))
+    assert step.ctas == ctas
+    found = [1e9 * seconds for seconds in (step.exchange, step.gemm, step.activations)]
+    assert found == pytest.approx([exchange, gemm, activations])
+    assert 1e9 * step.seconds == pytest.approx(exchange + gemm + activations)
+
+
+def test_backward_step_of_a_gpu() -> None:
+    """The same weights and exchange; three multiply-adds behind them, one of a plain RNN."""
+    for cell, cycles in (("LSTM", 12), ("GRU", 12), ("RNN", 4)):
+        case = Case("a", cell, H=64, dtype="bfloat16")
+        forward, backward = (step_of(case, GPU, is_backward) for is_backward in (False, True))
+        assert backward.gemm == forward.gemm
+        assert 1e9 * backward.activations == pytest.approx(cycles)
+    fast = with_kernels(GPU, tflops={"bfloat16": 8e3})
+    step = step_of(Case("a", H=64, dtype="bfloat16"), fast, is_backward=True)
+    assert 1e9 * step.gemm == pytest.approx(30 + 5 * 4)  # K = 256: 16 mma
+
+
 def test_roofline_of_a_gpu() -> None:
-    exchange = {"cta": 1e-7, "cluster 8": 6e-7, "grid 16": 5e-7}
-    peaks = roofline.GpuPeaks({"float32": 1e13, "float16": 2e13}, 1e12, exchange, 1 << 18, {})
-    # Latency decides: W_hh, 64 KiB, fits into a multiprocessor; with twice the width it does not.
-    deep = Case("a", T=1000, I=1, H=64, layers=2, bidirectional=True)
-    assert roofline.gpu_bound_ms(deep, "inference", peaks) == pytest.approx(0.2)
-    assert roofline.gpu_bound_ms(deep, "training", peaks) == pytest.approx(0.4)
-    wide = dataclasses.replace(deep, H=129)
-    assert peaks.exchange_seconds(4 * 4 * 129**2) == 5e-7
-    assert roofline.gpu_bound_ms(wide, "training", peaks) == pytest.approx(2.0)
-    # Memory decides: 32 KiB weights, 2 KiB x, 2 KiB y; training doubles it and adds 32 KiB.
-    one_way = dataclasses.replace(deep, bidirectional=False)
-    assert roofline.gpu_bound_ms(one_way, "inference", peaks) == pytest.approx(0.1001)
-    few = Case("b", B=8, H=64, I=64)
-    unknown = dataclasses.replace(peaks, bandwidth=1e9, exchange={})
-    moved = 4 * (2 * 4 * 64 * 64 + 8 * 128)
-    assert roofline.gpu_bound_ms(few, "inference", unknown) == pytest.approx(1e-6 * moved)
-    moved = 2 * moved + 4 * 2 * 4 * 64 * 64
-    assert roofline.gpu_bound_ms(few, "training", unknown) == pytest.approx(1e-6 * moved)
-    # Compute decides, at the type's rate.
-    fast = dataclasses.replace(unknown, bandwidth=1e15)
-    half = dataclasses.replace(few, dtype="float16")
-    expected = 1e3 * roofline.flops(half, "inference") / 2e13
-    assert roofline.gpu_bound_ms(half, "inference", fast) == pytest.approx(expected)
+    bound = gpu_roofline.bound_ms
+    # Latency decides. 1001 steps in two layers; the first needs neither an exchange nor a product.
+    deep = Case("a", T=1000, I=1, H=64, layers=2, dtype="bfloat16")
+    forward = 1001 * 60 + 1000 * (50 + 262.144)
+    assert bound(deep, "inference", GPU) == pytest.approx(1e-6 * forward)
+    backward = 1001 * 12 + 1000 * (50 + 262.144)
+    assert bound(deep, "training", GPU) == pytest.approx(1e-6 * (forward + backward))
+    both = dataclasses.replace(deep, bidirectional=True)  # layers can't overlap
+    forward = 2000 * 60 + 1999 * (50 + 262.144)
+    assert bound(both, "inference", GPU) == pytest.approx(1e-6 * forward)
+    # L2 decides: 32768 weights, 8 * 128 values; training reads both twice and writes gradients.
+    few = Case("b", B=8, H=64, I=64, dtype="bfloat16")
+    slow = with_kernels(GPU, l2={"read_tb_per_s": 1e-3})
+    assert bound(few, "inference", slow) == pytest.approx(1e-6 * 2 * (32768 + 1024))
+    assert bound(few, "training", slow) == pytest.approx(1e-6 * 2 * (3 * 32768 + 2 * 1024))
+    # Memory decides, for what is over 30 MiB: 64 MiB of weights and 16 KiB of values.
+    large = Case("c", H=2048, I=2048, dtype="bfloat16")
+    slow = dataclasses.replace(GPU, bandwidth=1e9)
+    over = 2 * (2 * 4 * 2048**2 + 4096) - (30 << 20)
+    assert bound(large, "inference", slow) == pytest.approx(1e-6 * over)
+    assert bound(few, "inference", slow) < 1e-2
+    # Compute decides, by torch's rate. Without nvcc there are no latencies.
+    unknown = dataclasses.replace(GPU, kernels={})
+    assert gpu_roofline.step(deep, unknown) is None
+    expected = 1e3 * roofline.flops(few, "inference") / 6e12
+    assert bound(few, "inference", unknown) == pytest.approx(expected)
+
+
+# An H100's rates as published, with latencies from the step-cost model: 1.755 GHz, 132
+# multiprocessors, an exchange through L2 without a fence in 500 ns and more.
+H100 = gpu_roofline.GpuPeaks(
+    flops={"float32": 3.9e14, "float64": 5e13, "bfloat16": 7.5e14, "float16": 7.5e14},
+    bandwidth=2.8e12,
+    multiprocessors=132,
+    shared_bytes=228 << 10,
+    kernels={
+        "clock": {"ghz": 1.755},
+        "tflops": {"bfloat16": 620.0, "float16": 620.0, "tf32": 310.0, "ieee": 55.0},
+        "l2": {"read_tb_per_s": 5.5},
+        "exchange_ns": {
+            "cta 1 512": 30.0,
+            **{f"st_async {ctas} 64": 195.0 + 4 * ctas for ctas in (2, 4, 8, 16)},
+            **{f"cluster {ctas} 512": 500.0 for ctas in (2, 4, 8, 16)},
+            **{f"grid {ctas} 64": 1200.0 for ctas in (2, 4, 8, 16, 32, 64, 128, 132)},
+            **{f"grid_flags {ctas} 64": 500.0 + ctas for ctas in (2, 4, 8, 16, 32, 64, 128, 132)},
+        },
+    },
+)
+# Modelled microseconds per step of the kernels today, forward and backward.
+STEP_US = {
+    ("bfloat16", 128): {1: (0.8, 1.3), 16: (1.9, 2.4), 64: (1.9, 2.4), 256: (1.9, 2.4)},
+    ("bfloat16", 256): {1: (1.4, 1.3), 16: (1.4, 1.3), 64: (1.4, 1.3), 256: (2.0, 2.1)},
+    ("bfloat16", 512): {1: (1.4, 1.3), 16: (1.4, 1.3), 64: (1.4, 2.1), 256: (3.4, 6.6)},
+    ("bfloat16", 1024): {1: (1.6, 2.1), 16: (1.6, 2.1), 64: (2.3, 6.6), 256: (7.8, 25.0)},
+    ("float32", 512): {64: (1.6, 3.6), 256: (4.2, 12.7)},
+}
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), list(STEP_US))
+def test_bound_is_below_the_kernels_of_today(dtype: str, hidden: int) -> None:
+    for B, (forward_us, backward_us) in STEP_US[dtype, hidden].items():
+        case = Case("a", B=B, T=1000, I=8, H=hidden, dtype=dtype)
+        for is_backward, us in ((False, forward_us), (True, backward_us)):
+            assert 0.05 * us < 1e6 * step_of(case, H100, is_backward).seconds < us
+        assert gpu_roofline.bound_ms(case, "inference", H100) < forward_us
+        assert gpu_roofline.bound_ms(case, "training", H100) < forward_us + backward_us
+
+
+def test_weights_need_many_ctas() -> None:
+    """The bound on a large layer does not take the exchange of two CTAs."""
+    step = step_of(Case("a", H=1024, dtype="bfloat16"), H100)
+    assert step.ctas > 16
+    assert step.exchange >= 500e-9
+    assert step_of(Case("a", H=128), H100).ctas > 1  # 256 KB: not in one CTA's registers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", measure.MODES)
+def test_bound_is_monotone(dtype: str, mode: str) -> None:
+    def bounds(cases: list[Case]) -> list[float]:
+        return [gpu_roofline.bound_ms(case, mode, H100) for case in cases]
+
+    many = range(1, 2000, 37)
+    for found in (
+        bounds([Case("a", B=4, T=50, H=H, dtype=dtype) for H in range(16, 2049, 48)]),
+        bounds([Case("a", B=B, T=50, H=512, dtype=dtype) for B in range(1, 300, 7)]),
+        bounds([Case("a", "GRU", B=B, T=9, H=96, bidirectional=True, dtype=dtype) for B in many]),
+        bounds([Case("a", B=4, T=T, H=256, dtype=dtype) for T in range(1, 300, 9)]),
+        bounds([Case("a", B=4, T=9, H=256, layers=n, dtype=dtype) for n in range(1, 9)]),
+    ):
+        assert found == sorted(found)
+        assert 0 < found[0] < found[-1]
 
 
 def test_peaks_of_kernels(
@@ -177,21 +390,22 @@ def test_peaks_of_kernels(
 ) -> None:
     """Without nvcc or a GPU, the reason is printed."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
-    assert roofline._kernel_peaks() == {}
+    assert gpu_roofline._kernel_peaks() == {}
     assert "has no bin/nvcc" in capsys.readouterr().err
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     for program, found, said in (
         ("""echo '{"exchange_ns": {"cta": 40}}'""", {"exchange_ns": {"cta": 40}}, ""),
-        ("echo no GPU >&2; exit 1", {}, "without exchange times: no GPU"),
+        ("echo no GPU >&2; exit 1", {}, "without the results of peaks.cu: no GPU"),
+        ("""echo a: late >&2; echo '{"l2": {"a": null}}'""", {"l2": {"a": None}}, "a: late\n"),
         ("exit 3", {}, "peaks exited 3"),
     ):
         script = '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n'
         script += f"cat > $2 <<'END'\n#!/bin/sh\n{program}\nEND\nchmod +x $2\n"
         nvcc.write_text(script)
         nvcc.chmod(0o755)
-        assert roofline._kernel_peaks() == found
+        assert gpu_roofline._kernel_peaks() == found
         assert said in capsys.readouterr().err
 
 
@@ -247,10 +461,16 @@ def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         tmp_path / "page.md",
         {"regime": "grid", "ours_bytes": 3 << 20, "baseline_bytes": 2**21},
     )
+    clocks = {"back_to_back": {"ratio": 2.5}, "graph": {"ratio": 3.0}}
     parts = ("table", "table cuda", "training cuda")
     page.write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
     rows = [row("a", 2.0, over="cudnn") | gpu, row("a", 4.0, "training", "cudnn") | gpu]
     rows[1] |= {"roofline_ms": None, "ours_bytes": None}
+    rows[0] |= clocks
+    rows[1] |= {"back_to_back": {"ratio": 4.5}, "graph": {"ratio": None}}
+    rows += [
+        row("old", 2.0, over="cudnn") | {"ours_bytes": None, "baseline_bytes": None}
+    ]  # from a run without these clocks
     path = stored(tmp_path / "run.json", *rows)
     run = json.loads(path.read_text())
     run["header"] |= {"device": "NVIDIA X", "baselines": {"cudnn": "91300"}}
@@ -262,7 +482,7 @@ def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path.write_text(json.dumps(run))
     assert main(["--report", str(path), "--readme", str(page)]) == 0
     caption = "NVIDIA X; torch 2.13, cuDNN 91300; 2026-01-02."
-    columns = "over cuDNN | of roofline | regime | MiB |"
+    columns = "over cuDNN | back to back | by graph | of roofline | regime | MiB |"
     assert page.read_text().splitlines() == [
         "<!-- table -->",
         "<!-- /table -->",
@@ -270,9 +490,12 @@ def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         caption,
         "",
         f"| case | inference, ms | {columns} training, ms | {columns}",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| a | 1.00 | 2.00 | 50% | grid | 3.0 / 2.0 | 1.00 | 4.00 |  | grid |  |",
-        "| geometric mean |  | **2.00** |  |  |  |  | **4.00** |  |  |  |",
+        "| --- " + "| ---: " * 14 + "|",
+        "| a | 1.00 | 2.00 | 2.50 | 3.00 | 50% | grid | 3.0 / 2.0 "
+        "| 1.00 | 4.00 | 4.50 | - |  | grid |  |",
+        "| old | 1.00 | 2.00 |  |  | 50% |  |  |" + "  |" * 7,
+        "| geometric mean |  | **2.00** | **2.50** | **3.00** |  |  |  "
+        "|  | **4.00** | **4.50** |  |  |  |  |",
         "",
         "![Time of cuDNN over fusedrnn's, by case](run_ratio.png)",
         "<!-- /table cuda -->",
@@ -455,6 +678,200 @@ def test_in_turn_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     times = measure.in_turn({"a": lambda: None}, 1e-9, order.append)
     assert (len(order), len(times["a"])) == (7, 5)
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+
+
+class FakeGpu:
+    """Stands in for torch.cuda. A call takes its host's time or its GPU's, the longer; a replay
+    its GPU's.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.stream = 0.0, "default"
+        self.graph: Any = None  # under capture
+        self.waits, self.calls = 0, 0
+        for name in ("Event", "CUDAGraph", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.Stream(self.stream))
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: self.enter(stream.name))
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+
+    def enter(self, stream: str) -> None:
+        self.stream = stream
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def call(self, host_ms: float, gpu_ms: float, output: Any = None, refuses: str = "") -> Any:
+        def run() -> Any:
+            self.calls += 1
+            if not self.graph:
+                self.now += max(host_ms, gpu_ms)
+            elif refuses:
+                self.graph.is_valid = False
+                raise RuntimeError(refuses)
+            else:
+                self.graph.ms += gpu_ms
+            return output
+
+        return run
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802
+        assert enable_timing
+        event = SimpleNamespace(at=None, is_complete=False)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.synchronize = lambda: setattr(event, "is_complete", True)
+
+        def elapsed_time(end: Any) -> float:
+            assert end.is_complete
+            assert end.at > event.at
+            return float(end.at - event.at)
+
+        event.elapsed_time = elapsed_time
+        return event
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        graph = SimpleNamespace(ms=0.0, is_valid=True)
+        graph.replay = lambda: setattr(self, "now", self.now + graph.ms)
+        return graph
+
+    def Stream(self, name: str = "side") -> Any:  # noqa: N802
+        return SimpleNamespace(name=name, wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, stream.name
+        yield
+        self.stream = before
+
+    @contextlib.contextmanager
+    def capture(self, graph: Any) -> Iterator[None]:
+        """As torch's: an invalid capture raises at its end and leaves its stream current."""
+        before, self.stream, self.graph = self.stream, "capture", graph
+        try:
+            yield
+        finally:
+            self.graph = None
+            if not graph.is_valid:
+                raise RuntimeError("capture invalidated")
+            self.stream = before
+
+
+def test_clocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    calls = {
+        "fusedrnn": gpu.call(0.5, 0.25, "ours"),
+        "cudnn": gpu.call(0.5, 1.0, "theirs"),
+        "packing": gpu.call(2.0, 0.5, refuses="can't copy\nmore"),
+    }
+    verified = []
+    found = measure.gpu_clocks(calls, lambda name, output: verified.append((name, output)))
+    assert verified == [("fusedrnn", "ours"), ("cudnn", "theirs")]
+    assert gpu.stream == "default"
+    assert list(found) == ["cudnn", "packing"]
+
+    def times(result: dict[str, Any]) -> list[float | None]:
+        return [result[key] for key in ("ours_ms", "baseline_ms", "ratio")]
+
+    assert times(found["cudnn"]["back_to_back"]) == pytest.approx([0.5, 1.0, 2.0])
+    assert times(found["cudnn"]["graph"]) == pytest.approx([0.25, 1.0, 4.0])
+    assert found["cudnn"]["graph"]["ours_spread"] == pytest.approx(0, abs=1e-9)
+    assert times(found["packing"]["back_to_back"]) == pytest.approx([0.5, 2.0, 4.0])
+    assert times(found["packing"]["graph"]) == [pytest.approx(0.25), None, None]
+    assert found["packing"]["graph"]["baseline_spread"] is None
+    assert found["packing"]["graph"]["missing"] == {"packing": "no CUDA graph: can't copy"}
+    # Where our own graph fails, the baseline's time stays.
+    calls["fusedrnn"] = gpu.call(0.5, 0.25, refuses="waits")
+    found = measure.gpu_clocks(calls, lambda name, output: None)
+    assert times(found["cudnn"]["graph"]) == [None, pytest.approx(1.0), None]
+    assert set(found["packing"]["graph"]["missing"]) == {"fusedrnn", "packing"}
+
+
+def test_calls_back_to_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short calls are many between two events, long ones at least five; none waits."""
+    gpu = FakeGpu(monkeypatch)
+    for ms, count in ((0.001, 200), (0.5, 20), (100.0, 5)):
+        gpu.calls = 0
+        times = measure.back_to_back({"a": gpu.call(0.0, ms)})
+        assert times == {"a": [pytest.approx(ms)] * measure.GPU_ROUNDS}
+        assert gpu.calls == 4 + measure.GPU_ROUNDS * (1 + count)
+    assert gpu.waits == 0
+
+
+def test_a_wrong_replay_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def verify(name: str, output: Any) -> None:
+        raise AssertionError(f"{name} is wrong")
+
+    with pytest.raises(AssertionError, match="fusedrnn is wrong"):
+        measure.gpu_clocks({"fusedrnn": gpu.call(1.0, 1.0)}, verify)
+
+
+def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr(measure, "WARM_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "peak_memory", lambda call, device: 7)
+    monkeypatch.setattr(measure, "check", lambda *args: None)
+
+    def candidate(name: str, *args: Any) -> Any:
+        return SimpleNamespace(name=name, prepare=lambda case, mode: gpu.call(*args))
+
+    monkeypatch.setattr(measure, "Fused", lambda device: candidate("fusedrnn", 0.5, 0.25))
+    monkeypatch.setattr(measure, "Torch", lambda device: candidate("torch", 1.0, 1.0))
+    theirs = [candidate("cudnn", 0.5, 1.0), candidate("packing", 0.5, 0.5, None, "copies")]
+    rows = measure.measure(Case("a"), "inference", theirs, "cuda", 0.0)
+    assert gpu.waits > 0
+    assert [row["baseline"] for row in rows] == ["cudnn", "packing"]
+    for found in rows:
+        assert set(found) >= {"ours_ms", "ratio", "back_to_back", "graph", "baseline_bytes"}
+    report.show(rows)
+    report.summary(rows)
+    printed = capsys.readouterr().out
+    heads, cudnn, packing, reason = (line.split() for line in printed.splitlines()[:4])
+    assert heads[5:9] == ["base", "ms", "ratio", "back"]
+    assert cudnn[6:8] == ["2.00", "4.00"]
+    assert packing[6:8] == ["1.00", "-"]
+    assert " ".join(reason) == "packing by hand: no CUDA graph: copies"
+    assert "  back to back: 2.00 over 1 cases, at least 2.00" in printed
+    assert printed.count("  by graph: ") == 1
+    assert "  by graph: 4.00 over 1 cases, at least 4.00" in printed
+
+
+def test_peaks_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run.json"
+    chosen = ["peaks", "--output", str(output)]
+    header = json.loads(stored(tmp_path / "other.json").read_text())["header"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(chosen) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "header", lambda device, baselines: header)
+    monkeypatch.setattr(gpu_roofline, "measure", lambda: dataclasses.replace(GPU, kernels={}))
+    assert main(chosen) == 1
+    assert not output.exists()
+    monkeypatch.setattr(gpu_roofline, "measure", lambda: GPU)
+    assert main(chosen) == 0
+    found = json.loads(output.read_text())
+    assert found["peaks"]["kernels"] == GPU.kernels
+    assert found["peaks"]["multiprocessors"] == 8
+    assert found["model"]["clock"]["ghz"] == {"assumed": 1.9, "measured": 1.0}
+    assert found["model"]["latency_cycles"]["ffma"] == {"assumed": 4, "measured": 5.0}
+    assert found["model"]["latency_cycles"]["hmma_tf32"]["measured"] is None
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["hmma_bfloat16", "33", "30", "cycles,", "latency"] in printed
+    assert ["hmma_tf32", "6.5", "-", "cycles", "a", "scheduler,", "issue"] in printed
+    assert set(found["model"]) == set(peaks_command.UNITS)
+    # The stage of `make gpu` runs it, and each name is one that peaks.cu prints.
+    (command,) = gpu_stages.STAGES["peaks"](output)
+    assert [*command.args[-4:]] == ["benchmarks", *chosen]
+    source = (Path(peaks_command.__file__).with_name("peaks.cu")).read_text()
+    for section, names in gpu_roofline.ASSUMED.items():
+        assert f'print("{section}"' in source
+        for name in names:
+            assert f'"{name.split()[0]}"' in source
 
 
 def test_peak_memory() -> None:

@@ -1,7 +1,7 @@
 """`make gpu`: builds and tests on an NVIDIA GPU, with the installed torch and no network.
 
-    python -m tools.gpu [build] [tests] [ecosystem] [sanitize] [bench] [step_cost] [clusters]
-                        [training] [profile]
+    python -m tools.gpu [build] [peaks] [tests] [ecosystem] [sanitize] [bench] [step_cost]
+                        [clusters] [training] [profile]
 
 Runs all stages by default, each under eight minutes. Later stages run after a failure; the exit
 status is then 1. Results go to benchmarks/results/<device>.json, each command's last lines to
@@ -146,6 +146,12 @@ def build(results: Path) -> list[Command]:
     ]
 
 
+def peaks(results: Path) -> list[Command]:
+    """Early, because a minute on a new GPU tells which figures of the issue model are wrong."""
+    measure = [sys.executable, "-m", "benchmarks", "peaks"]
+    return [Command("peaks", [*measure, "--output", str(results)])]
+
+
 # An illegal access fails all later tests. The timeout shows where a kernel hangs.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
 PYTEST += ["--maxfail=25", "-o", "faulthandler_timeout=120"]
@@ -265,6 +271,7 @@ STAGES = {
     stage.__name__: stage
     for stage in (
         build,
+        peaks,
         tests,
         ecosystem,
         sanitize,
