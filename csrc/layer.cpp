@@ -48,12 +48,13 @@ constexpr auto kCellInfos = cell_infos(scalar::Cells());
 
 const CellInfo& cell_info(int index) { return kCellInfos[size_t(index)]; }
 
-Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, bool keep_type)
+Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, KeepType keep_type)
     : cell(cell_info), type(args.input.scalar_type()), D(args.bidirectional ? 2 : 1) {
   const Tensor& x = args.input;
   packed = args.batch_sizes.has_value();
   compute_type = type == at::kDouble ? at::kDouble : at::kFloat;
-  const at::ScalarType operand_type = keep_type ? type : compute_type;
+  const at::ScalarType operand_type = keep_type == KeepType::none ? compute_type : type;
+  state_type = keep_type == KeepType::all ? type : compute_type;
   FUSEDRNN_CHECK(
       cell, type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
       "input must be float32, float64, bfloat16 or float16, got ", type);
@@ -75,8 +76,8 @@ Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, bool keep_type)
   if (args.h0) check_like(cell, "h0", *args.h0, x, {D, B, P});
   if (args.c0) check_like(cell, "c0", *args.c0, x, {D, B, H});
   input = with_contiguous_features(x, operand_type);
-  if (args.h0) h0 = with_contiguous_features(*args.h0, compute_type);
-  if (args.c0) c0 = with_contiguous_features(*args.c0, compute_type);
+  if (args.h0) h0 = with_contiguous_features(*args.h0, state_type);
+  if (args.c0) c0 = with_contiguous_features(*args.c0, state_type);
 }
 
 void Layer::read_batch_sizes(const Tensor& sizes, int64_t rows) {
@@ -238,7 +239,7 @@ OutputGradients::OutputGradients(const Layer& layer, const BackwardArgs& args) {
                             layer.input.device(), " but ", name, " is on ", t.device());
     FUSEDRNN_CHECK_BACKWARD(cell, t.sizes() == shape, "Expected ", name, " size ", shape, ", got ",
                             t.sizes());
-    return in_type(t, layer.compute_type).contiguous();
+    return in_type(t, layer.state_type).contiguous();
   };
   const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
   FUSEDRNN_CHECK_BACKWARD(cell, args.output || !layer.has_projection,

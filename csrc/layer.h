@@ -54,14 +54,18 @@ struct DirectionWeights {
   Tensor ih, hh, bias_ih, bias_hh, hr;
 };
 
+/// The tensors that a backend's kernels read in the arguments' type; others get compute_type.
+/// Operands: input and weights. All: the states too, and the gradients of output and states.
+enum class KeepType { none, operands, all };
+
 /// An op's arguments, checked, in the kernels' types.
 struct Layer {
-  /// Throws on anything outside the contract in ops.cpp. With keep_type, input and weights keep
-  /// their type; else they are converted to compute_type.
-  Layer(const CellInfo& cell, const LayerArgs& args, bool keep_type = false);
+  /// Throws on anything outside the contract in ops.cpp.
+  Layer(const CellInfo& cell, const LayerArgs& args, KeepType keep_type = KeepType::none);
 
   const CellInfo& cell;
   at::ScalarType type, compute_type;  ///< the tensors' type; float32 for the half types
+  at::ScalarType state_type;          ///< of h0 and c0, and of OutputGradients but `saved`
   int64_t T, B, N, I, H, P, D;
   bool packed, has_bias, has_projection;
   Tensor input;   ///< [T, B, I] or [N, I], features contiguous

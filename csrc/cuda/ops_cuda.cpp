@@ -37,7 +37,7 @@ LayerOutput allocate_output(const Layer& layer, bool save) {
   LayerOutput out;
   out.output = new_tokens<Element>(layer, layer.shape(D * layer.P));
   out.h_n = new_tensor<Element>(layer, {D, B, layer.P});
-  if (layer.cell.has_cell_state) out.c_n = new_tensor<Accum>(layer, {D, B, layer.H});
+  if (layer.cell.has_cell_state) out.c_n = new_tensor<Element>(layer, {D, B, layer.H});
   out.saved = save ? new_tokens<Accum>(layer, {D, layer.N, layer.cell.saved, layer.H})
                    : new_tensor<Accum>(layer, {0});
   return out;
@@ -56,13 +56,11 @@ LayerOutput forward(const Layer& layer, bool save) {
     last_name = name_of(Algorithm::stepwise);
     run_forward_stepwise<Element>(layer, context, out);
   }
-  if (out.c_n.defined()) out.c_n = in_type(out.c_n, layer.type);
   return out;
 }
 
 template <class Element>
 StepGradients allocate_gradients(const Layer& layer) {
-  using Accum = Accumulator<Element>;
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
   // The weight-gradient GEMMs read the padding too: it must be zero.
   const auto tokens = [&](int64_t features) {
@@ -75,8 +73,8 @@ StepGradients allocate_gradients(const Layer& layer) {
     out.gates.dr = tokens(P);
     out.gates.h_raw = tokens(H);
   }
-  out.dh0 = new_tensor<Accum>(layer, {D, B, P});
-  if (layer.cell.has_cell_state) out.dc0 = new_tensor<Accum>(layer, {D, B, H});
+  out.dh0 = new_tensor<Element>(layer, {D, B, P});
+  if (layer.cell.has_cell_state) out.dc0 = new_tensor<Element>(layer, {D, B, H});
   return out;
 }
 
@@ -132,14 +130,14 @@ auto dispatch_element(const Layer& layer, const F& f) {
 
 template <class Cell>
 LayerOutput Cuda::forward(const ForwardArgs& args) {
-  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
   return dispatch_element(layer, [&](auto tag) {
     return cuda::forward<typename decltype(tag)::type>(layer, args.save);
   });
 }
 template <class Cell>
 LayerGradients Cuda::backward(const BackwardArgs& args) {
-  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
   const OutputGradients gradients(layer, args);
   return dispatch_element(layer, [&](auto tag) {
     return cuda::backward<typename decltype(tag)::type>(layer, gradients);

@@ -43,11 +43,11 @@ struct ProjectionStepParams : StepRows {
 };
 
 /// A step's output gradient, F features, is the sum of dy, product and dh.
-template <class Accum>
+template <class Element, class Accum = Accumulator<Element>>
 struct OutputGradientParams : StepRows {
-  int64_t previous = -1;      ///< the step before t in the direction's order, -1: none
-  int64_t previous_rows = 0;  ///< its rows
-  const Accum* dy = nullptr;  ///< [rows, F], dy_stride apart; null: zeros
+  int64_t previous = -1;        ///< the step before t in the direction's order, -1: none
+  int64_t previous_rows = 0;    ///< its rows
+  const Element* dy = nullptr;  ///< [rows, F], dy_stride apart; null: zeros
   int64_t dy_stride = 0;
   /// [rows, F] through weight_hh from the following step, zeros without one.
   const Accum* product = nullptr;
@@ -57,12 +57,12 @@ struct OutputGradientParams : StepRows {
 };
 
 template <class Element, class Accum = Accumulator<Element>>
-struct BackwardStepParams : OutputGradientParams<Accum> {
+struct BackwardStepParams : OutputGradientParams<Element> {
   int64_t hidden_size = 0;
   const Accum* saved = nullptr;           ///< [rows, A, H]
   const Accum* previous_saved = nullptr;  ///< [previous_rows, A, H]
-  const Accum* h0 = nullptr;              ///< [rows, H] h0_stride apart, null: zeros
-  const Accum* c0 = nullptr;
+  const Element* h0 = nullptr;            ///< [rows, H] h0_stride apart, null: zeros
+  const Element* c0 = nullptr;
   int64_t h0_stride = 0, c0_stride = 0;
   const Accum* dh_raw = nullptr;  ///< projected only: [rows, H] the raw output's gradient
   Accum* dstate = nullptr;        ///< [rows, H]
@@ -75,11 +75,11 @@ struct BackwardStepParams : OutputGradientParams<Accum> {
 
 /// The kernel before the GEMM in a projection's backward pass.
 template <class Element, class Accum = Accumulator<Element>>
-struct ProjectionBackwardStepParams : OutputGradientParams<Accum> {
+struct ProjectionBackwardStepParams : OutputGradientParams<Element> {
   int64_t output_size = 0;
-  const Accum* previous_y = nullptr;  ///< [previous_rows, P], y_stride apart
+  const Element* previous_y = nullptr;  ///< [previous_rows, P], y_stride apart
   int64_t y_stride = 0;
-  const Accum* h0 = nullptr;  ///< [rows, P], null: zeros
+  const Element* h0 = nullptr;  ///< [rows, P], null: zeros
   int64_t h0_stride = 0;
   Element* dr = nullptr;          ///< [rows, P] the output's gradient, zero on entry
   Element* h_previous = nullptr;  ///< [rows, P]
@@ -103,11 +103,11 @@ struct PersistentForwardParams : PersistentParams {
     const Element* bias_ih = nullptr;
     const Element* bias_hh = nullptr;
     const Accum* x_product = nullptr;  ///< [N, G*H]
-    const Accum* h0 = nullptr;         ///< [B, H], null: zeros
-    const Accum* c0 = nullptr;
+    const Element* h0 = nullptr;       ///< [B, H], null: zeros
+    const Element* c0 = nullptr;
     Element* y = nullptr;    ///< [N, H], y_stride apart
     Element* h_n = nullptr;  ///< [B, H]
-    Accum* c_n = nullptr;    ///< [B, H], cells with a cell state only
+    Element* c_n = nullptr;  ///< [B, H], cells with a cell state only
     Accum* saved = nullptr;  ///< [N, A, H], null: not wanted
     /// [2, groups * tile_rows, max_units], zero on entry; persistent_grid only.
     Element* exchange = nullptr;
@@ -120,15 +120,15 @@ struct PersistentBackwardParams : PersistentParams {
   struct Direction {
     const Element* weight_hh = nullptr;
     const Accum* saved = nullptr;
-    const Accum* h0 = nullptr;
-    const Accum* c0 = nullptr;
-    const Accum* dy = nullptr;    ///< [N, H], dy_stride apart; null: zeros
-    const Accum* dh_n = nullptr;  ///< [B, H], null: zeros
-    const Accum* dc_n = nullptr;
+    const Element* h0 = nullptr;
+    const Element* c0 = nullptr;
+    const Element* dy = nullptr;    ///< [N, H], dy_stride apart; null: zeros
+    const Element* dh_n = nullptr;  ///< [B, H], null: zeros
+    const Element* dc_n = nullptr;
     Element* dgates = nullptr;      ///< [N, S*H]
     Element* h_previous = nullptr;  ///< [N, H]
-    Accum* dh0 = nullptr;           ///< [B, H]
-    Accum* dc0 = nullptr;           ///< [B, H], cells with a cell state only
+    Element* dh0 = nullptr;         ///< [B, H]
+    Element* dc0 = nullptr;         ///< [B, H], cells with a cell state only
     /// [2, groups * tile_rows, G, max_units], zero on entry; persistent_grid only.
     Element* exchange = nullptr;
   } direction[2];

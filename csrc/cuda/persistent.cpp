@@ -71,11 +71,11 @@ bool run_forward_persistent(const Layer& layer, const LaunchPlan& plan,
     tensors.bias_ih = const_data_of<Element>(w.bias_ih);
     tensors.bias_hh = const_data_of<Element>(w.bias_hh);
     tensors.x_product = const_data_of<Accum>(x_products[d]);
-    tensors.h0 = initial_state<Accum>(layer.h0, d);
-    tensors.c0 = initial_state<Accum>(layer.c0, d);
+    tensors.h0 = initial_state<Element>(layer.h0, d);
+    tensors.c0 = initial_state<Element>(layer.c0, d);
     tensors.y = data_of<Element>(out.output, d * H);
     tensors.h_n = data_of<Element>(out.h_n, d * B * H);
-    tensors.c_n = data_of<Accum>(out.c_n, d * B * H);
+    tensors.c_n = data_of<Element>(out.c_n, d * B * H);
     if (out.saved.numel() > 0) {
       tensors.saved = data_of<Accum>(out.saved, d * N * layer.cell.saved * H);
     }
@@ -103,15 +103,15 @@ bool run_backward_persistent(const Layer& layer, const OutputGradients& gradient
     auto& tensors = params.direction[d];
     tensors.weight_hh = const_data_of<Element>(layer.weights[size_t(d)].hh);
     tensors.saved = const_data_of<Accum>(gradients.saved, d * N * layer.cell.saved * H);
-    tensors.h0 = initial_state<Accum>(layer.h0, d);
-    tensors.c0 = initial_state<Accum>(layer.c0, d);
-    tensors.dy = const_data_of<Accum>(gradients.dy, d * H);
-    tensors.dh_n = const_data_of<Accum>(gradients.dh_n, d * B * H);
-    tensors.dc_n = const_data_of<Accum>(gradients.dc_n, d * B * H);
+    tensors.h0 = initial_state<Element>(layer.h0, d);
+    tensors.c0 = initial_state<Element>(layer.c0, d);
+    tensors.dy = const_data_of<Element>(gradients.dy, d * H);
+    tensors.dh_n = const_data_of<Element>(gradients.dh_n, d * B * H);
+    tensors.dc_n = const_data_of<Element>(gradients.dc_n, d * B * H);
     tensors.dgates = data_of<Element>(out.gates.dgates, d * N * layer.cell.preacts * H);
     tensors.h_previous = data_of<Element>(out.gates.h_previous, d * N * H);
-    tensors.dh0 = data_of<Accum>(out.dh0, d * B * H);
-    tensors.dc0 = data_of<Accum>(out.dc0, d * B * H);
+    tensors.dh0 = data_of<Element>(out.dh0, d * B * H);
+    tensors.dc0 = data_of<Element>(out.dc0, d * B * H);
     tensors.exchange = memory.of_direction<Element>(d);
   }
   return launched(kernels->backward(params, plan, context.stream));

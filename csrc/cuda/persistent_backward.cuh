@@ -114,8 +114,8 @@ struct PersistentBackwardKernel : Traits {
         const Pair p = e.pair(chunk, i);
         if (!p.exists) continue;
         const float dstate = e.carried(p, kDstate), dh = e.carried(p, kDh);
-        tensors.dh0[p.row * H + p.unit] = !Cell::kHasCellState ? dh + dstate : dh;
-        if (tensors.dc0) tensors.dc0[p.row * H + p.unit] = dstate;
+        round_to(tensors.dh0[p.row * H + p.unit], !Cell::kHasCellState ? dh + dstate : dh);
+        if (tensors.dc0) round_to(tensors.dc0[p.row * H + p.unit], dstate);
       }
     }
   }

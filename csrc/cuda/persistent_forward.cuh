@@ -122,7 +122,7 @@ struct PersistentForwardKernel : Traits {
         if (!p.exists) continue;
         const int64_t at = p.row * params.hidden_size + p.unit;
         round_to(tensors.h_n[at], e.carried(p, kH));
-        if (tensors.c_n) tensors.c_n[at] = e.carried(p, kState);
+        if (tensors.c_n) round_to(tensors.c_n[at], e.carried(p, kState));
       }
     }
   }

@@ -25,8 +25,7 @@ class ForwardSteps {
         d_(d),
         weight_hh_(layer.weights[size_t(d)].hh.t()),
         h_(out.h_n[d]),
-        state_(layer.cell.has_cell_state ? out.c_n[d]
-                                         : new_tensor<Accum>(layer, {layer.B, layer.H})),
+        state_(new_tensor<Accum>(layer, {layer.B, layer.H})),
         x_product_(input_product<Element>(layer, x, d, context.precision)),
         h_product_(new_tensor<Accum>(layer, {layer.B, layer.cell.gates * layer.H})) {
     copy_or_zero(h_, layer.h0, d);
@@ -43,6 +42,7 @@ class ForwardSteps {
       step(t, i == 0 && !layer_.h0.defined());
       if (layer_.has_projection) project(t);
     }
+    if (layer_.cell.has_cell_state) out_.c_n[d_].copy_(state_);
   }
 
  private:
@@ -113,11 +113,11 @@ class BackwardSteps {
         tokens_(tokens),
         gradients_(gradients),
         context_(context),
+        out_(out),
         gates_(out.gates),
         d_(d),
-        dh_(out.dh0[d]),
-        dstate_(layer.cell.has_cell_state ? out.dc0[d]
-                                          : new_tensor<Accum>(layer, {layer.B, layer.H})),
+        dh_(new_tensor<Accum>(layer, {layer.B, layer.P})),
+        dstate_(new_tensor<Accum>(layer, {layer.B, layer.H})),
         // Zero for rows whose last step is still to come.
         product_(new_zeros<Accum>(layer, {layer.B, layer.P})) {
     copy_or_zero(dh_, gradients.dh_n, d);
@@ -135,17 +135,19 @@ class BackwardSteps {
     }
     dh_.add_(product_);
     if (!layer_.cell.has_cell_state) dh_.add_(dstate_);
+    out_.dh0[d_].copy_(dh_);
+    if (layer_.cell.has_cell_state) out_.dc0[d_].copy_(dstate_);
   }
 
  private:
   /// For the i-th step.
-  OutputGradientParams<Accum> output_gradient(int64_t i) const {
+  OutputGradientParams<Element> output_gradient(int64_t i) const {
     const int64_t t = tokens_.time(i, d_ == 1), P = layer_.P;
-    OutputGradientParams<Accum> p;
+    OutputGradientParams<Element> p;
     static_cast<StepRows&>(p) = tokens_.step_rows(t);
     p.previous = tokens_.time(i - 1, d_ == 1);
     p.previous_rows = tokens_.rows(p.previous);
-    p.dy = const_data_of<Accum>(gradients_.dy, (tokens_.token(t) * layer_.D + d_) * P);
+    p.dy = const_data_of<Element>(gradients_.dy, (tokens_.token(t) * layer_.D + d_) * P);
     p.dy_stride = layer_.D * P;
     p.product = const_data_of<Accum>(product_);
     p.dh = data_of<Accum>(dh_);
@@ -161,12 +163,12 @@ class BackwardSteps {
   void project(int64_t i) {
     const int64_t D = layer_.D, P = layer_.P;
     ProjectionBackwardStepParams<Element> p;
-    static_cast<OutputGradientParams<Accum>&>(p) = output_gradient(i);
+    static_cast<OutputGradientParams<Element>&>(p) = output_gradient(i);
     p.output_size = P;
     p.previous_y =
-        const_data_of<Accum>(gradients_.output, (tokens_.token(p.previous) * D + d_) * P);
+        const_data_of<Element>(gradients_.output, (tokens_.token(p.previous) * D + d_) * P);
     p.y_stride = D * P;
-    p.h0 = initial_state<Accum>(layer_.h0, d_);
+    p.h0 = initial_state<Element>(layer_.h0, d_);
     p.h0_stride = row_stride(layer_.h0);
     p.dr = data_of<Element>(gates_.dr, token(p.t) * P);
     p.h_previous = data_of<Element>(gates_.h_previous, token(p.t) * P);
@@ -178,13 +180,13 @@ class BackwardSteps {
   void step(int64_t i) {
     const int64_t H = layer_.H, saved = layer_.cell.saved * H;
     BackwardStepParams<Element> p;
-    static_cast<OutputGradientParams<Accum>&>(p) = output_gradient(i);
+    static_cast<OutputGradientParams<Element>&>(p) = output_gradient(i);
     if (layer_.has_projection) p.dy = nullptr;
     p.hidden_size = H;
     p.saved = const_data_of<Accum>(gradients_.saved, token(p.t) * saved);
     p.previous_saved = const_data_of<Accum>(gradients_.saved, token(p.previous) * saved);
-    p.h0 = initial_state<Accum>(layer_.h0, d_);
-    p.c0 = initial_state<Accum>(layer_.c0, d_);
+    p.h0 = initial_state<Element>(layer_.h0, d_);
+    p.c0 = initial_state<Element>(layer_.c0, d_);
     p.h0_stride = row_stride(layer_.h0);
     p.c0_stride = row_stride(layer_.c0);
     p.dh_raw = const_data_of<Accum>(dh_raw_);
@@ -207,6 +209,7 @@ class BackwardSteps {
   const TokenMap& tokens_;
   const OutputGradients& gradients_;
   const LaunchContext& context_;
+  StepGradients& out_;
   const GateGradients& gates_;
   const int64_t d_;
   Tensor dh_, dstate_;  ///< [B, P], [B, H] carried from step to step

@@ -24,6 +24,14 @@ template <int V, class T>
 FUSEDRNN_DEVICE Vector<T, V> load_or_zeros(const T* p) {
   return p ? load<V>(p) : Vector<T, V>{};
 }
+/// V elements' values; zeros without elements.
+template <int V, class Element, class Accum = Accumulator<Element>>
+FUSEDRNN_DEVICE Vector<Accum, V> load_values(const Element* p) {
+  const Vector<Element, V> elements = load_or_zeros<V>(p);
+  Vector<Accum, V> values;
+  unroll<V>([&](auto v) { values.value[v] = value_of(elements.value[v]); });
+  return values;
+}
 template <int V, class T>
 FUSEDRNN_DEVICE void store(T* p, const Vector<T, V>& vector) {
   *reinterpret_cast<Vector<T, V>*>(p) = vector;
@@ -49,14 +57,14 @@ FUSEDRNN_DEVICE void load_saved(Vector<Accum, V> (&to)[Cell::kSaved], const Accu
 FUSEDRNN_DEVICE bool is_active(const StepRows& p, int64_t row) {
   return !p.lengths || p.lengths[row] > p.t;
 }
-template <class Accum>
-FUSEDRNN_DEVICE bool has_previous(const OutputGradientParams<Accum>& p, int64_t row) {
+template <class Element>
+FUSEDRNN_DEVICE bool has_previous(const OutputGradientParams<Element>& p, int64_t row) {
   return p.previous >= 0 && row < p.previous_rows && (!p.lengths || p.lengths[row] > p.previous);
 }
 
 /// Consumes an active row's output gradient; an inactive row's dh keeps it.
-template <int V, class Accum>
-FUSEDRNN_DEVICE Vector<Accum, V> take_gradient(const OutputGradientParams<Accum>& p, int64_t row,
+template <int V, class Element, class Accum = Accumulator<Element>>
+FUSEDRNN_DEVICE Vector<Accum, V> take_gradient(const OutputGradientParams<Element>& p, int64_t row,
                                                int64_t feature, int64_t features, bool active) {
   const int64_t at = row * features + feature;
   Vector<Accum, V> dh = load<V>(p.dh + at);
@@ -64,7 +72,7 @@ FUSEDRNN_DEVICE Vector<Accum, V> take_gradient(const OutputGradientParams<Accum>
   unroll<V>([&](auto v) { dh.value[v] += product.value[v]; });
   store(p.dh + at, active ? Vector<Accum, V>{} : dh);
   if (active && p.dy) {
-    const Vector<Accum, V> dy = load<V>(p.dy + row * p.dy_stride + feature);
+    const Vector<Accum, V> dy = load_values<V>(p.dy + row * p.dy_stride + feature);
     unroll<V>([&](auto v) { dh.value[v] += dy.value[v]; });
   }
   return dh;
@@ -167,7 +175,7 @@ struct BackwardStepKernel : RowKernel<V> {
       return;
     }
     Vector<Accum, V> state = {}, h = {}, saved[Cell::kSaved];
-    const Accum* const h0 = offset_or_null(p.h0, row * p.h0_stride);
+    const Element* const h0 = offset_or_null(p.h0, row * p.h0_stride);
     if (has_previous(p, row)) {
       load_saved<Cell>(saved, p.previous_saved, row, H, u);
       unroll<V>([&](auto v) {
@@ -177,10 +185,10 @@ struct BackwardStepKernel : RowKernel<V> {
         h.value[v] = Cell::output(of_unit);
       });
     } else {
-      const Accum* const state0 =
+      const Element* const state0 =
           !Cell::kHasCellState ? h0 : offset_or_null(p.c0, row * p.c0_stride);
-      if (state0) state = load<V>(state0 + u);
-      if (h0 && p.h_previous) h = load<V>(h0 + u);
+      if (state0) state = load_values<V>(state0 + u);
+      if (h0 && p.h_previous) h = load_values<V>(h0 + u);
     }
     if (p.h_previous) store(p.h_previous + row * H + u, rounded<V, Element>(h));
 
@@ -220,10 +228,9 @@ struct ProjectionBackwardStepKernel : RowKernel<V> {
     const bool active = is_active(p, row);
     const Vector<Accum, V> dh = take_gradient<V>(p, row, u, P, active);
     if (!active) return;
-    const Accum* const previous = has_previous(p, row) ? p.previous_y + row * p.y_stride
-                                                       : offset_or_null(p.h0, row * p.h0_stride);
-    const Vector<Accum, V> h = load_or_zeros<V>(offset_or_null(previous, u));
-    store(p.h_previous + row * P + u, rounded<V, Element>(h));
+    const Element* const previous = has_previous(p, row) ? p.previous_y + row * p.y_stride
+                                                         : offset_or_null(p.h0, row * p.h0_stride);
+    store(p.h_previous + row * P + u, load_or_zeros<V>(offset_or_null(previous, u)));
     store(p.dr + row * P + u, rounded<V, Element>(dh));
   }
 };
@@ -285,9 +292,9 @@ int backward_step(const BackwardStepParams<Element>& p, void* stream) {
   constexpr int V = kVector<Element>;
   const bool fit =
       fits<V, Accumulator<Element>>(
-          {p.saved, p.previous_saved, p.h0, p.c0, p.dy, p.product, p.dh, p.dh_raw, p.dstate},
-          {p.hidden_size, p.h0_stride, p.c0_stride, p.dy_stride}) &&
-      fits<V, Element>({p.dgates, p.dhidden, p.h_previous, p.h_raw}, {});
+          {p.saved, p.previous_saved, p.product, p.dh, p.dh_raw, p.dstate}, {p.hidden_size}) &&
+      fits<V, Element>({p.h0, p.c0, p.dy, p.dgates, p.dhidden, p.h_previous, p.h_raw},
+                       {p.h0_stride, p.c0_stride, p.dy_stride});
   return launch_rows<CellKernels<Cell, Element>::template Backward, V>(p, p.hidden_size, fit,
                                                                        stream);
 }
@@ -331,10 +338,9 @@ int projection_step(const ProjectionStepParams<Element>& p, void* stream) {
 template <class Element>
 int projection_backward_step(const ProjectionBackwardStepParams<Element>& p, void* stream) {
   constexpr int V = kVector<Element>;
-  const bool fit =
-      fits<V, Accumulator<Element>>({p.previous_y, p.h0, p.dy, p.product, p.dh},
-                                    {p.output_size, p.y_stride, p.h0_stride, p.dy_stride}) &&
-      fits<V, Element>({p.dr, p.h_previous}, {});
+  const bool fit = fits<V, Accumulator<Element>>({p.product, p.dh}, {p.output_size}) &&
+                   fits<V, Element>({p.previous_y, p.h0, p.dy, p.dr, p.h_previous},
+                                    {p.y_stride, p.h0_stride, p.dy_stride});
   return launch_rows<ProjectionKernels<Element>::template Backward, V>(p, p.output_size, fit,
                                                                        stream);
 }

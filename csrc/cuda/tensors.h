@@ -49,9 +49,9 @@ const T* const_data_of(const Tensor& t, int64_t offset = 0) {
 }
 
 /// Direction d of an initial state [D, B, features], and its row stride.
-template <class Accum>
-const Accum* initial_state(const Tensor& state, int64_t d) {
-  return state.defined() ? const_data_of<Accum>(state, d * state.stride(0)) : nullptr;
+template <class Element>
+const Element* initial_state(const Tensor& state, int64_t d) {
+  return state.defined() ? const_data_of<Element>(state, d * state.stride(0)) : nullptr;
 }
 inline int64_t row_stride(const Tensor& state) { return state.defined() ? state.stride(1) : 0; }
 

@@ -124,10 +124,10 @@ struct Problem {
   Buffer<Element> weight;  ///< [D, G*H, H]
   /// [D, G*H]. bias_ih has one element more, so that it is not aligned to more than an element.
   Buffer<Element> bias_ih, bias_hh;
-  Buffer<float> x_product;   ///< [D, N, G*H]
-  Buffer<float> h0, c0;      ///< [D, B, H]
-  Buffer<float> dy;          ///< [N, D, H]
-  Buffer<float> dh_n, dc_n;  ///< [D, B, H]
+  Buffer<float> x_product;     ///< [D, N, G*H]
+  Buffer<Element> h0, c0;      ///< [D, B, H]
+  Buffer<Element> dy;          ///< [N, D, H]
+  Buffer<Element> dh_n, dc_n;  ///< [D, B, H]
 
   Problem(const Case& c, unsigned seed)
       : c(c),
@@ -144,11 +144,11 @@ struct Problem {
         bias_ih(values<Element>(D * G * H + 1)),
         bias_hh(values<Element>(D * G * H)),
         x_product(values<float>(D * N * G * H)),
-        h0(values<float>(D * B * H)),
-        c0(values<float>(D * B * H)),
-        dy(values<float>(N * D * H)),
-        dh_n(values<float>(D * B * H)),
-        dc_n(values<float>(D * B * H)) {
+        h0(values<Element>(D * B * H)),
+        c0(values<Element>(D * B * H)),
+        dy(values<Element>(N * D * H)),
+        dh_n(values<Element>(D * B * H)),
+        dc_n(values<Element>(D * B * H)) {
     std::copy(batch.row_lengths.begin(), batch.row_lengths.end(), lengths.data());
     std::copy(batch.offsets.begin(), batch.offsets.end(), step_offset.data());
   }
@@ -167,7 +167,7 @@ struct Problem {
     return state.data() + d * B * H;
   }
   /// The state before a direction's first step.
-  const Buffer<float>& initial_state() const { return Cell::kHasCellState ? c0 : h0; }
+  const Buffer<Element>& initial_state() const { return Cell::kHasCellState ? c0 : h0; }
   const int64_t* lengths_or_null() const { return batch.packed ? nullptr : lengths.data(); }
 };
 
@@ -196,9 +196,11 @@ struct Expected {
 
  private:
   /// A tensor's vector [H] for row b in direction d.
-  static Doubles row(const Problem& p, const Buffer<float>& state, int64_t d, int64_t b) {
-    const float* const begin = p.of_direction(state, d) + b * p.H;
-    return Doubles(begin, begin + p.H);
+  static Doubles row(const Problem& p, const Buffer<Element>& state, int64_t d, int64_t b) {
+    const Element* const begin = p.of_direction(state, d) + b * p.H;
+    Doubles values;
+    for (int64_t u = 0; u < p.H; ++u) values.push_back(value_of(begin[u]));
+    return values;
   }
 
   void forward(const Problem& p, int64_t d, int64_t b) {
@@ -242,8 +244,8 @@ struct Expected {
         for (int a = 0; a < A; ++a) of_unit[a] = saved[size_t((at * A + a) * H + u)];
         const double state = previous >= 0
                                  ? saved[size_t((previous * A + Cell::kSavedState) * H + u)]
-                                 : p.initial_state()[first + u];
-        Cell::backward(of_unit, state, dh[size_t(u)] + p.dy[(token * p.D + d) * H + u],
+                                 : value_of(p.initial_state()[first + u]);
+        Cell::backward(of_unit, state, dh[size_t(u)] + value_of(p.dy[(token * p.D + d) * H + u]),
                        dstate[size_t(u)], dgate);
         for (int s = 0; s < S; ++s) dgates[size_t((at * S + s) * H + u)] = dgate[s];
         for (int g = 0; g < G; ++g) {
@@ -264,22 +266,21 @@ struct Expected {
 // ---- the kernels' results -----------------------------------------------------------------------
 
 struct Results {
-  Buffer<Element> y, h_n;
-  Buffer<float> c_n, saved;
+  Buffer<Element> y, h_n, c_n;
+  Buffer<float> saved;
   Buffer<float> expected_saved;  ///< read by the backward pass
-  Buffer<Element> dgates, h_previous;
-  Buffer<float> dh0, dc0;
+  Buffer<Element> dgates, h_previous, dh0, dc0;
 
   Results(const Problem& p, const Expected& expected)
       : y(p.N * p.D * p.H, element_nan()),
         h_n(p.D * p.B * p.H, element_nan()),
-        c_n(p.D * p.B * p.H, std::nanf("")),
+        c_n(p.D * p.B * p.H, element_nan()),
         saved(p.D * p.N * A * p.H, std::nanf("")),
         expected_saved(saved.size()),
         dgates(p.D * p.N * S * p.H),
         h_previous(p.D * p.N * p.H, element_nan()),
-        dh0(p.D * p.B * p.H, std::nanf("")),
-        dc0(p.D * p.B * p.H, std::nanf("")) {
+        dh0(p.D * p.B * p.H, element_nan()),
+        dc0(p.D * p.B * p.H, element_nan()) {
     std::copy(expected.saved.begin(), expected.saved.end(), expected_saved.data());
   }
 };
@@ -376,21 +377,21 @@ class Stepwise {
     int status = 0;
     const int64_t size = p_.B * p_.H, first = d_ * size;
     for (int64_t i = 0; i < size; ++i) {
-      round_to(h_[i], p_.h0[first + i]);
-      state_[i] = p_.initial_state()[first + i];
+      h_[i] = p_.h0[first + i];
+      state_[i] = value_of(p_.initial_state()[first + i]);
     }
     for (int64_t i = 0; i < p_.T && !status; ++i) status = forward(i);
     for (int64_t i = 0; i < size; ++i) {
       r_.h_n[first + i] = h_[i];
-      r_.c_n[first + i] = state_[i];
-      dh_[i] = p_.dh_n[first + i];
-      state_[i] = Cell::kHasCellState ? p_.dc_n[first + i] : 0;
+      round_to(r_.c_n[first + i], state_[i]);
+      dh_[i] = value_of(p_.dh_n[first + i]);
+      state_[i] = Cell::kHasCellState ? value_of(p_.dc_n[first + i]) : 0;
     }
     Buffer<float> product(size);
     for (int64_t i = p_.T - 1; i >= 0 && !status; --i) status = backward(i, product);
     for (int64_t i = 0; i < size; ++i) {
-      r_.dh0[first + i] = dh_[i] + product[i] + (!Cell::kHasCellState ? state_[i] : 0);
-      r_.dc0[first + i] = state_[i];
+      round_to(r_.dh0[first + i], dh_[i] + product[i] + (!Cell::kHasCellState ? state_[i] : 0));
+      round_to(r_.dc0[first + i], state_[i]);
     }
     return status;
   }
