@@ -104,7 +104,13 @@ struct PersistentBackwardKernel : Traits {
         e.commit(gemm, n, chunk);
         // Other CTAs wait for the commit, not for these stores.
         unroll<Traits::kPairs>([&](auto m) {
-          if (in[m].is_active) store(e, in[m], e.pair(chunk, m).unit, dgates[m]);
+          const Pair p = e.pair(chunk, m);
+          if (in[m].is_active) {
+            store(e, in[m].token, p.unit,
+                  in[m].has_previous ? Cell::output(in[m].previous) : in[m].h0, dgates[m]);
+          } else if (i >= 0 && p.exists && params.lengths) {  // padding
+            store(e, e.step_offset(e.time(i)) + p.row, p.unit, 0, dgates[m]);
+          }
         });
       }
     }
@@ -127,12 +133,11 @@ struct PersistentBackwardKernel : Traits {
     Cell::backward(in.saved, in.state, dh, e.carried(p, kDstate), dgates);
   }
 
-  FUSEDRNN_DEVICE void store(const Exchange& e, const Inputs& in, int unit,
+  FUSEDRNN_DEVICE void store(const Exchange& e, int64_t token, int unit, float h_previous,
                              const float (&dgates)[Cell::kPreacts]) const {
     const auto& tensors = params.direction[e.direction];
-    const float h = in.has_previous ? Cell::output(in.previous) : in.h0;
-    round_to(tensors.h_previous[in.token * params.hidden_size + unit], h);
-    Element* const to = tensors.dgates + in.token * Cell::kPreacts * params.hidden_size + unit;
+    round_to(tensors.h_previous[token * params.hidden_size + unit], h_previous);
+    Element* const to = tensors.dgates + token * Cell::kPreacts * params.hidden_size + unit;
     unroll<Cell::kPreacts>([&](auto k) { round_to(to[k * params.hidden_size], dgates[k]); });
   }
 };

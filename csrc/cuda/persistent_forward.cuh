@@ -3,6 +3,7 @@
 
 #include "../cells.h"
 #include "exchange.cuh"
+#include "lengths.cuh"
 
 namespace fusedrnn::cuda {
 
@@ -87,7 +88,12 @@ struct PersistentForwardKernel : Traits {
         e.commit(gemm, i + 1, chunk);
         // Other CTAs wait for the commit, not for these stores.
         unroll<Traits::kPairs>([&](auto n) {
-          if (in[n].is_active) store(e, in[n].token, e.pair(chunk, n).unit, out[n]);
+          const Pair p = e.pair(chunk, n);
+          if (in[n].is_active) {
+            store(e, in[n].token, p.unit, out[n]);
+          } else if (p.exists && params.lengths) {  // padding
+            store(e, e.step_offset(t) + p.row, p.unit, {});
+          }
         });
       }
     }
@@ -102,6 +108,7 @@ struct PersistentForwardKernel : Traits {
       for (int i = 0; i < Traits::kPairs; ++i) {
         const Pair p = e.pair(chunk, i);
         if (!p.exists) continue;
+        if (params.lengths) check_length(params.lengths[p.row], params.steps);
         const float h = value_or_zero(tensors.h0, p.row * params.h0_stride + p.unit);
         e.carried(p, kState) =
             !Cell::kHasCellState ? h : value_or_zero(tensors.c0, p.row * params.c0_stride + p.unit);

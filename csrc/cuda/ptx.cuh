@@ -6,6 +6,8 @@
 
 #ifdef __CUDACC__
 
+#include <cassert>
+
 namespace fusedrnn::cuda {
 
 // ---- synchronisation ----------------------------------------------------------------------------
@@ -99,7 +101,8 @@ FUSEDRNN_DEVICE uint32_t shuffle(uint32_t value, int from) {
   return __shfl_sync(0xffffffffu, value, from);
 }
 /// The value of the lane whose number differs by `mask`.
-FUSEDRNN_DEVICE float shuffle_xor(float value, int mask) {
+template <class T>
+FUSEDRNN_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
@@ -210,6 +213,14 @@ FUSEDRNN_DEVICE float reciprocal(float x) {
   float value;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
   return value;
+}
+
+// ---- errors -------------------------------------------------------------------------------------
+
+/// Ends all the device's work with a message on stderr if the condition is false, as assert() does.
+/// A call that waits for the device then throws.
+FUSEDRNN_DEVICE void device_assert(bool condition, const char* message) {
+  if (!condition) __assert_fail(message, __FILE__, __LINE__, __func__);
 }
 
 }  // namespace fusedrnn::cuda
