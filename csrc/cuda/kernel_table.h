@@ -23,12 +23,11 @@ using FusedStep = int (*)(const FusedStepParams<Element>& params, void* stream);
 template <class Element>
 FusedStep<Element> fused_step(int cell);
 
-/// A projection does not depend on the cell.
+// These do not depend on the cell.
 template <class Element>
 int projection_step(const ProjectionStepParams<Element>& params, void* stream);
 template <class Element>
 int projection_backward_step(const ProjectionBackwardStepParams<Element>& params, void* stream);
-/// Nor do the initial states' gradients, the kernels of padding and of the biases' gradients.
 template <class Element>
 int initial_gradients(const InitialGradientParams<Element>& params, void* stream);
 template <class Element>

@@ -35,8 +35,8 @@ struct ForwardStepParams : StepRows {
   int64_t h_before_stride = 0;
   const Element* c0 = nullptr;  ///< [all_rows, H], c0_stride apart, null: zeros; first step
   int64_t c0_stride = 0;
-  /// [all_rows, H]. Written, and read except in the first step, where c0 or else h_before has the
-  /// state. Null: not wanted.
+  /// [all_rows, H]. Written, and read except in the first step: there c0 has the state, or h_before
+  /// for cells without a cell state. Null in a call of one step.
   Accum* state = nullptr;
   Element* h = nullptr;    ///< [all_rows, H] the output, as the next GEMM's operand
   Element* c_n = nullptr;  ///< [all_rows, H] the state, in the last step
