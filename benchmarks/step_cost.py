@@ -71,7 +71,7 @@ def regimes_in(names: Sequence[str]) -> set[str]:
     """The regimes of the kernels with these names, read from their template arguments."""
     found = set()
     for name in names:
-        if re.search(r"\b(Forward|Backward)StepKernel<", name):
+        if re.search(r"\b(Forward|Backward|Fused)StepKernel<", name):
             found.add("step")
         if traits := _TRAITS.search(name):
             found.add(_REGIME[traits[1]])

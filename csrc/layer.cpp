@@ -1,11 +1,10 @@
 #include "layer.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <numeric>
-#include <tuple>
 #include <utility>
 
 namespace fusedrnn {
@@ -48,12 +47,13 @@ constexpr auto kCellInfos = cell_infos(scalar::Cells());
 
 const CellInfo& cell_info(int index) { return kCellInfos[size_t(index)]; }
 
-Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, bool keep_type)
+Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, KeepType keep_type)
     : cell(cell_info), type(args.input.scalar_type()), D(args.bidirectional ? 2 : 1) {
   const Tensor& x = args.input;
   packed = args.batch_sizes.has_value();
   compute_type = type == at::kDouble ? at::kDouble : at::kFloat;
-  const at::ScalarType operand_type = keep_type ? type : compute_type;
+  const at::ScalarType operand_type = keep_type == KeepType::none ? compute_type : type;
+  state_type = keep_type == KeepType::all ? type : compute_type;
   FUSEDRNN_CHECK(
       cell, type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
       "input must be float32, float64, bfloat16 or float16, got ", type);
@@ -75,8 +75,8 @@ Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, bool keep_type)
   if (args.h0) check_like(cell, "h0", *args.h0, x, {D, B, P});
   if (args.c0) check_like(cell, "c0", *args.c0, x, {D, B, H});
   input = with_contiguous_features(x, operand_type);
-  if (args.h0) h0 = with_contiguous_features(*args.h0, compute_type);
-  if (args.c0) c0 = with_contiguous_features(*args.c0, compute_type);
+  if (args.h0) h0 = with_contiguous_features(*args.h0, state_type);
+  if (args.c0) c0 = with_contiguous_features(*args.c0, state_type);
 }
 
 void Layer::read_batch_sizes(const Tensor& sizes, int64_t rows) {
@@ -147,16 +147,6 @@ std::vector<int64_t> Layer::shape(int64_t features) const {
 
 namespace {
 
-/// The input as [M, I]: the tokens that have gradients, or all with the padding zeroed.
-Tensor input_of(const Layer& layer, const Tensor& tokens) {
-  const Tensor x = layer.flat_input();
-  if (tokens.defined()) return x.index_select(0, tokens);
-  if (!layer.lengths.defined()) return x;
-  // A zero gradient times NaN or infinity in the padding is not zero.
-  const Tensor steps = at::arange(layer.T, layer.lengths.options()).unsqueeze(1);
-  return x.masked_fill(steps.ge(layer.lengths).view({layer.N, 1}), 0);
-}
-
 /// weight_hh's gradient. Row blocks whose pre-activations are neighbours share a GEMM.
 Tensor hidden_weight_gradient(const Layer& layer, const Tensor& dgates, const Tensor& h_previous,
                               const Gemms& gemms) {
@@ -172,25 +162,29 @@ Tensor hidden_weight_gradient(const Layer& layer, const Tensor& dgates, const Te
   return out;
 }
 
-/// The gradients of bias_ih and bias_hh.
-std::pair<Tensor, Tensor> bias_gradients(const Layer& layer, const Tensor& dgates) {
+}  // namespace
+
+void Gemms::bias_gradients(const Layer& layer, const Tensor& dgates, const Tensor& bias_ih,
+                           const Tensor& bias_hh) const {
   const CellInfo& cell = layer.cell;
   const int64_t H = layer.H;
-  const Tensor all = dgates.sum(0);
-  const Tensor hidden = at::empty({cell.gates * H}, layer.options());
-  for (int64_t gate = 0; gate < cell.gates; ++gate) {
-    hidden.narrow(0, gate * H, H).copy_(all.narrow(0, cell.hidden_preact[gate] * H, H));
+  if (cell.preacts == cell.gates) {  // both biases add to each pre-activation
+    Tensor first = bias_ih.defined() ? bias_ih : bias_hh;
+    at::sum_out(first, dgates, 0);
+    if (bias_hh.defined() && !bias_hh.is_same(first)) bias_hh.copy_(first);
+    return;
   }
-  const Tensor input = all.narrow(0, 0, cell.gates * H);
-  // Not a view that keeps more memory than it shows.
-  return {cell.preacts > cell.gates ? input.clone() : input, hidden};
+  const Tensor all = dgates.sum(0);
+  if (bias_ih.defined()) bias_ih.copy_(all.narrow(0, 0, cell.gates * H));
+  if (!bias_hh.defined()) return;
+  for (int64_t gate = 0; gate < cell.gates; ++gate) {
+    bias_hh.narrow(0, gate * H, H).copy_(all.narrow(0, cell.hidden_preact[gate] * H, H));
+  }
 }
-
-}  // namespace
 
 LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
                                const GateGradients& gates, const Tensor& dh0, const Tensor& dc0,
-                               const Gemms& gemms, const Tensor& tokens) {
+                               const Tensor& x, const Gemms& gemms, const Tensor& tokens) {
   const int64_t inputs = layer.cell.gates * layer.H, per = layer.weights_per_direction();
   const int64_t first_weight = 1 + layer.cell.states();
   const bool wants_input = g.output_mask[0];
@@ -203,7 +197,6 @@ LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
     gemms.multiply_transposed(a, b, result);
     return result;
   };
-  const Tensor x = input_of(layer, tokens);
   LayerGradients out;
   if (wants_input) out.input = at::empty(x.sizes(), layer.options());
   for (int64_t d = 0; d < layer.D; ++d) {
@@ -215,7 +208,11 @@ LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
     if (wants(0)) of[0] = product(dinput, x);
     if (wants(1)) of[1] = hidden_weight_gradient(layer, dgates, gates.h_previous[d], gemms);
     if (layer.has_bias && (wants(2) || wants(3))) {
-      std::tie(of[2], of[3]) = bias_gradients(layer, dgates);
+      // Two tensors: an optimizer may change one gradient in place.
+      for (int64_t i : {2, 3}) {
+        if (wants(i)) of[size_t(i)] = at::empty({inputs}, layer.options());
+      }
+      gemms.bias_gradients(layer, dgates, of[2], of[3]);
     }
     if (layer.has_projection && wants(per - 1)) of[per - 1] = product(gates.dr[d], gates.h_raw[d]);
     for (int64_t i = 0; i < per; ++i) out.weights.push_back(wanted(of[i], first + i));
@@ -238,7 +235,7 @@ OutputGradients::OutputGradients(const Layer& layer, const BackwardArgs& args) {
                             layer.input.device(), " but ", name, " is on ", t.device());
     FUSEDRNN_CHECK_BACKWARD(cell, t.sizes() == shape, "Expected ", name, " size ", shape, ", got ",
                             t.sizes());
-    return in_type(t, layer.compute_type).contiguous();
+    return in_type(t, layer.state_type).contiguous();
   };
   const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
   FUSEDRNN_CHECK_BACKWARD(cell, args.output || !layer.has_projection,

@@ -55,14 +55,18 @@ struct DirectionWeights {
   Tensor ih, hh, bias_ih, bias_hh, hr;
 };
 
+/// The tensors that a backend's kernels read in the arguments' type; others get compute_type.
+/// Operands: input and weights. All: the states too, and the gradients of output and states.
+enum class KeepType { none, operands, all };
+
 /// An op's arguments, checked, in the kernels' types.
 struct Layer {
-  /// Throws on anything outside the contract in ops.cpp. With keep_type, input and weights keep
-  /// their type; else they are converted to compute_type.
-  Layer(const CellInfo& cell, const LayerArgs& args, bool keep_type = false);
+  /// Throws on anything outside the contract in ops.cpp.
+  Layer(const CellInfo& cell, const LayerArgs& args, KeepType keep_type = KeepType::none);
 
   const CellInfo& cell;
   at::ScalarType type, compute_type;  ///< the tensors' type; float32 for the half types
+  at::ScalarType state_type;          ///< of h0 and c0, and of OutputGradients but `saved`
   int64_t T, B, N, I, H, P, D;
   bool packed, has_bias, has_projection;
   Tensor input;   ///< [T, B, I] or [N, I], features contiguous
@@ -92,13 +96,16 @@ struct GateGradients {
   Tensor dr, h_raw;   ///< [D, M, P], [D, M, H]; with a projection
 };
 
-/// The GEMMs for layer_gradients, from the backend. Matrices are row-major.
+/// The GEMMs and sums for layer_gradients, from the backend. Matrices are row-major.
 struct Gemms {
   virtual ~Gemms() = default;
   /// out = a b, or += with add.
   virtual void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const = 0;
   /// out = transposed a, b.
   virtual void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const = 0;
+  /// Sums dgates [M, S*H] into the biases' gradients [G*H]; undefined: not wanted.
+  virtual void bias_gradients(const Layer& layer, const Tensor& dgates, const Tensor& bias_ih,
+                              const Tensor& bias_hh) const;
 };
 
 /// A backward op's arguments besides the layer, checked.
@@ -114,10 +121,10 @@ struct OutputGradients {
 
 /// A backward op's results: GEMMs for the gradients of input and weights, empty tensors for
 /// unwanted ones. The backward steps leave `gates`, dh0 [D, B, P] and dc0 [D, B, H]; dc0 is
-/// undefined without a cell state. `tokens`: [M] int64, the tokens that `gates` covers, others have
-/// no gradient; undefined: all.
+/// undefined without a cell state. x: [M, I] the input of the tokens that `gates` covers, finite in
+/// the padding. `tokens`: [M] int64, their indices, others have no gradient; undefined: all.
 LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
                                const GateGradients& gates, const Tensor& dh0, const Tensor& dc0,
-                               const Gemms& gemms, const Tensor& tokens = {});
+                               const Tensor& x, const Gemms& gemms, const Tensor& tokens = {});
 
 }  // namespace fusedrnn

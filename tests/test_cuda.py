@@ -252,8 +252,19 @@ def every_kernel() -> list[tuple[str, Case]]:
         for regime, cell, kind, layout in modes
         if runs_in(regime, kind)
     ]
-    # Vector accesses, where sizes allow them; then larger groups and projections.
-    wide = [("step", Case(cell, kind, 2, 3, 4, 8)) for cell in CELLS for kind in KINDS]
+    # Vector accesses, where sizes allow them; then larger groups and projections. A fused step has
+    # 1, 4 or 8 rows a warp, and more than 16 rows have no fused step.
+    wide = [
+        ("step", Case(cell, kind, 2, rows, 4, 8))
+        for cell in CELLS
+        for kind in KINDS
+        for rows in (1, 5, 17)
+    ]
+    padded = [
+        ("step", Case("lstm", kind, 2, 3, inputs, 8, "lengths"))
+        for kind in KINDS
+        for inputs in (3, 8)
+    ]
     large = [
         ("grid", Case(cell, kind, 2, 3, 4, 272 if kind in ("ieee", "tf32") else 528))
         for cell in CELLS
@@ -271,7 +282,7 @@ def every_kernel() -> list[tuple[str, Case]]:
         for kind in KINDS
         for P in (3, 4)
     ]
-    return [*small, *wide, *large, *projected]
+    return [*small, *wide, *padded, *large, *projected]
 
 
 @pytest.mark.parametrize(("regime", "c"), list(small_cases()), ids=str)

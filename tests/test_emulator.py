@@ -14,6 +14,7 @@ import test_cuda
 import torch
 from helpers import emulated
 from helpers.cells import cell_named
+from helpers.device_work import device_work
 from torch import Tensor
 
 from fusedrnn import _ops
@@ -135,25 +136,44 @@ class Problem:
                     found[i] = max(found[i], 10 * (t - e).abs().max().item())
         return found
 
-    def run(self, ops: Any, dtype: torch.dtype) -> list[Tensor]:
-        """Outputs and gradients."""
-        c = self.c
-        to = lambda t: None if t is None else t.to(dtype)  # noqa: E731
-        arguments = (
-            to(self.x),
-            *map(to, self.states),
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (
+            self.x.to(dtype),
+            *(None if t is None else t.to(dtype) for t in self.states),
             [w.to(dtype) for w in self.weights],
-            c.bidirectional,
+            self.c.bidirectional,
             self.batch_sizes,
             self.lengths,
         )
-        *outputs, saved = getattr(ops, c.cell)(*arguments, True)
-        mask = [True] * (1 + len(self.states) + len(self.weights))
-        output = outputs[0] if c.proj_size else None
-        *of_inputs, of_weights = getattr(ops, f"{c.cell}_backward")(
-            *map(to, self.gradients), *arguments, output, saved, mask
+
+    def forward(self, arguments: tuple[Any, ...], ops: Any) -> list[Tensor]:
+        """Outputs and what is saved for the backward pass."""
+        return list(getattr(ops, self.c.cell)(*arguments, True))
+
+    def backward(
+        self,
+        arguments: tuple[Any, ...],
+        gradients: list[Any],
+        results: list[Tensor],
+        ops: Any,
+        mask: list[bool],
+    ) -> list[Tensor]:
+        output = results[0] if self.c.proj_size else None
+        *of_inputs, of_weights = getattr(ops, f"{self.c.cell}_backward")(
+            *gradients, *arguments, output, results[-1], mask
         )
-        return [*outputs, *of_inputs, *of_weights]
+        return [*of_inputs, *of_weights]
+
+    def gradients_in(self, dtype: torch.dtype) -> list[Tensor | None]:
+        return [None if t is None else t.to(dtype) for t in self.gradients]
+
+    def run(self, ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        """Outputs and gradients."""
+        arguments = self.arguments(dtype)
+        results = self.forward(arguments, ops)
+        mask = [True] * (1 + len(self.states) + len(self.weights))
+        found = self.backward(arguments, self.gradients_in(dtype), results, ops, mask)
+        return [*results[:-1], *found]
 
 
 def check(c: Case, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -277,30 +297,114 @@ STEPWISE, CTA, CLUSTER, GRID = (
 @pytest.mark.parametrize(
     ("case", "algorithm", "expected"),
     [
-        (Case(), CTA, 2),
-        (Case(bidirectional=True, layout="lengths"), CTA, 2),
-        (Case(layout="packed"), CTA, 4),  # the step offsets are uploaded too
-        (Case(dtype=torch.bfloat16, H=128), CTA, 2),
-        (Case(dtype=torch.bfloat16, H=129, multiprocessors=9), GRID, 2),
-        (Case(dtype=torch.bfloat16, H=129, multiprocessors=8), STEPWISE, 10),  # nine CTAs don't fit
-        (Case(H=70, B=129, multiprocessors=9), STEPWISE, 10),  # a tile has 128 rows at most
-        (Case(H=70, B=129, multiprocessors=10), GRID, 2),
-        (Case(dtype=torch.float64), STEPWISE, 10),
-        (Case(T=4), STEPWISE, 8),
-        (Case(proj_size=3), STEPWISE, 20),
-        (Case(regime="step"), STEPWISE, 10),
-        (Case(regime="cluster", precision="tf32"), CLUSTER, 2),
-        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=4), CLUSTER, 2),
-        (Case(regime="cluster", precision="tf32", H=256, T=1, multiprocessors=16), CLUSTER, 2),
-        (Case(B=0), STEPWISE, 0),
-        *((Case(B=0, regime=regime), STEPWISE, 0) for regime in test_cuda.REGIMES),
+        (Case(), CTA, 3),  # forward, backward, biases
+        (Case(bidirectional=True, layout="lengths"), CTA, 5),  # twice biases; the input's padding
+        (Case(layout="packed"), CTA, 5),  # the step offsets are uploaded too
+        (Case(dtype=torch.bfloat16, H=128), CTA, 3),
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=9), GRID, 3),
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=8), STEPWISE, 12),  # nine CTAs don't fit
+        (Case(H=70, B=129, multiprocessors=9), STEPWISE, 12),  # a tile has 128 rows at most
+        (Case(H=70, B=129, multiprocessors=10), GRID, 3),
+        (Case(dtype=torch.float64), STEPWISE, 12),
+        (Case(T=4), STEPWISE, 10),
+        (Case(proj_size=3), STEPWISE, 22),
+        (Case(regime="step"), STEPWISE, 12),
+        (Case(regime="cluster", precision="tf32"), CLUSTER, 3),
+        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=4), CLUSTER, 3),
+        (Case(regime="cluster", precision="tf32", H=256, T=1, multiprocessors=16), CLUSTER, 3),
+        (Case(B=0), STEPWISE, 1),
+        *((Case(B=0, regime=regime), STEPWISE, 1) for regime in test_cuda.REGIMES),
     ],
     ids=str,
 )
 def test_plans(case: Case, algorithm: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch a pass where the weights fit into the device, one or two a step elsewhere."""
+    """A kernel a pass where the weights fit into the device, one or two a step elsewhere."""
     assert launches(case, monkeypatch) == expected
     assert torch.ops.fusedrnn_emulated._cuda_algorithm() == algorithm
+
+
+def work(**numbers: int) -> dict[str, int]:
+    return numbers
+
+
+PLAIN: dict[str, Any] = {"hx": False, "used": (True, False, False)}  # a layer in a model
+BF16 = torch.bfloat16
+# A call's work in the device's stream, forward and backward.
+WORK = [
+    *(
+        (Case(dtype=dtype, precision=precision, regime=regime, hx=hx, used=(True, hx, hx)),
+         work(kernel=1, gemm=1), work(kernel=2, gemm=3))
+        for dtype, precision, regime in (
+            (torch.float32, "ieee", "alone"), (torch.float32, "tf32", "cluster"),
+            (BF16, "ieee", "alone"), (BF16, "ieee", "cluster"), (torch.float16, "ieee", "alone"),
+        )
+        for hx in (True, False)
+    ),
+    *(
+        (Case(dtype=dtype, regime="grid", hx=hx, used=(True, hx, hx)),
+         work(kernel=1, gemm=1, memset=1), work(kernel=2, gemm=3, memset=1))
+        for dtype in (torch.float32, BF16, torch.float16)
+        for hx in (True, False)
+    ),
+    # A GRU's weight_hh has two GEMMs.
+    (Case("gru", BF16, regime="alone"), work(kernel=1, gemm=1), work(kernel=2, gemm=4)),
+    (Case("rnn_relu", BF16, regime="alone"), work(kernel=1, gemm=1), work(kernel=2, gemm=3)),
+    # The lengths are checked by the kernel; backward, a kernel masks the padding of the input.
+    (Case(dtype=BF16, regime="alone", layout="lengths"), work(kernel=1, gemm=1),
+     work(kernel=3, gemm=3)),
+    (Case(dtype=BF16, regime="grid", layout="lengths"), work(kernel=1, gemm=1, memset=1),
+     work(kernel=3, gemm=3, memset=1)),
+    # The step offsets are uploaded.
+    (Case(dtype=BF16, regime="alone", layout="packed"), work(kernel=2, gemm=1),
+     work(kernel=3, gemm=3)),
+    (Case(dtype=BF16, regime="alone", bidirectional=True), work(kernel=1, gemm=2),
+     work(kernel=3, gemm=6)),
+    (Case(regime="alone", bias=False), work(kernel=1, gemm=1), work(kernel=1, gemm=3)),
+    # One step: a kernel for few rows. The gradients of h0 and c0 are a GEMM and a kernel.
+    *(
+        (Case(dtype=dtype, T=1, B=rows, **PLAIN), work(kernel=1), work(kernel=2, gemm=3))
+        for dtype in (torch.float32, torch.float64, BF16)
+        for rows in (1, 16)
+    ),
+    (Case(dtype=BF16, T=1), work(kernel=1), work(kernel=3, gemm=4)),
+    (Case(dtype=BF16, T=1, layout="lengths"), work(kernel=1), work(kernel=4, gemm=4)),
+    (Case(dtype=BF16, T=1, B=17, **PLAIN), work(kernel=1, gemm=1), work(kernel=2, gemm=3)),
+    (Case(dtype=BF16, T=1, B=17), work(kernel=1, gemm=2), work(kernel=3, gemm=4)),
+    # T = 5 steps one by one: 16 rows have a kernel a step, more a GEMM too.
+    *(
+        (Case(dtype=dtype, regime="step", B=rows),
+         work(kernel=5, gemm=1 + 5 * (rows > 16)), work(kernel=7, gemm=8))
+        for dtype in (torch.float32, torch.float64, BF16)
+        for rows in (16, 17)
+    ),
+    (Case(dtype=BF16, regime="step", layout="packed", **PLAIN), work(kernel=5, gemm=1),
+     work(kernel=6, gemm=7)),
+    (Case(dtype=BF16, regime="step", layout="lengths", **PLAIN), work(kernel=5, gemm=1),
+     work(kernel=7, gemm=7)),
+    (Case(dtype=BF16, regime="step", proj_size=3), work(kernel=10, gemm=11),
+     work(kernel=12, gemm=14)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "forward", "backward"), WORK, ids=str)
+def test_device_work(
+    case: Case,
+    forward: dict[str, int],
+    backward: dict[str, int],
+    ops: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each launch costs the host microseconds, whatever the size."""
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", case.regime)
+    monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", case.precision)
+    ops.set(0, case.multiprocessors)
+    problem, results = Problem(case), list[Tensor]()
+    arguments, gradients = problem.arguments(case.dtype), problem.gradients_in(case.dtype)
+    assert device_work(lambda: results.extend(problem.forward(arguments, ops))) == forward
+    # Without states as arguments nobody wants their gradients.
+    mask = [True, *([case.hx] * len(problem.states)), *([True] * len(problem.weights))]
+    found = device_work(lambda: problem.backward(arguments, gradients, results, ops, mask))
+    assert found == backward
 
 
 @pytest.mark.parametrize(
@@ -333,7 +437,7 @@ def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ops.counts()[0]
     ops.set(0, 8, 2)
     results = problem.run(ops, torch.float32)
-    assert ops.counts()[0] - before == 12  # two uploads; a launch a step
+    assert ops.counts()[0] - before == 14  # two uploads; a launch a step; dh0 and dc0; biases
     assert ops._cuda_algorithm() == STEPWISE
     for ours, e in zip(results, exact, strict=True):
         torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)

@@ -79,8 +79,10 @@ LayerGradients backward(const Layer& layer, const OutputGradients& g) {
   partition.execute(layer.T + 1, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
     kernel.backward_step(runs[r], i, begin, end);
   });
-  return layer_gradients(layer, g, gates, dh0, dc0, TileGemms<Accum>(),
-                         valid_tokens(layer, layout, compact));
+  const Tensor tokens = valid_tokens(layer, layout, compact), x = layer.flat_input();
+  return layer_gradients(layer, g, gates, dh0, dc0,
+                         tokens.defined() ? x.index_select(0, tokens) : x, TileGemms<Accum>(),
+                         tokens);
 }
 
 template LayerGradients backward<float>(const Layer&, const OutputGradients&);

@@ -29,7 +29,7 @@ void make_features_even(Layer& layer) {
 }
 
 LayerOutput run_forward(const CellInfo& cell, const ForwardArgs& args) {
-  Layer layer(cell, args, multiplies_bfloat16(args));
+  Layer layer(cell, args, multiplies_bfloat16(args) ? KeepType::operands : KeepType::none);
   const PoolBackoff::Call call;
   LayerOutput out;
   if (layer.input.scalar_type() == at::kBFloat16) {

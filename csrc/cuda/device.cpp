@@ -2,14 +2,13 @@
 
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
-#include <ATen/ops/_assert_async.h>
-#include <ATen/ops/logical_not.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -17,10 +16,6 @@
 #include "gemm.h"
 
 namespace fusedrnn::cuda {
-
-struct LaunchContext::Guard {
-  c10::cuda::CUDAGuard guard;
-};
 
 namespace {
 
@@ -55,10 +50,43 @@ Precision rnn_precision() {
              : Precision::ieee;
 }
 
+void check_blas(cublasStatus_t status) {
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS,
+              "fusedrnn: a product by cuBLAS failed: ", cublasGetStatusString(status));
+}
+
+/// torch's handle for this thread and stream. torch sets its math mode each time it hands it out.
+/// While this lives, only GEMMs that ask for TF32 use it, and none accumulates in a half type.
+class GemmHandle {
+ public:
+  GemmHandle() : handle_(at::cuda::getCurrentCUDABlasHandle()) {
+    check_blas(cublasSetMathMode(
+        handle_,
+        cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+  }
+  ~GemmHandle() { cublasSetMathMode(handle_, CUBLAS_DEFAULT_MATH); }
+  GemmHandle(const GemmHandle&) = delete;
+  operator cublasHandle_t() const { return handle_; }
+
+ private:
+  cublasHandle_t handle_;
+};
+
 }  // namespace
 
+struct LaunchContext::State {
+  explicit State(c10::Device device) : guard(device) {}
+  /// For the stream that was the current one at the first call.
+  cublasHandle_t gemm_handle() {
+    if (!handle) handle.emplace();
+    return *handle;
+  }
+  c10::cuda::CUDAGuard guard;
+  std::optional<GemmHandle> handle;
+};
+
 LaunchContext::LaunchContext(const Tensor& input)
-    : precision(rnn_precision()), guard_(new Guard{c10::cuda::CUDAGuard(input.device())}) {
+    : precision(rnn_precision()), state_(new State(input.device())) {
   const int device = input.get_device();
   stream = c10::cuda::getCurrentCUDAStream(device).stream();
   const Attributes attributes = attributes_of(device);
@@ -80,11 +108,6 @@ bool launched(int status) {
 }
 
 namespace {
-
-void check_blas(cublasStatus_t status) {
-  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS,
-              "fusedrnn: a product by cuBLAS failed: ", cublasGetStatusString(status));
-}
 
 struct GemmTypes {
   cudaDataType_t operands, result;
@@ -109,31 +132,22 @@ GemmTypes gemm_types(at::ScalarType operands, at::ScalarType result, Precision p
                                                                    : CUBLAS_COMPUTE_32F};
 }
 
-/// torch's handle for this thread and stream. torch sets its math mode each time it hands it out.
-/// While this lives, only GEMMs that ask for TF32 use it, and none accumulates in a half type.
-class GemmHandle {
- public:
-  GemmHandle() : handle_(at::cuda::getCurrentCUDABlasHandle()) {
-    check_blas(cublasSetMathMode(
-        handle_,
-        cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
-  }
-  ~GemmHandle() { cublasSetMathMode(handle_, CUBLAS_DEFAULT_MATH); }
-  GemmHandle(const GemmHandle&) = delete;
-  operator cublasHandle_t() const { return handle_; }
-
- private:
-  cublasHandle_t handle_;
+/// A matrix in device memory, in cuBLAS's terms.
+template <class Data>
+struct GemmOperand {
+  Data* data;
+  cublasOperation_t operation;
+  int64_t stride;
 };
+template <class Data>
+GemmOperand<Data> gemm_operand(Data* data, const GemmMatrix& m) {
+  return {data, m.transpose ? CUBLAS_OP_T : CUBLAS_OP_N, m.stride};
+}
 
-}  // namespace
-
-// Not torch's matmul, whose precision follows process-wide settings. It may refuse half types with
-// a float32 result, accumulate in float16, or take TF32 for float32.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision) {
-  if (is_empty_gemm(out, a, add)) return;
-  const Gemm gemm(out, a, b);
-  const GemmTypes types = gemm_types(a.scalar_type(), out.scalar_type(), precision);
+/// out = a b, or += with add, column-major: out [m, n], a [m, k], b [k, n].
+void run_gemm(const LaunchContext& context, const GemmTypes& types, int64_t m, int64_t n, int64_t k,
+              const GemmOperand<const void>& a, const GemmOperand<const void>& b,
+              const GemmOperand<void>& out, bool add) {
   // cuBLAS reads alpha and beta in the compute type.
   const float numbers[2] = {0, 1};
   const double double_numbers[2] = {0, 1};
@@ -141,19 +155,36 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Pre
     return types.compute == CUBLAS_COMPUTE_64F ? static_cast<const void*>(&double_numbers[one])
                                                : &numbers[one];
   };
-  const auto operation = [](const GemmMatrix& m) {
-    return m.transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
-  };
-  const GemmHandle handle;
-  check_blas(cublasGemmEx_64(handle, operation(gemm.b), operation(gemm.a), gemm.m, gemm.n, gemm.k,
-                             number(true), gemm.b.tensor.const_data_ptr(), types.operands,
-                             gemm.b.stride, gemm.a.tensor.const_data_ptr(), types.operands,
-                             gemm.a.stride, number(add), out.mutable_data_ptr(), types.result,
-                             gemm.out.stride, types.compute, CUBLAS_GEMM_DEFAULT));
+  check_blas(cublasGemmEx_64(context.state().gemm_handle(), a.operation, b.operation, m, n, k,
+                             number(true), a.data, types.operands, a.stride, b.data, types.operands,
+                             b.stride, number(add), out.data, types.result, out.stride,
+                             types.compute, CUBLAS_GEMM_DEFAULT));
 }
 
-void check_later(const Tensor& wrong, const char* message) {
-  at::_assert_async(at::logical_not(wrong.any()), message);
+}  // namespace
+
+void zero(void* data, int64_t bytes, const LaunchContext& context) {
+  C10_CUDA_CHECK(
+      cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(context.stream)));
+}
+
+// Not torch's matmul, whose precision follows process-wide settings. It may refuse half types with
+// a float32 result, accumulate in float16, or take TF32 for float32.
+void multiply(const LaunchContext& context, const Tensor& out, const Tensor& a, const Tensor& b,
+              bool add) {
+  if (is_empty_gemm(out, a, add)) return;
+  const Gemm gemm(out, a, b);
+  run_gemm(context, gemm_types(a.scalar_type(), out.scalar_type(), context.precision), gemm.m,
+           gemm.n, gemm.k, gemm_operand(gemm.b.tensor.const_data_ptr(), gemm.b),
+           gemm_operand(gemm.a.tensor.const_data_ptr(), gemm.a),
+           gemm_operand(out.mutable_data_ptr(), gemm.out), add);
+}
+
+void PreparedGemm::run(void* out, const void* a, int64_t a_stride, int64_t rows) const {
+  const at::ScalarType type = b_.tensor.scalar_type();
+  run_gemm(context_, gemm_types(type, out_type_, context_.precision), n_, rows, k_,
+           gemm_operand(b_.tensor.const_data_ptr(), b_), {a, CUBLAS_OP_N, std::max(a_stride, k_)},
+           {out, CUBLAS_OP_N, n_}, false);
 }
 
 }  // namespace fusedrnn::cuda

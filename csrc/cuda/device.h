@@ -6,13 +6,15 @@
 
 #include <memory>
 
+#include "gemm.h"
 #include "plan.h"
 
 namespace fusedrnn::cuda {
 
 using at::Tensor;
 
-/// Makes the input's device the current one while it lives.
+/// Makes the input's device the current one while it lives. Holds cuBLAS's handle: torch takes
+/// longer to hand it out than a GEMM to start.
 class LaunchContext {
  public:
   explicit LaunchContext(const Tensor& input);
@@ -25,9 +27,11 @@ class LaunchContext {
   /// As torch.backends.cudnn.rnn.fp32_precision asks for.
   Precision precision = Precision::ieee;
 
+  struct State;
+  State& state() const { return *state_; }
+
  private:
-  struct Guard;
-  std::unique_ptr<Guard> guard_;
+  std::unique_ptr<State> state_;
 };
 
 /// Throws if a function of kernel_table.h returned an error.
@@ -36,12 +40,30 @@ void check(int status);
 /// than it reports, for example beside other processes.
 bool launched(int status);
 
-/// out = a b, or += with add, on the device's current stream. `precision` applies to float32; the
-/// half types accumulate in float32. `out` has the operands' type or, for the half types, float32.
-/// Its rows are contiguous.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision precision);
+/// Zeros device memory.
+void zero(void* data, int64_t bytes, const LaunchContext& context);
 
-/// Makes the device's work fail with this message if any element in `wrong` is true. Does not wait.
-void check_later(const Tensor& wrong, const char* message);
+/// out = a b, or += with add. The context's precision applies to float32; the half types accumulate
+/// in float32. `out` has the operands' type or, for the half types, float32. Its rows are
+/// contiguous.
+void multiply(const LaunchContext& context, const Tensor& out, const Tensor& a, const Tensor& b,
+              bool add);
+
+/// The same for a time loop, out [rows, n] = a [rows, k] b with pointers in place of tensors.
+class PreparedGemm {
+ public:
+  /// b [k, n] has any strides, and k and n are not 0. out_type: b's type or float32.
+  PreparedGemm(const LaunchContext& context, const Tensor& b, at::ScalarType out_type)
+      : context_(context), b_(b), out_type_(out_type), k_(b.size(0)), n_(b.size(1)) {}
+
+  /// `a` has rows a_stride elements apart, at least k; `out` has contiguous rows.
+  void run(void* out, const void* a, int64_t a_stride, int64_t rows) const;
+
+ private:
+  const LaunchContext& context_;
+  const GemmMatrix b_;
+  const at::ScalarType out_type_;
+  const int64_t k_, n_;
+};
 
 }  // namespace fusedrnn::cuda

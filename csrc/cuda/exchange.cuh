@@ -49,9 +49,9 @@ FUSEDRNN_DEVICE const char* kernel_name() {
   return text.chars;
 }
 
-template <class T>
-FUSEDRNN_DEVICE T value_or_zero(const T* p, int64_t i) {
-  return p ? p[i] : T(0);
+template <class Element>
+FUSEDRNN_DEVICE float value_or_zero(const Element* p, int64_t i) {
+  return p ? value_of(p[i]) : 0.f;
 }
 
 /// Byte offsets for consecutive arrays in shared memory.

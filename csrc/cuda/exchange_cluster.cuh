@@ -116,7 +116,9 @@ class ClusterAllGather : public Traits::template Work<Traits> {
     });
   }
   FUSEDRNN_DEVICE void commit(const Gemm&, int, int) const {}
-  FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk), this->waiter()); }
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const {
+    barriers_.wait(k, chunk, bytes(chunk), this->waiter());
+  }
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int chunk,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
     this->template multiply_rows<SharedOperand<Operand>>(
@@ -270,7 +272,9 @@ class ClusterReduceScatter : public Tile<Traits> {
     });
   }
 
-  FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk), this->waiter()); }
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const {
+    barriers_.wait(k, chunk, bytes(chunk), this->waiter());
+  }
 
   /// Adds what the CTAs have sent.
   FUSEDRNN_DEVICE void multiply(const Gemm&, int k, int chunk, float (&results)[1][1]) const {

@@ -1,7 +1,7 @@
 // Every cell's kernels as functions, and tables of them by the cell's index in scalar::Cells.
 //
-// A function launches on `stream`, a cudaStream_t, and returns a cudaError_t. stepwise_kernels.cu
-// and persistent_*.cu fill the tables from the cell list.
+// A function launches on `stream`, a cudaStream_t, and returns a cudaError_t. stepwise_kernels.cu,
+// fused_step.cu and persistent_*.cu fill the tables from the cell list.
 #pragma once
 
 #include "params.h"
@@ -17,11 +17,23 @@ struct StepKernels {
 template <class Element>
 const StepKernels<Element>& step_kernels(int cell);
 
-/// A projection does not depend on the cell.
+/// A forward step with its GEMMs in one kernel.
+template <class Element>
+using FusedStep = int (*)(const FusedStepParams<Element>& params, void* stream);
+template <class Element>
+FusedStep<Element> fused_step(int cell);
+
+// These do not depend on the cell.
 template <class Element>
 int projection_step(const ProjectionStepParams<Element>& params, void* stream);
 template <class Element>
 int projection_backward_step(const ProjectionBackwardStepParams<Element>& params, void* stream);
+template <class Element>
+int initial_gradients(const InitialGradientParams<Element>& params, void* stream);
+template <class Element>
+int mask_padding(const MaskPaddingParams<Element>& params, void* stream);
+template <class Element>
+int bias_gradients(const BiasGradientParams<Element>& params, void* stream);
 
 /// Writes `count` numbers from host memory to device memory. They travel as a kernel's arguments: a
 /// copy could wait for the host, and a captured graph would read host memory that is gone.

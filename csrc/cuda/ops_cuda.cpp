@@ -3,6 +3,8 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "persistent.h"
 #include "stepwise.h"
 
@@ -25,21 +27,15 @@ PlanProblem plan_problem(const Layer& layer, const LaunchContext& context) {
   return problem;
 }
 
-void check_lengths(const Layer& layer) {
-  if (!layer.lengths.defined()) return;
-  check_later(layer.lengths.lt(0).logical_or(layer.lengths.gt(layer.T)),
-              "lengths must be from 0 to the sequence length");
-}
-
 template <class Element>
 LayerOutput allocate_output(const Layer& layer, bool save) {
   using Accum = Accumulator<Element>;
   const int64_t D = layer.D, B = layer.B;
   LayerOutput out;
-  out.output = new_tokens<Element>(layer, layer.shape(D * layer.P));
+  out.output = new_tensor<Element>(layer, layer.shape(D * layer.P));
   out.h_n = new_tensor<Element>(layer, {D, B, layer.P});
-  if (layer.cell.has_cell_state) out.c_n = new_tensor<Accum>(layer, {D, B, layer.H});
-  out.saved = save ? new_tokens<Accum>(layer, {D, layer.N, layer.cell.saved, layer.H})
+  if (layer.cell.has_cell_state) out.c_n = new_tensor<Element>(layer, {D, B, layer.H});
+  out.saved = save ? new_tensor<Accum>(layer, {D, layer.N, layer.cell.saved, layer.H})
                    : new_tensor<Accum>(layer, {0});
   return out;
 }
@@ -47,7 +43,6 @@ LayerOutput allocate_output(const Layer& layer, bool save) {
 template <class Element>
 LayerOutput forward(const Layer& layer, bool save) {
   const LaunchContext context(layer.input);
-  check_lengths(layer);
   LayerOutput out = allocate_output<Element>(layer, save);
   const PlanProblem problem = plan_problem(layer, context);
   const LaunchPlan plan = plan_forward(problem, persistent_kernels_for<Element>(layer));
@@ -57,17 +52,14 @@ LayerOutput forward(const Layer& layer, bool save) {
     last_name = name_of(Algorithm::stepwise);
     run_forward_stepwise<Element>(layer, context, out);
   }
-  if (out.c_n.defined()) out.c_n = in_type(out.c_n, layer.type);
   return out;
 }
 
 template <class Element>
 StepGradients allocate_gradients(const Layer& layer) {
-  using Accum = Accumulator<Element>;
   const int64_t D = layer.D, B = layer.B, N = layer.N, H = layer.H, P = layer.P;
-  // The weight-gradient GEMMs read the padding too: it must be zero.
   const auto tokens = [&](int64_t features) {
-    return new_tokens<Element>(layer, {D, N, features});
+    return new_tensor<Element>(layer, {D, N, features});
   };
   StepGradients out;
   out.gates.dgates = tokens(layer.cell.preacts * H);
@@ -76,22 +68,55 @@ StepGradients allocate_gradients(const Layer& layer) {
     out.gates.dr = tokens(P);
     out.gates.h_raw = tokens(H);
   }
-  out.dh0 = new_tensor<Accum>(layer, {D, B, P});
-  if (layer.cell.has_cell_state) out.dc0 = new_tensor<Accum>(layer, {D, B, H});
+  out.dh0 = new_tensor<Element>(layer, {D, B, P});
+  if (layer.cell.has_cell_state) out.dc0 = new_tensor<Element>(layer, {D, B, H});
   return out;
 }
 
 /// The GEMMs for layer_gradients().
+template <class Element>
 struct DeviceGemms : Gemms {
-  explicit DeviceGemms(Precision precision) : precision(precision) {}
+  explicit DeviceGemms(const LaunchContext& context) : context(context) {}
   void multiply(const Tensor& a, const Tensor& b, const Tensor& out, bool add) const override {
-    cuda::multiply(out, a, b, add, precision);
+    cuda::multiply(context, out, a, b, add);
   }
   void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) const override {
-    cuda::multiply(out, a.t(), b, false, precision);
+    cuda::multiply(context, out, a.t(), b, false);
   }
-  Precision precision;
+  void bias_gradients(const Layer& layer, const Tensor& dgates, const Tensor& bias_ih,
+                      const Tensor& bias_hh) const override {
+    BiasGradientParams<Element> p;
+    p.tokens = dgates.size(0);
+    p.hidden_size = layer.H;
+    p.preacts = layer.cell.preacts;
+    p.gates = layer.cell.gates;
+    std::copy(layer.cell.hidden_preact.begin(), layer.cell.hidden_preact.end(), p.hidden_preact);
+    p.dgates = const_data_of<Element>(dgates);
+    p.bias_ih = data_of<Element>(bias_ih);
+    p.bias_hh = data_of<Element>(bias_hh);
+    check(cuda::bias_gradients(p, context.stream));
+  }
+  const LaunchContext& context;
 };
+
+/// The input as the weight-gradient GEMM's operand [N, I]. A zero gradient times NaN or infinity in
+/// the padding would not be zero.
+template <class Element>
+Tensor masked_input(const Layer& layer, const LaunchContext& context) {
+  const Tensor x = input_tokens(layer);
+  if (!layer.lengths.defined() || x.numel() == 0) return x;
+  const Tensor masked = new_tensor<Element>(layer, x.sizes());
+  MaskPaddingParams<Element> p;
+  p.steps = layer.T;
+  p.rows = layer.B;
+  p.features = layer.I;
+  p.x = const_data_of<Element>(x);
+  p.x_stride = x.stride(0);
+  p.lengths = const_data_of<int64_t>(layer.lengths);
+  p.out = data_of<Element>(masked);
+  check(mask_padding(p, context.stream));
+  return masked;
+}
 
 template <class Element>
 LayerGradients backward(const Layer& layer, const OutputGradients& gradients) {
@@ -106,7 +131,7 @@ LayerGradients backward(const Layer& layer, const OutputGradients& gradients) {
     run_backward_stepwise<Element>(layer, gradients, context, steps);
   }
   return layer_gradients(layer, gradients, steps.gates, steps.dh0, steps.dc0,
-                         DeviceGemms(context.precision));
+                         masked_input<Element>(layer, context), DeviceGemms<Element>(context));
 }
 
 template <class T>
@@ -133,14 +158,14 @@ auto dispatch_element(const Layer& layer, const F& f) {
 
 template <class Cell>
 LayerOutput Cuda::forward(const ForwardArgs& args) {
-  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
   return dispatch_element(layer, [&](auto tag) {
     return cuda::forward<typename decltype(tag)::type>(layer, args.save);
   });
 }
 template <class Cell>
 LayerGradients Cuda::backward(const BackwardArgs& args) {
-  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, true);
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
   const OutputGradients gradients(layer, args);
   return dispatch_element(layer, [&](auto tag) {
     return cuda::backward<typename decltype(tag)::type>(layer, gradients);

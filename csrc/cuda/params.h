@@ -12,77 +12,139 @@ namespace fusedrnn::cuda {
 
 // ---- stepwise: the kernels between the GEMMs of a step ------------------------------------------
 
-/// One step's rows: [0, rows), except rows where lengths[row] <= t.
+/// One step's rows: [0, rows) have a token; rows where lengths[row] <= t are inactive.
 struct StepRows {
-  int64_t rows = 0, t = 0;
+  int64_t rows = 0;
+  /// The kernel covers [0, all_rows), which is B where the step sets or reads every row's state.
+  int64_t all_rows = 0;
+  int64_t t = 0, steps = 0;          ///< the step's time; T
   const int64_t* lengths = nullptr;  ///< [rows], null: all are active
+  bool is_first = false;             ///< the pass's first step
 };
 
 template <class Element, class Accum = Accumulator<Element>>
 struct ForwardStepParams : StepRows {
   int64_t hidden_size = 0;
-  const Accum* x_product = nullptr;  ///< [rows, G*H] weight_ih x
+  const Accum* x_product = nullptr;  ///< [rows, G*H] weight_ih x, null: zeros
   const Accum* h_product = nullptr;  ///< [rows, G*H] weight_hh h, null: zeros
   const Element* bias_ih = nullptr;  ///< [G*H], null: zeros
   const Element* bias_hh = nullptr;  ///< [G*H]
-  Accum* state = nullptr;            ///< [rows, H] read and written
-  Element* h = nullptr;              ///< [rows, H] the output, as the next GEMM's operand
-  Element* y = nullptr;              ///< [rows, H] the output, y_stride apart; null if projected
+  /// [all_rows, H] h before the step, h_before_stride apart; null: zeros. Inactive rows hand it on
+  /// to `h`. If both are the same, they keep it.
+  const Element* h_before = nullptr;
+  int64_t h_before_stride = 0;
+  const Element* c0 = nullptr;  ///< [all_rows, H], c0_stride apart, null: zeros; first step
+  int64_t c0_stride = 0;
+  /// [all_rows, H]. Written, and read except in the first step: there c0 has the state, or h_before
+  /// for cells without a cell state. Null in a call of one step.
+  Accum* state = nullptr;
+  Element* h = nullptr;    ///< [all_rows, H] the output, as the next GEMM's operand
+  Element* c_n = nullptr;  ///< [all_rows, H] the state, in the last step
+  Element* y = nullptr;    ///< [rows, H] the output, y_stride apart; null if projected
   int64_t y_stride = 0;
   Accum* saved = nullptr;  ///< [rows, A, H], null: not wanted
+};
+
+/// A step with its GEMMs. h_before and h must not overlap.
+template <class Element>
+struct FusedStepParams : ForwardStepParams<Element> {
+  const Element* weight_ih = nullptr;  ///< [G*H, I]
+  const Element* weight_hh = nullptr;  ///< [G*H, H]
+  const Element* x = nullptr;          ///< [rows, I], x_stride apart; null: x_product has its GEMM
+  int64_t input_size = 0, x_stride = 0;
 };
 
 /// The kernel behind a projection's GEMM.
 template <class Element, class Accum = Accumulator<Element>>
 struct ProjectionStepParams : StepRows {
   int64_t output_size = 0;
-  const Accum* r = nullptr;  ///< [rows, P] the projected output
-  Element* h = nullptr;      ///< [rows, P]
-  Element* y = nullptr;      ///< [rows, P], y_stride apart
+  const Accum* r = nullptr;     ///< [rows, P] the projected output
+  const Element* h0 = nullptr;  ///< [all_rows, P], h0_stride apart, null: zeros; first step
+  int64_t h0_stride = 0;
+  Element* h = nullptr;  ///< [all_rows, P]
+  Element* y = nullptr;  ///< [rows, P], y_stride apart
   int64_t y_stride = 0;
 };
 
-/// A step's output gradient, F features, is the sum of dy, product and dh.
-template <class Accum>
+/// A step's output gradient, F features, is the sum of dy, product and dh. In the first step of the
+/// backward pass, the direction's last, dh_n takes the place of dh.
+template <class Element, class Accum = Accumulator<Element>>
 struct OutputGradientParams : StepRows {
-  int64_t previous = -1;      ///< the step before t in the direction's order, -1: none
-  int64_t previous_rows = 0;  ///< its rows
-  const Accum* dy = nullptr;  ///< [rows, F], dy_stride apart; null: zeros
+  int64_t previous = -1;        ///< the step before t in the direction's order, -1: none
+  int64_t previous_rows = 0;    ///< its rows
+  const Element* dy = nullptr;  ///< [rows, F], dy_stride apart; null: zeros
   int64_t dy_stride = 0;
-  /// [rows, F] through weight_hh from the following step, zeros without one.
+  /// [product_rows, F] through weight_hh from the following step.
   const Accum* product = nullptr;
-  /// [rows, F] gradient carried from h_n. Inactive rows accumulate `product` into it; active rows
-  /// consume it and store zeros.
+  int64_t product_rows = 0;
+  const Element* dh_n = nullptr;  ///< [all_rows, F], null: zeros; first step
+  /// [all_rows, F] gradient carried from h_n. Inactive rows accumulate `product` into it; active
+  /// rows consume it and store zeros.
   Accum* dh = nullptr;
 };
 
 template <class Element, class Accum = Accumulator<Element>>
-struct BackwardStepParams : OutputGradientParams<Accum> {
+struct BackwardStepParams : OutputGradientParams<Element> {
   int64_t hidden_size = 0;
   const Accum* saved = nullptr;           ///< [rows, A, H]
   const Accum* previous_saved = nullptr;  ///< [previous_rows, A, H]
-  const Accum* h0 = nullptr;              ///< [rows, H] h0_stride apart, null: zeros
-  const Accum* c0 = nullptr;
+  const Element* h0 = nullptr;            ///< [rows, H] h0_stride apart, null: zeros
+  const Element* c0 = nullptr;
   int64_t h0_stride = 0, c0_stride = 0;
   const Accum* dh_raw = nullptr;  ///< projected only: [rows, H] the raw output's gradient
-  Accum* dstate = nullptr;        ///< [rows, H]
-  Element* dgates = nullptr;      ///< [rows, S*H] as operands, zero on entry
+  const Element* dc_n = nullptr;  ///< [all_rows, H], null: zeros; first step
+  Accum* dstate = nullptr;        ///< [all_rows, H]; the first step does not read it
+  Element* dgates = nullptr;      ///< [rows, S*H] as operands
   /// [rows, G*H] gradients of the pre-activations that weight_hh feeds; null: they are dgates.
   Element* dhidden = nullptr;
   Element* h_previous = nullptr;  ///< [rows, H], null if projected
-  Element* h_raw = nullptr;       ///< [rows, H] output before the projection
+  Element* h_raw = nullptr;       ///< [rows, H] output before the projection; projected only
 };
 
 /// The kernel before the GEMM in a projection's backward pass.
 template <class Element, class Accum = Accumulator<Element>>
-struct ProjectionBackwardStepParams : OutputGradientParams<Accum> {
+struct ProjectionBackwardStepParams : OutputGradientParams<Element> {
   int64_t output_size = 0;
-  const Accum* previous_y = nullptr;  ///< [previous_rows, P], y_stride apart
+  const Element* previous_y = nullptr;  ///< [previous_rows, P], y_stride apart
   int64_t y_stride = 0;
-  const Accum* h0 = nullptr;  ///< [rows, P], null: zeros
+  const Element* h0 = nullptr;  ///< [rows, P], null: zeros
   int64_t h0_stride = 0;
-  Element* dr = nullptr;          ///< [rows, P] the output's gradient, zero on entry
+  Element* dr = nullptr;          ///< [rows, P] the output's gradient
   Element* h_previous = nullptr;  ///< [rows, P]
+};
+
+/// The kernel behind the backward steps: the initial states' gradients.
+template <class Element, class Accum = Accumulator<Element>>
+struct InitialGradientParams {
+  int64_t rows = 0, hidden_size = 0, output_size = 0;
+  const Accum* dh = nullptr;       ///< [rows, P] carried from h_n
+  const Accum* product = nullptr;  ///< [rows, P] through weight_hh
+  const Accum* dstate = nullptr;   ///< [rows, H]
+  bool state_is_h = false;         ///< dstate is another part of dh0
+  Element* dh0 = nullptr;          ///< [rows, P], null: not wanted
+  Element* dc0 = nullptr;          ///< [rows, H], null: not wanted
+};
+
+// ---- around the time loop -----------------------------------------------------------------------
+
+/// Copies padded tokens [T, B, F], with zeros in the padding.
+template <class Element>
+struct MaskPaddingParams {
+  int64_t steps = 0, rows = 0, features = 0;
+  const Element* x = nullptr;  ///< tokens x_stride apart
+  int64_t x_stride = 0;
+  const int64_t* lengths = nullptr;  ///< [B]
+  Element* out = nullptr;
+};
+
+/// The biases' gradients are sums of dgates over all tokens.
+template <class Element>
+struct BiasGradientParams {
+  int64_t tokens = 0, hidden_size = 0, preacts = 0, gates = 0;
+  int64_t hidden_preact[4] = {};    ///< as in cells.h
+  const Element* dgates = nullptr;  ///< [N, S*H]
+  Element* bias_ih = nullptr;       ///< [G*H], null: not wanted
+  Element* bias_hh = nullptr;       ///< [G*H], null: not wanted
 };
 
 // ---- persistent: one kernel for all steps -------------------------------------------------------
@@ -103,11 +165,11 @@ struct PersistentForwardParams : PersistentParams {
     const Element* bias_ih = nullptr;
     const Element* bias_hh = nullptr;
     const Accum* x_product = nullptr;  ///< [N, G*H]
-    const Accum* h0 = nullptr;         ///< [B, H], null: zeros
-    const Accum* c0 = nullptr;
+    const Element* h0 = nullptr;       ///< [B, H], null: zeros
+    const Element* c0 = nullptr;
     Element* y = nullptr;    ///< [N, H], y_stride apart
     Element* h_n = nullptr;  ///< [B, H]
-    Accum* c_n = nullptr;    ///< [B, H], cells with a cell state only
+    Element* c_n = nullptr;  ///< [B, H], cells with a cell state only
     Accum* saved = nullptr;  ///< [N, A, H], null: not wanted
     /// [2, groups * tile_rows, max_units], zero on entry; persistent_grid only.
     Element* exchange = nullptr;
@@ -120,15 +182,15 @@ struct PersistentBackwardParams : PersistentParams {
   struct Direction {
     const Element* weight_hh = nullptr;
     const Accum* saved = nullptr;
-    const Accum* h0 = nullptr;
-    const Accum* c0 = nullptr;
-    const Accum* dy = nullptr;    ///< [N, H], dy_stride apart; null: zeros
-    const Accum* dh_n = nullptr;  ///< [B, H], null: zeros
-    const Accum* dc_n = nullptr;
+    const Element* h0 = nullptr;
+    const Element* c0 = nullptr;
+    const Element* dy = nullptr;    ///< [N, H], dy_stride apart; null: zeros
+    const Element* dh_n = nullptr;  ///< [B, H], null: zeros
+    const Element* dc_n = nullptr;
     Element* dgates = nullptr;      ///< [N, S*H]
     Element* h_previous = nullptr;  ///< [N, H]
-    Accum* dh0 = nullptr;           ///< [B, H]
-    Accum* dc0 = nullptr;           ///< [B, H], cells with a cell state only
+    Element* dh0 = nullptr;         ///< [B, H]
+    Element* dc0 = nullptr;         ///< [B, H], cells with a cell state only
     /// [2, groups * tile_rows, G, max_units], zero on entry; persistent_grid only.
     Element* exchange = nullptr;
   } direction[2];

@@ -13,22 +13,34 @@ Tensor upload_step_offset(const Layer& layer, const LaunchContext& context) {
   return t;
 }
 
-/// Global memory through which a grid's CTAs exchange operands; undefined for other plans.
-struct GridMemory {
+/// Global memory through which a grid's CTAs exchange operands, zeroed; empty for other plans.
+class GridMemory {
+ public:
   /// `values`: operands per hidden unit, 1 for h or G for the gate gradients.
-  template <class Element>
-  static GridMemory allocate(const Layer& layer, const LaunchPlan& plan, int64_t values) {
-    if (plan.algorithm != Algorithm::persistent_grid) return {};
-    return {at::zeros({layer.D, plan.groups}, layer.options().dtype(at::kInt)),
-            new_zeros<Element>(
-                layer, {layer.D, 2, plan.groups * plan.tile_rows, values * plan.max_units})};
+  GridMemory(const Layer& layer, const LaunchPlan& plan, const LaunchContext& context,
+             int64_t element_bytes, int64_t values) {
+    if (plan.algorithm != Algorithm::persistent_grid) return;
+    arrivals_bytes_ = scalar::round_up(layer.D * plan.groups * int64_t(sizeof(uint32_t)), 256);
+    direction_bytes_ = 2 * plan.groups * plan.tile_rows * values * plan.max_units * element_bytes;
+    memory_ = new_tensor<uint8_t>(layer, {arrivals_bytes_ + layer.D * direction_bytes_});
+    zero(memory_.mutable_data_ptr(), memory_.numel(), context);
   }
+  /// [D, groups]
+  uint32_t* arrivals() const { return at<uint32_t>(0); }
+  /// A direction's operands [2, groups * tile_rows, values * max_units].
   template <class Element>
-  Element* of_direction(int64_t d) const {
-    return operands.defined() ? data_of<Element>(operands, d * operands.stride(0)) : nullptr;
+  Element* operands(int64_t d) const {
+    return at<Element>(arrivals_bytes_ + d * direction_bytes_);
   }
-  Tensor arrivals;  ///< [D, groups]
-  Tensor operands;  ///< [D, 2, groups * tile_rows, values * max_units]
+
+ private:
+  template <class T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(data_of<uint8_t>(memory_, offset));
+  }
+
+  int64_t arrivals_bytes_ = 0, direction_bytes_ = 0;
+  Tensor memory_;
 };
 
 PersistentParams common_params(const Layer& layer, const LaunchPlan& plan,
@@ -41,7 +53,7 @@ PersistentParams common_params(const Layer& layer, const LaunchPlan& plan,
   params.tile_rows = int(plan.tile_rows);
   params.lengths = const_data_of<int64_t>(layer.lengths);
   params.step_offset = const_data_of<int64_t>(step_offset);
-  params.arrivals = reinterpret_cast<uint32_t*>(data_of<int32_t>(memory.arrivals));
+  params.arrivals = memory.arrivals();
   return params;
 }
 
@@ -55,31 +67,31 @@ bool run_forward_persistent(const Layer& layer, const LaunchPlan& plan,
   if (plan.algorithm == Algorithm::stepwise || !kernels) return false;
   const int64_t B = layer.B, N = layer.N, H = layer.H;
   const Tensor step_offset = upload_step_offset(layer, context);
-  const GridMemory memory = GridMemory::allocate<Element>(layer, plan, 1);
+  const GridMemory memory(layer, plan, context, sizeof(Element), 1);
   PersistentForwardParams<Element> params;
   static_cast<PersistentParams&>(params) = common_params(layer, plan, step_offset, memory);
   params.h0_stride = row_stride(layer.h0);
   params.c0_stride = row_stride(layer.c0);
   params.y_stride = layer.D * H;
-  const Tensor x = layer.flat_input();
+  const Tensor x = input_tokens(layer);
   Tensor x_products[2];
   for (int64_t d = 0; d < layer.D; ++d) {
     const DirectionWeights& w = layer.weights[size_t(d)];
-    x_products[d] = input_product<Element>(layer, x, d, context.precision);
+    x_products[d] = input_product<Element>(layer, x, d, context);
     auto& tensors = params.direction[d];
     tensors.weight_hh = const_data_of<Element>(w.hh);
     tensors.bias_ih = const_data_of<Element>(w.bias_ih);
     tensors.bias_hh = const_data_of<Element>(w.bias_hh);
     tensors.x_product = const_data_of<Accum>(x_products[d]);
-    tensors.h0 = initial_state<Accum>(layer.h0, d);
-    tensors.c0 = initial_state<Accum>(layer.c0, d);
+    tensors.h0 = initial_state<Element>(layer.h0, d);
+    tensors.c0 = initial_state<Element>(layer.c0, d);
     tensors.y = data_of<Element>(out.output, d * H);
     tensors.h_n = data_of<Element>(out.h_n, d * B * H);
-    tensors.c_n = data_of<Accum>(out.c_n, d * B * H);
+    tensors.c_n = data_of<Element>(out.c_n, d * B * H);
     if (out.saved.numel() > 0) {
       tensors.saved = data_of<Accum>(out.saved, d * N * layer.cell.saved * H);
     }
-    tensors.exchange = memory.of_direction<Element>(d);
+    tensors.exchange = memory.operands<Element>(d);
   }
   return launched(kernels->forward(params, plan, context.stream));
 }
@@ -93,7 +105,7 @@ bool run_backward_persistent(const Layer& layer, const OutputGradients& gradient
   if (plan.algorithm == Algorithm::stepwise || !kernels) return false;
   const int64_t B = layer.B, N = layer.N, H = layer.H;
   const Tensor step_offset = upload_step_offset(layer, context);
-  const GridMemory memory = GridMemory::allocate<Element>(layer, plan, layer.cell.gates);
+  const GridMemory memory(layer, plan, context, sizeof(Element), layer.cell.gates);
   PersistentBackwardParams<Element> params;
   static_cast<PersistentParams&>(params) = common_params(layer, plan, step_offset, memory);
   params.h0_stride = row_stride(layer.h0);
@@ -103,16 +115,16 @@ bool run_backward_persistent(const Layer& layer, const OutputGradients& gradient
     auto& tensors = params.direction[d];
     tensors.weight_hh = const_data_of<Element>(layer.weights[size_t(d)].hh);
     tensors.saved = const_data_of<Accum>(gradients.saved, d * N * layer.cell.saved * H);
-    tensors.h0 = initial_state<Accum>(layer.h0, d);
-    tensors.c0 = initial_state<Accum>(layer.c0, d);
-    tensors.dy = const_data_of<Accum>(gradients.dy, d * H);
-    tensors.dh_n = const_data_of<Accum>(gradients.dh_n, d * B * H);
-    tensors.dc_n = const_data_of<Accum>(gradients.dc_n, d * B * H);
+    tensors.h0 = initial_state<Element>(layer.h0, d);
+    tensors.c0 = initial_state<Element>(layer.c0, d);
+    tensors.dy = const_data_of<Element>(gradients.dy, d * H);
+    tensors.dh_n = const_data_of<Element>(gradients.dh_n, d * B * H);
+    tensors.dc_n = const_data_of<Element>(gradients.dc_n, d * B * H);
     tensors.dgates = data_of<Element>(out.gates.dgates, d * N * layer.cell.preacts * H);
     tensors.h_previous = data_of<Element>(out.gates.h_previous, d * N * H);
-    tensors.dh0 = data_of<Accum>(out.dh0, d * B * H);
-    tensors.dc0 = data_of<Accum>(out.dc0, d * B * H);
-    tensors.exchange = memory.of_direction<Element>(d);
+    tensors.dh0 = data_of<Element>(out.dh0, d * B * H);
+    tensors.dc0 = data_of<Element>(out.dc0, d * B * H);
+    tensors.exchange = memory.operands<Element>(d);
   }
   return launched(kernels->backward(params, plan, context.stream));
 }

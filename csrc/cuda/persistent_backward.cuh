@@ -129,7 +129,16 @@ struct PersistentBackwardKernel : Traits {
         e.commit(gemm, n, chunk);
         // Other CTAs wait for the commit, not for these stores.
         unroll<kPairs>([&](auto m) {
-          if (in[m].is_active) store(e, in[m], e.first_unit + e.pair(chunk, m).unit, dgates[m]);
+          const Pair p = e.pair(chunk, m);
+          const int unit = e.first_unit + p.unit;
+          if (in[m].is_active) {
+            store(
+                e, in[m].token, unit,
+                in[m].has_previous ? Cell::template output<Activations>(in[m].previous) : in[m].h0,
+                dgates[m]);
+          } else if (i >= 0 && e.exists(p) && params.lengths) {  // padding
+            store(e, e.token(i) + p.tile_row, unit, 0, dgates[m]);
+          }
         });
       }
     }
@@ -140,18 +149,17 @@ struct PersistentBackwardKernel : Traits {
         if (!e.exists(p)) return;
         const int64_t at = (e.first_row + p.tile_row) * int64_t(H) + e.first_unit + p.unit;
         const float dstate = carried.at(chunk, i, kDstate), dh = carried.at(chunk, i, kDh);
-        tensors.dh0[at] = !Cell::kHasCellState ? dh + dstate : dh;
-        if (tensors.dc0) tensors.dc0[at] = dstate;
+        round_to(tensors.dh0[at], !Cell::kHasCellState ? dh + dstate : dh);
+        if (tensors.dc0) round_to(tensors.dc0[at], dstate);
       });
     }
   }
 
-  FUSEDRNN_DEVICE void store(const Exchange& e, const Inputs& in, int unit,
+  FUSEDRNN_DEVICE void store(const Exchange& e, int64_t token, int unit, float h_previous,
                              const float (&dgates)[Cell::kPreacts]) const {
     const auto& tensors = params.direction[e.direction];
-    const float h = in.has_previous ? Cell::template output<Activations>(in.previous) : in.h0;
-    round_to(tensors.h_previous[in.token * params.hidden_size + unit], h);
-    Element* const to = tensors.dgates + in.token * Cell::kPreacts * params.hidden_size + unit;
+    round_to(tensors.h_previous[token * params.hidden_size + unit], h_previous);
+    Element* const to = tensors.dgates + token * Cell::kPreacts * params.hidden_size + unit;
     unroll<Cell::kPreacts>([&](auto k) { round_to(to[k * params.hidden_size], dgates[k]); });
   }
 };

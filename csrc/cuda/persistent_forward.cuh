@@ -3,6 +3,7 @@
 
 #include "../cells.h"
 #include "exchange.cuh"
+#include "lengths.cuh"
 
 namespace fusedrnn::cuda {
 
@@ -128,18 +129,24 @@ struct PersistentForwardKernel : Traits {
         // Other CTAs wait for the commit, not for these stores.
         Element* const y = y_place.at(now);
         float* const to = saved_place.at(now);
-        unroll<kPairs>([&](auto n) {
-          if (!now_active[n]) return;
-          round_to(advance(y, y_stride, Work::row_offset(n))[Work::unit_offset(n)], h[n][0]);
-        });
-        if (!saves) continue;
-        unroll<kPairs>([&](auto n) {
-          if (!now_active[n]) return;
+        const auto store = [&](auto n, float h_of_step, const auto& saved_value) {
+          round_to(advance(y, y_stride, Work::row_offset(n))[Work::unit_offset(n)], h_of_step);
+          if (!saves) return;
           unroll<Cell::kSaved>([&](auto a) {
             advance(to, H, Work::row_offset(n) * Cell::kSaved + a)[Work::unit_offset(n)] =
-                saved[n][a];
+                saved_value(a);
           });
+        };
+        unroll<kPairs>([&](auto n) {
+          if (now_active[n]) store(n, h[n][0], [&](auto a) { return saved[n][a]; });
         });
+        if (params.lengths) {  // padding
+          unroll<kPairs>([&](auto n) {
+            if (!now_active[n] && e.exists(e.pair(chunk, n))) {
+              store(n, 0, [](auto) { return 0.f; });
+            }
+          });
+        }
       }
     }
     finish(e, carried, tensors);
@@ -177,6 +184,7 @@ struct PersistentForwardKernel : Traits {
         float state = 0;
         h[i][0] = 0;
         if (e.exists(p)) {
+          if (params.lengths) check_length(params.lengths[row], params.steps);
           h[i][0] = value_or_zero(tensors.h0, row * params.h0_stride + unit);
           state = !Cell::kHasCellState ? h[i][0]
                                        : value_or_zero(tensors.c0, row * params.c0_stride + unit);
@@ -197,7 +205,7 @@ struct PersistentForwardKernel : Traits {
         const int64_t row = e.first_row + p.tile_row;
         const int64_t at = row * params.hidden_size + e.first_unit + p.unit;
         round_to(tensors.h_n[at], carried.at(chunk, i, kH));
-        if (tensors.c_n) tensors.c_n[at] = carried.at(chunk, i, kState);
+        if (tensors.c_n) round_to(tensors.c_n[at], carried.at(chunk, i, kState));
       });
     }
   }

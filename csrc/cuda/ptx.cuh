@@ -144,11 +144,8 @@ FUSEDRNN_DEVICE uint32_t shuffle(uint32_t value, int from) {
   return __shfl_sync(0xffffffffu, value, from);
 }
 /// The value of the lane whose number differs by `mask`.
-FUSEDRNN_DEVICE float shuffle_xor(float value, int mask) {
-  return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-
-FUSEDRNN_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
+template <class T>
+FUSEDRNN_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
@@ -363,6 +360,16 @@ FUSEDRNN_DEVICE float reciprocal(float x) {
   float value;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
   return value;
+}
+
+// ---- errors -------------------------------------------------------------------------------------
+
+/// Ends all the device's work with a message on stderr if the condition is false, as assert() does.
+/// A call that waits for the device then throws.
+FUSEDRNN_DEVICE void device_assert(bool condition, const char* message) {
+#ifdef __CUDA_ARCH__  // with NDEBUG the host's headers do not declare the function
+  if (!condition) __assert_fail(message, __FILE__, __LINE__, __func__);
+#endif
 }
 
 }  // namespace fusedrnn::cuda

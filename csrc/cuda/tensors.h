@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <type_traits>
 #include <vector>
@@ -28,15 +27,6 @@ template <class T>
 Tensor new_tensor(const Layer& layer, c10::IntArrayRef shape) {
   return at::empty(shape, options_of<T>(layer));
 }
-template <class T>
-Tensor new_zeros(const Layer& layer, c10::IntArrayRef shape) {
-  return at::zeros(shape, options_of<T>(layer));
-}
-/// Token values: zeros where `lengths` leaves padding that no kernel writes.
-template <class T>
-Tensor new_tokens(const Layer& layer, c10::IntArrayRef shape) {
-  return layer.lengths.defined() ? new_zeros<T>(layer, shape) : new_tensor<T>(layer, shape);
-}
 
 /// A tensor's data, `offset` elements on; null if undefined.
 template <class T>
@@ -49,18 +39,21 @@ const T* const_data_of(const Tensor& t, int64_t offset = 0) {
 }
 
 /// Direction d of an initial state [D, B, features], and its row stride.
-template <class Accum>
-const Accum* initial_state(const Tensor& state, int64_t d) {
-  return state.defined() ? const_data_of<Accum>(state, d * state.stride(0)) : nullptr;
+template <class Element>
+const Element* initial_state(const Tensor& state, int64_t d) {
+  return state.defined() ? const_data_of<Element>(state, d * state.stride(0)) : nullptr;
 }
 inline int64_t row_stride(const Tensor& state) { return state.defined() ? state.stride(1) : 0; }
 
-/// weight_ih x of direction d, [N, G*H]; x is layer.flat_input().
+/// The input as [N, I], features contiguous.
+inline Tensor input_tokens(const Layer& layer) { return layer.input.reshape({layer.N, layer.I}); }
+
+/// weight_ih x of direction d, [N, G*H]; x is input_tokens(layer).
 template <class Element>
-Tensor input_product(const Layer& layer, const Tensor& x, int64_t d, Precision precision) {
+Tensor input_product(const Layer& layer, const Tensor& x, int64_t d, const LaunchContext& context) {
   const Tensor product =
       new_tensor<Accumulator<Element>>(layer, {layer.N, layer.cell.gates * layer.H});
-  multiply(product, x, layer.weights[size_t(d)].ih.t(), false, precision);
+  multiply(context, product, x, layer.weights[size_t(d)].ih.t(), false);
   return product;
 }
 
@@ -90,7 +83,7 @@ class TokenMap {
   const std::vector<int64_t>& step_offset() const { return step_offset_; }
 
   StepRows step_rows(int64_t t) const {
-    return {rows(t), t, const_data_of<int64_t>(layer_.lengths)};
+    return {rows(t), rows(t), t, layer_.T, const_data_of<int64_t>(layer_.lengths)};
   }
 
  private:

@@ -1,11 +1,14 @@
 // The emulated device, for CPU tensors.
 #include "../../csrc/cuda/device.h"
 
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <string_view>
 
 #include "../../csrc/cuda/gemm.h"
@@ -20,7 +23,7 @@ Precision asked_precision() {
 }
 }  // namespace
 
-struct LaunchContext::Guard {};
+struct LaunchContext::State {};
 LaunchContext::LaunchContext(const Tensor&)
     : multiprocessors(emulator::settings().multiprocessors), precision(asked_precision()) {}
 LaunchContext::~LaunchContext() = default;
@@ -46,9 +49,15 @@ Tensor operand_of(const GemmMatrix& m, int64_t rows, int64_t columns) {
 
 }  // namespace
 
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Precision) {
+void zero(void* data, int64_t bytes, const LaunchContext&) {
+  RECORD_FUNCTION("emulated::memset", std::vector<c10::IValue>());
+  std::memset(data, 0, size_t(bytes));
+}
+
+void multiply(const LaunchContext&, const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   if (is_empty_gemm(out, a, add)) return;
   const Gemm gemm(out, a, b);
+  RECORD_FUNCTION("emulated::gemm", std::vector<c10::IValue>());
   // As on a GPU: half types accumulate in float32.
   const at::ScalarType type = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor result = columns_of(gemm.out, gemm.m, gemm.n);
@@ -58,8 +67,13 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add, Pre
   result.copy_(product);
 }
 
-void check_later(const Tensor& wrong, const char* message) {
-  TORCH_CHECK(!wrong.any().item<bool>(), message);
+void PreparedGemm::run(void* out, const void* a, int64_t a_stride, int64_t rows) const {
+  const at::ScalarType type = b_.tensor.scalar_type();
+  const auto rows_at = [&](const void* data, int64_t columns, int64_t stride, at::ScalarType of) {
+    return at::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, of);
+  };
+  const Tensor b = operand_of(b_, n_, k_).t();
+  multiply(context_, rows_at(out, n_, n_, out_type_), rows_at(a, k_, a_stride, type), b, false);
 }
 
 }  // namespace fusedrnn::cuda

@@ -788,6 +788,7 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
   return l.error.empty() ? 0 : 1;
 }
 
+void assertion_failed(const char* message, Where where) { fail_here(message, where); }
 void sync_cta(Where where) { arrive(active->current->cta->barrier, where, true); }
 void sync_threads(int number, int threads, Where where) {
   Cta& cta = *active->current->cta;

@@ -66,6 +66,8 @@ void pause(Where where);
 /// bytes apart. Orders nothing else.
 const unsigned char* exchange(const void* own, unsigned bytes, Where where);
 
+[[noreturn]] void assertion_failed(const char* message, Where where);
+
 /// Transaction barriers, known by their address. Stores arrive some time later, in any order.
 void barrier_init(void* barrier, Where where);
 void barrier_arrive_and_expect_tx(void* barrier, uint32_t bytes, Where where);
@@ -184,6 +186,9 @@ T shuffle_xor_of(T value, int mask, int line) {
   return value;
 }
 inline float shuffle_xor(float value, int mask, int line = __builtin_LINE()) {
+  return shuffle_xor_of(value, mask, line);
+}
+inline double shuffle_xor(double value, int mask, int line = __builtin_LINE()) {
   return shuffle_xor_of(value, mask, line);
 }
 inline uint32_t shuffle_xor(uint32_t value, int mask, int line = __builtin_LINE()) {
@@ -390,6 +395,10 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                         int line = __builtin_LINE()) {
   mma_m16n8<float>(c, a, b0, b1, {"mma_m16n8k8", line});
+}
+
+inline void device_assert(bool condition, const char* message, int line = __builtin_LINE()) {
+  if (!condition) emulator::assertion_failed(message, {"device_assert", line});
 }
 
 }  // namespace fusedrnn::cuda

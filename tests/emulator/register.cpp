@@ -26,7 +26,8 @@ std::vector<std::string> kernels() {
 }
 
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add) {
-  fusedrnn::cuda::multiply(out, a, b, add, fusedrnn::cuda::Precision::ieee);
+  const fusedrnn::cuda::LaunchContext context(out);
+  fusedrnn::cuda::multiply(context, out, a, b, add);
 }
 
 }  // namespace

@@ -583,17 +583,20 @@ void test_clusters() {
 
 // ---- warps --------------------------------------------------------------------------------------
 
+template <class T>
 struct Shuffle {
   static constexpr int kThreads = 64;
-  float* out;  ///< [31, kThreads]
-  uint32_t* words;
+  T* out;  ///< [31, kThreads]
 
+  /// An integer is a word that no float holds.
+  static constexpr T value(int thread, int mask) {
+    return std::is_integral_v<T> ? T(0xff000000u + 100u * mask + thread)
+                                 : T(1.25) * thread + T(100) * mask;
+  }
   FUSEDRNN_DEVICE void operator()(unsigned char*) const {
     for (int mask = 1; mask < 32; ++mask) {
-      const float own = 1.25f * threadIdx.x + 100.f * mask;
+      const T own = value(threadIdx.x, mask);
       out[(mask - 1) * kThreads + threadIdx.x] = shuffle_xor(own, mask);
-      // A word that no float holds.
-      words[(mask - 1) * kThreads + threadIdx.x] = shuffle_xor(0xff000000u + threadIdx.x, mask);
     }
   }
 };
@@ -625,21 +628,18 @@ void test_shuffle_from() {
   report("shuffle", wrong, found.size());
 }
 
-void test_shuffle() {
-  Memory<float> out(31 * Shuffle::kThreads);
-  Memory<uint32_t> words(31 * Shuffle::kThreads);
-  if (!ran("shuffle_xor", Shuffle{out.data(), words.data()}, {1})) return;
+template <class T>
+void test_shuffle(const char* name) {
+  Memory<T> out(31 * Shuffle<T>::kThreads);
+  if (!ran(name, Shuffle<T>{out.data()}, {1})) return;
   const auto found = out.values();
-  const auto found_words = words.values();
   size_t wrong = 0;
   for (int mask = 1; mask < 32; ++mask) {
-    for (int t = 0; t < Shuffle::kThreads; ++t) {
-      const int i = (mask - 1) * Shuffle::kThreads + t;
-      wrong += found[i] != 1.25f * (t ^ mask) + 100.f * mask;
-      wrong += found_words[i] != 0xff000000u + uint32_t(t ^ mask);
+    for (int t = 0; t < Shuffle<T>::kThreads; ++t) {
+      wrong += found[(mask - 1) * Shuffle<T>::kThreads + t] != Shuffle<T>::value(t ^ mask, mask);
     }
   }
-  report("shuffle_xor", wrong, 2 * found.size());
+  report(name, wrong, found.size());
 }
 
 FUSEDRNN_DEVICE uint32_t word_of(const float* at, int next, BFloat16) {
@@ -994,6 +994,29 @@ void test_types() {
   report("value_of(Float16)", wrong_h, 65536);
 }
 
+// ---- errors -------------------------------------------------------------------------------------
+
+struct Assertion {
+  static constexpr int kThreads = 64;
+  unsigned limit;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    device_assert(threadIdx.x < limit, "a failed assertion, as the test wants");
+  }
+};
+
+void test_device_assert() {
+  if (!ran("device_assert", Assertion{Assertion::kThreads}, {2})) return;
+  int status = launch(Assertion{Assertion::kThreads - 1}, {2}, nullptr);
+#ifdef __CUDACC__
+  if (!status) status = cudaDeviceSynchronize();
+  const bool is_right = status == cudaErrorAssert;  // the message is on stderr
+#else
+  const bool is_right = status && std::strstr(why(status), "a failed assertion, as the test wants");
+#endif
+  report("device_assert", !is_right, 1);
+}
+
 }  // namespace
 
 int main() {
@@ -1009,7 +1032,9 @@ int main() {
   test_flaws();
   test_errors();
 #endif
-  test_shuffle();
+  test_shuffle<float>("shuffle_xor");
+  test_shuffle<double>("shuffle_xor(double)");
+  test_shuffle<uint32_t>("shuffle_xor(uint32_t)");
   test_shuffle_from();
   test_load_matrix();
   test_mma<BFloat16>("mma_m16n8k16<BFloat16>", 0);
@@ -1018,5 +1043,6 @@ int main() {
   test_types();
   test_approximations();
   test_clusters();
+  test_device_assert();  // the device is of no use afterwards
   return failed;
 }
