@@ -1,4 +1,4 @@
-"""The speed of the persistent CUDA kernels from their machine code: cycles of a step, without a GPU.
+"""Cycles of a step of the persistent CUDA kernels, from their machine code: needs no GPU.
 
 nvcc compiles the kernels, cuobjdump disassembles them. A machine (tools/cycles/machine.py) runs a
 CTA's integer instructions for each problem, so the path through the code is the code's own. A model
@@ -25,8 +25,8 @@ from typing import Any
 from tools import cuda_check, cuda_toolkit
 from tools.cycles import disassembler, launches, measure
 from tools.cycles.disassembler import MissingError
+from tools.cycles.integers import Launch
 from tools.cycles.launches import Answer, Problem
-from tools.cycles.machine import Launch, UnsupportedError
 
 STORED = cuda_check.ROOT / "benchmarks" / "results" / "cycles.json"
 CACHE = cuda_check.ROOT / "build" / "cycles"
@@ -79,13 +79,9 @@ def kept(problem: Problem, answer: Answer, default: str) -> bool:
     return not answer.error and answer.algorithm != default
 
 
-def measured(job: tuple[str, Launch, str]) -> measure.Figures | str:
-    """The figures, or why there are none."""
-    text, launch, cache = job
-    try:
-        return measure.cached(text, launch, Path(cache))
-    except (measure.MeasureError, UnsupportedError) as why:
-        return str(why)
+def measured(job: tuple[str, list[Launch], Path]) -> list[measure.Figures | str]:
+    """The figures of a kernel's launches, or why there are none."""
+    return measure.measure_all(*job)
 
 
 def rows_of(found: Sequence[Problem], jobs: int) -> tuple[list[Row], list[str]]:
@@ -107,17 +103,19 @@ def rows_of(found: Sequence[Problem], jobs: int) -> tuple[list[Row], list[str]]:
     for arch in dict.fromkeys(p.arch for p in found):
         kernels = disassembler.kernels(arch, jobs, CACHE)
         texts.update({(arch, name): text for name, text in kernels.items()})
-    work: dict[tuple[str, Launch], tuple[str, Launch, str]] = {}
+    work: dict[tuple[str, str], dict[Launch, None]] = {}  # the launches of a kernel
     for p, a in pairs:
         if a.launch is None:
             continue
         if (p.arch, a.launch.kernel) not in texts:
             failed.append(f"{a.launch.kernel} is launched but not compiled for {p.arch}")
             continue
-        job = (texts[p.arch, a.launch.kernel], a.launch, str(CACHE / "figures"))
-        work[p.arch, a.launch] = job
+        work.setdefault((p.arch, a.launch.kernel), {})[a.launch] = None
+    jobs_ = [(texts[key], list(each), CACHE / "figures") for key, each in work.items()]
+    figures: dict[tuple[str, Launch], measure.Figures | str] = {}
     with ProcessPoolExecutor(jobs) as pool:
-        figures = dict(zip(work, pool.map(measured, work.values(), chunksize=1), strict=True))
+        for (arch, _), job, results in zip(work, jobs_, pool.map(measured, jobs_), strict=True):
+            figures.update({(arch, launch): r for launch, r in zip(job[1], results, strict=True)})
     rows = []
     for p, a in pairs:
         result = figures.get((p.arch, a.launch)) if a.launch else None
@@ -208,12 +206,12 @@ INTRODUCTION = """\
 # Cycles of a step, modelled
 
 Written by `make cuda-cycles CUDA_CYCLES_ARGS=--store`. No GPU has run this. A machine runs the
-integer instructions of one CTA, so the path through the code is the code's own. An in-order model of
-8 warps on 4 schedulers issues it with assumed latencies (`tools/cycles/pipeline.py`), without
+integer instructions of one CTA, so the path through the code is the code's own. An in-order model
+of 8 warps on 4 schedulers issues it with assumed latencies (`tools/cycles/pipeline.py`), without
 instruction-cache misses: +-30 %.
 
 - **cycles a step**: a step in the middle of a sequence, the exchange included: issue + exchange.
-- **issue**: if whatever other CTAs send has arrived already. **exchange**: what waiting for it adds.
+- **issue**: if all that other CTAs send has arrived already. **exchange**: the wait for it.
 - **chain**: the longest dependent path of a step, the exchange included.
 - **conflicts**: wavefronts of shared memory beyond the least, all warps.
 - **prologue**: cycles from the kernel's entry to the loop over time.

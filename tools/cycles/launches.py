@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools import cuda_check
-from tools.cycles.machine import Launch
+from tools.cycles.integers import Launch
 
 HOST = Path(__file__).parent / "host"
 CSRC = cuda_check.ROOT / "csrc"
@@ -50,9 +50,9 @@ class Problem:
     mode: str
     algorithm: str = "default"
 
-    def line(self, T: int, steps: int) -> str:
+    def line(self, planned: int, steps: int) -> str:
         multiprocessors, clusters = DEVICES[self.arch]
-        words = (self.cell, *TYPES[self.type], *MODES[self.mode], self.H, self.B, T, steps,
+        words = (self.cell, *TYPES[self.type], *MODES[self.mode], self.H, self.B, planned, steps,
                  self.algorithm, multiprocessors, int(clusters))  # fmt: skip
         return " ".join(map(str, words))
 
@@ -97,9 +97,9 @@ def build(cache: Path, jobs: int) -> Path:
     return program
 
 
-def ask(program: Path, problems: Sequence[Problem], T: int, steps: int) -> list[Answer]:
-    """The launches of problems with T steps, whose kernels run `steps`."""
-    lines = "".join(problem.line(T, steps) + "\n" for problem in problems)
+def ask(program: Path, problems: Sequence[Problem], planned: int, steps: int) -> list[Answer]:
+    """The launches of problems planned for so many steps, whose kernels run `steps`."""
+    lines = "".join(problem.line(planned, steps) + "\n" for problem in problems)
     out = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout
     return [_answer(json.loads(line)) for line in out.splitlines()]
 

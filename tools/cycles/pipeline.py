@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import heapq
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tools.cycles.registers import CONTROL, STATE, numbers, registers_of
 from tools.cycles.sass import Function, Instruction
 
 SCHEDULERS = 4
 
 # ---- assumptions --------------------------------------------------------------------------------
 #
-# Cycles on Hopper. Nobody has measured these kernels on a card. Sources: [J] Jia et al., "Dissecting
-# the NVIDIA Volta GPU Architecture via Microbenchmarking" (2018) and its successors for Ampere and
-# Hopper; [C] the CUDA Programming Guide's throughput table; [E] estimated.
+# Cycles on Hopper. Nobody has measured these kernels on a card. Sources: [J] Jia et al.,
+# "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking" (2018) and its successors for
+# Ampere and Hopper; [C] the CUDA Programming Guide's throughput table; [E] estimated.
 
 # The latency of a result; FIXED for opcodes that are not listed.
 FIXED = 5.0
@@ -57,17 +57,12 @@ KINDS = {
     "IMAD": "IMAD", "F2F": "convert", "F2FP": "convert", "I2F": "convert", "F2I": "convert",
 }  # fmt: skip
 
-_CONTROL = {
-    "BRA", "JMP", "BSSY", "BSYNC", "BREAK", "BAR", "NOP", "WARPSYNC", "YIELD", "MEMBAR", "ERRBAR",
-    "CGAERRBAR", "CCTL", "EXIT", "FENCE", "ENDCOLLECTIVE", "UCGABAR_ARV", "UCGABAR_WAIT", "CALL",
-    "RET", "BPT", "NANOSLEEP", "DEPBAR", "LDGDEPBAR", "BMOV", "ACQBULK",
-}  # fmt: skip
+_GLOBAL_WRITES = {"RED", "REDG", "ATOM", "ATOMG", "ST", "STG"}
 _XU = {"MUFU", "F2F", "POPC", "S2R", "S2UR", "I2F", "F2I", "FLO", "UFLO", "UPOPC", "FRND"}
 _LSU = {
     "LDS", "STS", "LDSM", "STSM", "LDG", "STG", "LD", "ST", "LDL", "STL", "SHFL", "STAS", "LDC",
     "RED", "REDG", "ATOM", "ATOMG", "ATOMS", "SYNCS", "LDGSTS",
 }  # fmt: skip
-_STORES = {"STS", "STG", "ST", "STL", "STAS", "RED", "REDG", "STSM"}
 
 
 def kind_of(ins: Instruction) -> str:
@@ -76,96 +71,9 @@ def kind_of(ins: Instruction) -> str:
         return KINDS[ins.name]
     if ins.name.startswith("U") or ins.name in ("S2UR", "R2UR", "VOTEU"):
         return "uniform"
-    if ins.name in _CONTROL:
+    if ins.name in CONTROL:
         return "branch"
     return "ALU"
-
-
-def _width(ins: Instruction) -> int:
-    """The registers of a loaded or stored value."""
-    return 4 if "128" in ins.modifiers else 2 if "64" in ins.modifiers else 1
-
-
-def _named(kind: str, number: int, count: int = 1) -> list[str]:
-    return [] if number < 0 else [f"{kind}{number + i}" for i in range(count)]
-
-
-def registers_of(ins: Instruction) -> tuple[list[str], list[str]]:
-    """The registers and predicates that an instruction writes, and those it reads."""
-    written: list[str] = []
-    read: list[str] = []
-    ops = list(ins.operands)
-    if ins.guard is not None:
-        read += _named(ins.guard.kind, ins.guard.number)
-    name = ins.name
-    first = 0  # the first operand that is read
-    if name in _STORES or name in _CONTROL:
-        pass
-    elif name in ("SYNCS", "LDGSTS"):
-        first = 1
-        if name == "SYNCS" and ops and ops[0].kind in ("P", "UP"):
-            written += _named(ops[0].kind, ops[0].number)
-        if name == "LDGSTS":
-            first = 0
-    elif ops:
-        while first < len(ops) and ops[first].kind in ("P", "UP"):
-            written += _named(ops[first].kind, ops[first].number)
-            first += 1
-        only_predicates = re.search(r"SETP\d?$|PLOP3$", name) is not None
-        if only_predicates:
-            first = 2
-            written = [r for o in ops[:2] for r in _named(o.kind, o.number)]
-        elif first < len(ops):
-            o = ops[first]
-            written += _named(o.kind, o.number, _result_width(ins))
-            first += 1
-            # Carries follow the result.
-            while name in ("IADD3", "UIADD3", "LEA", "ULEA", "IMAD", "UIMAD", "LOP3") and (
-                first < len(ops) - 1 and ops[first].kind in ("P", "UP") and "X" not in ins.modifiers
-            ):
-                written += _named(ops[first].kind, ops[first].number)
-                first += 1
-    for at, o in enumerate(ops[first:], first):
-        read += _reads(ins, o, at, first)
-    return written, read
-
-
-def _result_width(ins: Instruction) -> int:
-    if ins.name == "HMMA":
-        return 2 if "F16" in ins.opcode.split(".")[2:3] else 4
-    if ins.name in ("LDS", "LDG", "LD", "LDC", "ULDC", "LDL", "ATOM", "ATOMG"):
-        return _width(ins)
-    if ins.name == "LDSM":
-        return int(ins.opcode.rsplit(".", 1)[1])
-    if ins.name == "CS2R":
-        return 1 if "32" in ins.modifiers else 2
-    return 2 if ins.modifiers & {"WIDE", "64"} else 1
-
-
-def _reads(ins: Instruction, o: object, at: int, first: int) -> list[str]:
-    from tools.cycles.sass import Operand
-
-    assert isinstance(o, Operand)
-    if o.kind == "mem" or o.kind == "const":
-        found = [] if o.base is None else _named("R", o.base, 2 if o.base_wide or o.wide else 1)
-        if o.ubase is not None:
-            found += _named("UR", o.ubase)
-        return found
-    if o.kind not in ("R", "UR", "P", "UP"):
-        return []
-    count = 1
-    if ins.name == "HMMA":
-        halves = {"16816": (4, 2, 4), "1688": (2, 1, 4), "1684": (2, 1, 4)}
-        shape = next((m for m in ins.opcode.split(".") if m in halves), "16816")
-        sizes = list(halves[shape])
-        if "TF32" in ins.modifiers and shape == "1688":
-            sizes = [4, 2, 4]
-        count = sizes[at - first] if at - first < 3 and o.kind == "R" else 1
-    elif ins.name in _STORES and o.kind == "R":
-        count = _width(ins)
-    elif "WIDE" in ins.modifiers and at == len(ins.operands) - 1:
-        count = 2
-    return _named(o.kind, o.number, count)
 
 
 @dataclass(frozen=True)
@@ -185,16 +93,10 @@ class Timing:
     fence: bool = False
 
 
-_NUMBERS = {"R": 0, "UR": 256, "P": 320, "UP": 328}
-_STATE = 336
-
-
-def _numbers(names: Sequence[str]) -> tuple[int, ...]:
-    found = []
-    for name in names:
-        kind = name.rstrip("0123456789")
-        found.append(_NUMBERS[kind] + int(name[len(kind) :]))
-    return tuple(dict.fromkeys(found))
+def barrier_of(ins: Instruction) -> tuple[int, int]:
+    """A named barrier's number and its threads; 0: all of the CTA."""
+    number, threads, *_ = [*(o.number for o in ins.operands if o.kind == "imm"), 0, 0]
+    return number, threads
 
 
 def timing_of(ins: Instruction, polls: bool) -> Timing:
@@ -212,7 +114,7 @@ def timing_of(ins: Instruction, polls: bool) -> Timing:
         pipe, occupies = "xu", PIPES["xu"]
     elif name in _LSU:
         pipe, occupies = "lsu", 0.0
-    elif name in _CONTROL:
+    elif name in CONTROL:
         pipe, occupies = "control", PIPES["control"]
     elif name.startswith("U"):
         pipe, occupies = "uniform", PIPES["uniform"]
@@ -221,12 +123,11 @@ def timing_of(ins: Instruction, polls: bool) -> Timing:
     strong = bool(ins.modifiers & {"GPU", "SYS"})
     barrier = None
     if name == "BAR":
-        numbers = [o.number for o in ins.operands if o.kind == "imm"]
-        barrier = ((numbers + [0])[0], (numbers + [0, 0])[1])
+        barrier = barrier_of(ins)
     return Timing(
-        pipe, occupies, latency, _numbers(read), _numbers(written), name, barrier,
+        pipe, occupies, latency, numbers(read), numbers(written), name, barrier,
         arrives=name == "BAR" and "ARV" in ins.modifiers,
-        signals=name == "STAS" or (name in ("RED", "REDG", "ATOM", "ATOMG", "ST", "STG") and strong),
+        signals=name == "STAS" or (name in _GLOBAL_WRITES and strong),
         polls=("barrier" if name == "SYNCS" else "flag") if polls else "",
         fence=name == "MEMBAR" and strong,
     )  # fmt: skip
@@ -235,35 +136,48 @@ def timing_of(ins: Instruction, polls: bool) -> Timing:
 Trace = list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """The cycle at which each warp issued each instruction of its trace."""
-
-    issued: list[list[float]]
-    end: float
-
-
 class Model:
-    """Issues the traces of a CTA's warps."""
+    """Issues the traces of a CTA's warps, each up to its stop."""
 
-    def __init__(self, function: Function, polls: frozenset[int] | set[int]) -> None:
+    def __init__(
+        self,
+        function: Function,
+        polls: set[int],
+        traces: Sequence[Trace],
+        stops: Sequence[int] | None = None,
+    ) -> None:
+        """`polls`: the instructions that wait for other CTAs."""
         self.timings = [timing_of(ins, i in polls) for i, ins in enumerate(function.instructions)]
+        self.traces = traces
+        self.stops = [len(trace) for trace in traces] if stops is None else list(stops)
 
-    def chain(self, traces: Sequence[Trace], header: int) -> list[list[float]]:
-        """When each warp comes to `header`, if only dependences take time: see `_Chain`."""
-        return _Chain(self.timings, traces, header).run()
+    @property
+    def has_exchange(self) -> bool:
+        """Whether a wait or a fence in the traces depends on other CTAs."""
+        seen = {i for trace in self.traces for i, _ in trace}
+        return any(self.timings[i].polls or self.timings[i].fence for i in seen)
 
-    def simulate(self, traces: Sequence[Trace], exchange: bool) -> Simulation:
-        """`exchange`: waits and fences take their time; else all has arrived already."""
-        return _Issue(self.timings, traces, exchange).run()
+    def simulate(self, exchange: bool) -> list[list[float]]:
+        """When each warp issues each instruction.
+
+        `exchange`: waits and fences take their time; else all has arrived already.
+        """
+        return _Issue(self.timings, self.traces, self.stops, exchange).run()
+
+    def chain(self) -> list[list[float]]:
+        """When each warp has ended its last wait before each instruction: see `_Chain`."""
+        return _Chain(self.timings, self.traces, self.stops).run()
 
 
 class _Exchange:
     """The waits for other CTAs in the traces of a CTA's warps."""
 
-    def __init__(self, timings: Sequence[Timing], traces: Sequence[Trace]) -> None:
+    def __init__(
+        self, timings: Sequence[Timing], traces: Sequence[Trace], stops: Sequence[int]
+    ) -> None:
         self.timings = timings
         self.traces = traces
+        self.stops = stops
         self.warps = len(traces)
         # For the exchange: each warp's signals so far, and how many it sends in all.
         self.signals: list[list[float]] = [[] for _ in traces]
@@ -290,16 +204,23 @@ class _Exchange:
 
 
 class _Issue(_Exchange):
-    def __init__(self, timings: Sequence[Timing], traces: Sequence[Trace], exchange: bool) -> None:
-        super().__init__(timings, traces)
+    def __init__(
+        self,
+        timings: Sequence[Timing],
+        traces: Sequence[Trace],
+        stops: Sequence[int],
+        exchange: bool,
+    ) -> None:
+        super().__init__(timings, traces, stops)
         self.exchange = exchange
 
-    def run(self) -> Simulation:
+    def run(self) -> list[list[float]]:
         timings, traces, exchange = self.timings, self.traces, self.exchange
+        stops = self.stops
         W = self.warps
         at = [0] * W
         ready = [0.0] * W
-        registers = [[0.0] * _STATE for _ in range(W)]
+        registers = [[0.0] * STATE for _ in range(W)]
         scheduler = [0.0] * SCHEDULERS
         pipes: list[dict[str, float]] = [{} for _ in range(SCHEDULERS)]
         lsu = 0.0
@@ -308,7 +229,6 @@ class _Issue(_Exchange):
         waiting: dict[int, list[tuple[int, float, bool]]] = {}  # by barrier
         blocked: list[int] = []  # polls whose signals are not sent yet
         ended: set[int] = set()
-        end = 0.0
 
         def earliest(w: int) -> float:
             t = timings[traces[w][at[w]][0]]
@@ -327,8 +247,8 @@ class _Issue(_Exchange):
             count = needed // 32 if needed else alive
             if group and len(group) >= count:
                 go = max(e for _, e, _ in group) + BARRIER
-                for w, _, waits in group:
-                    if waits:
+                for w, _, sleeps in group:
+                    if sleeps:
                         ready[w] = max(ready[w], go)
                         heapq.heappush(heap, (earliest(w), w))
                 waiting[number] = []
@@ -336,7 +256,7 @@ class _Issue(_Exchange):
         needs: dict[int, int] = {}
         heap: list[tuple[float, int]] = []
         for w in range(W):
-            if traces[w]:
+            if stops[w]:
                 heap.append((0.0, w))
             else:
                 ended.add(w)
@@ -392,8 +312,7 @@ class _Issue(_Exchange):
                 for other in blocked:
                     heapq.heappush(heap, (earliest(other), other))
                 blocked = []
-            end = max(end, e)
-            if at[w] == len(traces[w]):
+            if at[w] == stops[w]:
                 ended.add(w)
                 for number in list(waiting):
                     if not needs.get(number, 0):
@@ -417,7 +336,7 @@ class _Issue(_Exchange):
             elif name == "UCGABAR_WAIT":
                 ready[w] = e + CLUSTER_BARRIER
             heapq.heappush(heap, (earliest(w), w))
-        return Simulation(issued, end)
+        return issued
 
 
 class _Chain(_Exchange):
@@ -427,18 +346,14 @@ class _Chain(_Exchange):
     follows the warp's accesses before it.
     """
 
-    def __init__(self, timings: Sequence[Timing], traces: Sequence[Trace], header: int) -> None:
-        super().__init__(timings, traces)
-        self.header = header
-
     def run(self) -> list[list[float]]:
         timings, W = self.timings, self.warps
         at = [0] * W
         polls = [0] * W
         waited = [0.0] * W  # the last wait's end
         accessed = [0.0] * W  # the last access's start
-        registers = [[0.0] * _STATE for _ in range(W)]
-        visits: list[list[float]] = [[] for _ in range(W)]
+        registers = [[0.0] * STATE for _ in range(W)]
+        waits: list[list[float]] = [[] for _ in range(W)]
         barriers: dict[int, list[tuple[int, float, bool]]] = {}
         asleep: set[int] = set()
 
@@ -446,7 +361,7 @@ class _Chain(_Exchange):
             """Runs a warp up to its next wait for others; whether it did anything."""
             trace, state = self.traces[w], registers[w]
             began = at[w]
-            while at[w] < len(trace):
+            while at[w] < self.stops[w]:
                 index, wave = trace[at[w]]
                 t = timings[index]
                 start = max((state[r] for r in t.reads), default=0.0)
@@ -460,8 +375,7 @@ class _Chain(_Exchange):
                         break
                     polls[w] += 1
                     done = waited[w] = max(done, sent + (REMOTE if t.polls == "barrier" else FLAG))
-                if index == self.header:
-                    visits[w].append(waited[w])
+                waits[w].append(waited[w])
                 if t.name == "BAR":
                     assert t.barrier is not None
                     here = max(start, waited[w], accessed[w])
@@ -489,20 +403,20 @@ class _Chain(_Exchange):
             for w in range(W):
                 if w not in asleep:
                     moved |= advance(w)
-            alive = [w for w in range(W) if at[w] < len(self.traces[w]) or w in asleep]
+            alive = [w for w in range(W) if at[w] < self.stops[w] or w in asleep]
             for number, group in barriers.items():
                 count = needs[number] // 32 if needs[number] else len(alive)
                 if group and len(group) >= count:
                     go = max(e for _, e, _ in group) + BARRIER
-                    for w, _, waits in group:
-                        if waits:
+                    for w, _, sleeps in group:
+                        if sleeps:
                             waited[w] = go
                             asleep.discard(w)
                     barriers[number] = []
                     moved = True
             if not moved:
-                if all(at[w] == len(self.traces[w]) for w in range(W)):
-                    return visits
+                if all(at[w] == self.stops[w] for w in range(W)):
+                    return waits
                 # The signals are never sent, or a barrier is not complete: go on.
                 for w in list(asleep):
                     asleep.discard(w)
