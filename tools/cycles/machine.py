@@ -344,6 +344,8 @@ class Machine(Integers):
         return np.repeat(mask.reshape(self.warps, WARP).any(axis=1), WARP)
 
     def _flow_bsync(self, i: int, ins: Instruction, active: Mask) -> int | None:
+        if active is self.true and ins.guard is None:
+            return i + 1
         barrier = ins.operands[0].number
         mask = self._condition(i, ins, active) if ins.guard is not None else active
         if not mask.any():
@@ -352,7 +354,7 @@ class Machine(Integers):
         self.arrived[barrier] = self.arrived.get(barrier, self.false) | mask
         self.waits[mask] = 1
         self._release(barrier)
-        return None if self.waits[active].any() else i + 1
+        return None  # lanes that had waited go on with these
 
     def _release(self, barrier: int) -> None:
         """Lets warps go on whose lanes have all come to a convergence barrier."""
@@ -366,7 +368,7 @@ class Machine(Integers):
     _WARP_SYNC = -1  # a key of `arrived`
 
     def _flow_warpsync(self, i: int, ins: Instruction, active: Mask) -> int | None:
-        if "COLLECTIVE" in ins.modifiers:
+        if "COLLECTIVE" in ins.modifiers or (active is self.true and ins.guard is None):
             return i + 1
         mask = self._condition(i, ins, active) if ins.guard is not None else active
         if not mask.any():
@@ -377,7 +379,7 @@ class Machine(Integers):
         self.arrived[key] = self.arrived.get(key, self.false) | mask
         self.waits[mask] = 1
         self._release(key)
-        return None if self.waits[active].any() else i + 1
+        return None  # lanes that had waited go on with these
 
     def _flow_bar(self, i: int, ins: Instruction, active: Mask) -> int | None:
         mask = self._condition(i, ins, active) if ins.guard is not None else active
@@ -392,7 +394,7 @@ class Machine(Integers):
             self.waits[mask] = 2
         self.counts[key] = count
         self._release_cta(key)
-        return None if self.waits[active].any() else i + 1
+        return None  # lanes that had waited go on with these
 
     def _barrier_of(self, ins: Instruction, mask: Mask) -> tuple[int, int]:
         """A named barrier's number and its threads; 0: all of the CTA."""

@@ -167,9 +167,8 @@ class Kernel:
         return found
 
 
-def _version() -> bytes:
-    """The sources of the model itself."""
-    return b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
+# The sources of the model itself.
+_SOURCES = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
 
 
 def measure_all(text: str, launches: Sequence[Launch], cache: Path) -> list[Figures | str]:
@@ -179,9 +178,8 @@ def measure_all(text: str, launches: Sequence[Launch], cache: Path) -> list[Figu
     """
     kernel: Kernel | None = None
     found: list[Figures | str] = []
-    version = _version()
     for launch in launches:
-        key = hashlib.sha256(version + repr((text, launch)).encode()).hexdigest()[:24]
+        key = hashlib.sha256(_SOURCES + repr((text, launch)).encode()).hexdigest()[:24]
         stored = cache / f"{key}.json"
         if stored.exists():
             found.append(Figures(**json.loads(stored.read_text())))

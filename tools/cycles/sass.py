@@ -313,7 +313,7 @@ class Function:
         bodies: dict[int, set[int]] = {}
         for n, block in enumerate(self.blocks):
             for header in block.successors:
-                if not self.dominates(header, n):
+                if (n and self.dominators[n] < 0) or not self.dominates(header, n):
                     continue
                 body = bodies.setdefault(header, {header})
                 stack = [n]
