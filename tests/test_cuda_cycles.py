@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from tools import cuda_cycles
-from tools.cycles import disassembler, integers, launches, machine, measure, pipeline, policy, sass
+from tools.cycles import disassembler, integers, launches, measure, pipeline, policy, sass
 from tools.cycles.integers import ALL, Integers, Launch
 from tools.cycles.machine import Machine, Run, shared_wavefronts
 
@@ -357,8 +359,10 @@ def test_bits_are_known_one_by_one() -> None:
     # The low half is RZ's; the high one, loaded, has gone.
     assert word(cta, 4) == word(cta, 5) == [0] * 32
     # An unknown value and false is false.
-    assert cta.PK[0].all() and not cta.P[0].any()
-    assert cta.PK[1].all() and not cta.P[1].any()
+    assert cta.PK[0].all()
+    assert not cta.P[0].any()
+    assert cta.PK[1].all()
+    assert not cta.P[1].any()
 
 
 def test_lanes_that_part_meet_at_the_barrier() -> None:
@@ -797,6 +801,7 @@ def test_the_tables() -> None:
 def test_the_stored_run_is_whole() -> None:
     """The file that `--compare` reads, and its table, are of one run."""
     stored = json.loads(cuda_cycles.STORED.read_text())
+    assert cuda_cycles.STORED.read_text() == cuda_cycles.stored_text(stored["rows"], stored["nvcc"])
     text = cuda_cycles.STORED.with_suffix(".md").read_text()
     assert text == cuda_cycles.report(stored["rows"], stored["nvcc"])
     keys = [cuda_cycles.key_of(r) for r in stored["rows"]]
@@ -830,6 +835,35 @@ def test_missing_tools(
     assert "/nowhere" in capsys.readouterr().out
 
 
+def test_tools_are_fetched_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for pip brings the wheel."""
+    wheel = tmp_path / "triton-1.0-py3-none-any.whl"
+    pip = tmp_path / "python"
+    pip.write_text(f'#!/bin/sh\nwhile [ "$1" != -d ]; do shift; done\ncp "{wheel}" "$2"\n')
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    monkeypatch.setattr(disassembler, "FOLDER", tmp_path / "fetched")
+    with pytest.raises(disassembler.MissingError, match="pip can't download the wheel of triton"):
+        disassembler.fetch()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("triton/backends/nvidia/bin/cuobjdump", "first")
+    with pytest.raises(disassembler.MissingError, match=r"has no triton/.*/nvdisasm"):
+        disassembler.fetch()
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("triton/backends/nvidia/bin/nvdisasm", "second")
+    monkeypatch.delenv("CUDA_BINUTILS", raising=False)
+    monkeypatch.setenv("PATH", "/bin")
+    assert disassembler.fetch() == disassembler.find(None) == tmp_path / "fetched"
+    assert (tmp_path / "fetched/nvdisasm").read_text() == "second"
+
+
+def test_only_a_whole_run_is_stored(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cuda_cycles.parse_arguments(["--store", "--types", "tf32"])
+    assert "--store is for all problems" in capsys.readouterr().err
+    assert cuda_cycles.parse_arguments(["--store", "--jobs", "1"]).store
+
+
 def test_encodings_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(assemble("MOV R1, 0x1\nEXIT"))
     tool = tmp_path / "cuobjdump"
@@ -839,7 +873,7 @@ def test_encodings_are_left_out(tmp_path: Path) -> None:
     assert "/* 0x" not in text
     assert sass.parse(text) == sass.parse(assemble("MOV R1, 0x1\nEXIT"))
     tool.write_text("#!/bin/sh\necho no cubin >&2\nexit 1\n")
-    with pytest.raises(disassembler.MissingError, match="can't read .*cubin: no cubin"):
+    with pytest.raises(disassembler.MissingError, match=r"can't read .*cubin: no cubin"):
         disassembler.disassembled(tmp_path, tmp_path / "cubin")
 
 

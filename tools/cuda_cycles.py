@@ -230,6 +230,12 @@ def report(rows: Sequence[Row], version: str) -> str:
     return "".join(parts)
 
 
+def stored_text(rows: Sequence[Row], version: str) -> str:
+    """The text of cycles.json, a row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"nvcc": "{version}", "rows": [\n{lines}\n]}}\n'
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -254,6 +260,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
+    chosen = ("arch", "cells", "types", "hidden", "rows", "modes", "algorithm")
+    if args.store and any(getattr(args, name) != parser.get_default(name) for name in chosen):
+        parser.error("--store is for all problems: leave out the options that choose some")
     return args
 
 
@@ -295,11 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     text = report(rows, version)
     print(text)
-    if args.compare and STORED.exists():
+    if args.compare and not args.store and STORED.exists():
         failed += dearer(json.loads(STORED.read_text())["rows"], rows)
     if args.store:
-        stored = {"nvcc": version, "rows": rows}
-        STORED.write_text(json.dumps(stored, indent=1) + "\n")
+        STORED.write_text(stored_text(rows, version))
         STORED.with_suffix(".md").write_text(text)
     for line in failed:
         print(f"FAILED {line}")
