@@ -489,6 +489,28 @@ def test_named_barriers_of_some_threads() -> None:
     assert [len(trace) for trace in result.traces()] == [5, 5, 5, 5]
 
 
+def test_warps_may_name_barriers_by_a_register() -> None:
+    """Pairs of warps meet at barriers 1 and 2. The second barrier is for nobody."""
+    code = """
+        S2R R0, SR_TID.X
+        SHF.R.U32.HI R1, RZ, 0x6, R0
+        IADD3 R1, R1, 0x1, RZ
+        BAR.SYNC.DEFER_BLOCKING R1, 0x40
+        ISETP.GE.AND P0, PT, R0, 0x80, PT
+        @P0 BAR.SYNC.DEFER_BLOCKING 0x0
+        @P0 MEMBAR.ALL.GPU
+        EXIT
+    """
+    _, result = run(code, 0, threads=128)
+    assert result.forced == 0
+    codes = [[wave for i, wave in trace if i in (3, 5, 6)] for trace in result.traces()]
+    assert codes == [[2 * CTA + 64, 0, 0]] * 2 + [[3 * CTA + 64, 0, 0]] * 2
+    times = pipeline.Model(function_of(code), set(), result.traces()).simulate(True)
+    # Neither the barrier nor the fence takes the warps' time.
+    assert [t[5] - t[4] < 10 and t[7] - t[6] < 10 for t in times] == [True] * 4
+    assert [round(t[4] - t[3]) for t in times] == [28] * 4
+
+
 def test_a_loop_without_an_end_is_an_error() -> None:
     cta = Machine(function_of("again:\nNOP\nBRA again\nEXIT"), 32, 4, limit=100)
     with pytest.raises(integers.UnsupportedError, match="100 instructions and no end at 0x"):
@@ -563,13 +585,21 @@ def test_conflicts_follow_from_the_addresses() -> None:
 # ---- the model ----------------------------------------------------------------------------------
 
 
+CTA = pipeline.BARRIER_CODE  # barrier 0 of all threads
+
+
+def wave_of(ins: sass.Instruction) -> int:
+    if ins.name == "BAR":
+        return CTA
+    return 1 if ins.name in ("LDS", "STS", "STAS", "RED") else -1
+
+
 def issue(
     code: str, warps: int = 1, polls: Sequence[int] = (), exchange: bool = False
 ) -> list[list[float]]:
     """The cycles at which each of some warps issues a kernel without branches."""
     f = function_of(code)
-    trace = [(i, 1 if ins.name in ("LDS", "STS", "STAS", "RED") else -1)
-             for i, ins in enumerate(f.instructions)]  # fmt: skip
+    trace = [(i, wave_of(ins)) for i, ins in enumerate(f.instructions)]
     return pipeline.Model(f, set(polls), [trace] * warps).simulate(exchange)
 
 
@@ -595,7 +625,7 @@ def test_issue_of_several_warps() -> None:
     assert times == [[0, 1], [0, 1], [0, 1], [0, 1], [8, 9]]
     # A barrier opens 28 cycles after the last arrival.
     f = function_of("LDS R1, [R2]\nFADD R1, R1, R1\nBAR.SYNC.DEFER_BLOCKING 0x0\nFADD R3, R4, R5")
-    slow = [(0, 1), (1, -1), (2, -1), (3, -1)]
+    slow = [(0, 1), (1, -1), (2, CTA), (3, -1)]
     fast = slow[2:]
     assert pipeline.Model(f, set(), [slow, fast]).simulate(False) == [[0, 30, 31, 59], [0, 59]]
 
@@ -654,7 +684,7 @@ def test_the_dependent_chain() -> None:
         EXIT
     """
     f = function_of(code)
-    trace = [(i, 1 if i in (0, 4, 6) else -1) for i in range(8)]
+    trace = [(i, wave_of(ins)) for i, ins in enumerate(f.instructions)]
     times = pipeline.Model(f, set(), [trace, trace]).chain()
     # LDS 30, FADD 4, then the store and the barrier's 28.
     assert [t[-1] for t in times] == [62, 62]

@@ -1035,6 +1035,8 @@ class Integers:
 
         return run
 
+    _op_voteu = _op_vote
+
     def _op_flo(self, ins: Instruction, ops: Sequence[Operand]) -> Compute | None:
         a = self._word(ops[1])
 

@@ -20,8 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from tools.cycles.integers import ALL, WARP, Integers, Launch, Mask, UnsupportedError, Wide, joined
+from tools.cycles.pipeline import BARRIER_CODE
 from tools.cycles.policy import Policy
 from tools.cycles.sass import Function, Instruction, Operand
 
@@ -43,7 +45,10 @@ class Run:
     forced: int = 0  # lanes released from a barrier that others never reached
 
     def traces(self) -> list[list[tuple[int, int]]]:
-        """For each warp its instructions, with the wavefronts of a memory access, else -1."""
+        """For each warp its instructions with the wavefronts of a memory access, or its barrier.
+
+        Else -1; 0 if its guard leaves the warp out.
+        """
         traces: list[list[tuple[int, int]]] = [[] for _ in range(self.warps)]
         for index, warps, waves in self.events:
             if waves is None:
@@ -180,7 +185,6 @@ class Machine(Integers):
         self.alive = np.ones(n, np.bool_)
         self.together: dict[int, Mask] = {}  # the lanes of a convergence barrier
         self.arrived: dict[int, Mask] = {}
-        self.counts: dict[int, int] = {}  # the threads that a CTA's barrier waits for
         steps = 0
         everyone = tuple(range(self.warps))
         while True:
@@ -225,9 +229,11 @@ class Machine(Integers):
         ins = self.function.instructions[i]
         flow = getattr(self, f"_flow_{ins.name.lower()}", None)
         if flow is not None:
+            is_barrier = ins.name == "BAR"
 
             def branch(active: Mask, warps: tuple[int, ...]) -> int | None:
-                self.result.events.append((i, warps, None))
+                waves = self._barrier_waves(ins, active, warps) if is_barrier else None
+                self.result.events.append((i, warps, waves))
                 after: int | None = flow(i, ins, active)
                 return after
 
@@ -244,15 +250,29 @@ class Machine(Integers):
 
             return access
         polls = "PHASECHK" in ins.modifiers
+        # A warp that its guard leaves out neither waits nor signals.
+        guarded = ins.guard is not None and ins.name in ("MEMBAR", "SYNCS")
 
         def plain(active: Mask, warps: tuple[int, ...]) -> int | None:
-            self.result.events.append((i, warps, None))
+            waves = None
+            if guarded:
+                mask = self.guard(ins, active)[0].reshape(self.warps, WARP)
+                waves = tuple((-1 if mask[w].any() else 0, 0) for w in warps)
+            self.result.events.append((i, warps, waves))
             if polls:
                 self.result.polls.add(i)
             step(active)
             return i + 1
 
         return plain
+
+    def _barrier_waves(
+        self, ins: Instruction, active: Mask, warps: tuple[int, ...]
+    ) -> tuple[tuple[int, int], ...]:
+        """Of each warp its barrier, see `_barriers_of`; 0 if its guard leaves it out."""
+        mask, _ = self.guard(ins, active)
+        keys = np.where(mask, self._barriers_of(ins, mask), 0).reshape(self.warps, WARP).max(axis=1)
+        return tuple((int(keys[w]), 0) for w in warps)
 
     # ---- control flow ---------------------------------------------------------------------------
 
@@ -385,32 +405,30 @@ class Machine(Integers):
         mask = self._condition(i, ins, active) if ins.guard is not None else active
         if not mask.any():
             return i + 1
-        barrier, count = self._barrier_of(ins, mask)
         self.pc[active] = i + 1
-        key = 1000 + barrier
-        self.arrived[key] = self.arrived.get(key, self.false) | mask
-        waits = "ARV" not in ins.modifiers
-        if waits:
+        if "ARV" not in ins.modifiers:
             self.waits[mask] = 2
-        self.counts[key] = count
-        self._release_cta(key)
+        keys = self._barriers_of(ins, mask)
+        for key in np.unique(keys[mask]).tolist():
+            here = mask & (keys == key)
+            self.arrived[key] = self.arrived.get(key, self.false) | here
+            self._release_cta(key)
         return None  # lanes that had waited go on with these
 
-    def _barrier_of(self, ins: Instruction, mask: Mask) -> tuple[int, int]:
-        """A named barrier's number and its threads; 0: all of the CTA."""
-        found: list[int] = []
-        for o in ins.operands:
-            if o.kind in ("imm", "R", "UR"):
-                v, k = self._word(o)()
-                if not (k[mask] == ALL).all():
-                    raise UnsupportedError(f"{ins.text}: a barrier with an unknown number")
-                found.append(int(v[mask][0]))
-        number, threads, *_ = [*found, 0, 0]
-        return number, threads
+    def _barriers_of(self, ins: Instruction, mask: Mask) -> npt.NDArray[np.int64]:
+        """Each lane's named barrier and its threads, 0 for all of the CTA: `pipeline.barrier`."""
+        found = [np.zeros(self.n, np.int64), np.zeros(self.n, np.int64)]
+        sources = [o for o in ins.operands if o.kind in ("imm", "R", "UR")]
+        for at, o in enumerate(sources[:2]):
+            v, k = self._word(o)()
+            if not (k[mask] == ALL).all():
+                raise UnsupportedError(f"{ins.text}: a barrier with an unknown number")
+            found[at] = v.astype(np.int64)
+        return BARRIER_CODE * (1 + found[0]) + found[1]
 
     def _release_cta(self, key: int) -> None:
         arrived = self.arrived.get(key, self.false)
-        count = self.counts.get(key, 0)
+        count = key % BARRIER_CODE
         full = int(arrived.sum()) >= count if count else not (self.alive & ~arrived).any()
         if full and arrived.any():
             self.waits[arrived & (self.waits == 2)] = 0
@@ -418,7 +436,7 @@ class Machine(Integers):
 
     def _release_all(self) -> None:
         for key in list(self.arrived):
-            if key >= 1000:
+            if key >= BARRIER_CODE:
                 self._release_cta(key)
             else:
                 self._release(key)

@@ -86,17 +86,10 @@ class Timing:
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     name: str
-    barrier: tuple[int, int] | None = None  # BAR: number and threads
     arrives: bool = False  # BAR.ARV
     signals: bool = False
     polls: str = ""  # barrier or flag
     fence: bool = False
-
-
-def barrier_of(ins: Instruction) -> tuple[int, int]:
-    """A named barrier's number and its threads; 0: all of the CTA."""
-    number, threads, *_ = [*(o.number for o in ins.operands if o.kind == "imm"), 0, 0]
-    return number, threads
 
 
 def timing_of(ins: Instruction, polls: bool) -> Timing:
@@ -121,11 +114,8 @@ def timing_of(ins: Instruction, polls: bool) -> Timing:
     else:
         pipe, occupies = "alu", PIPES["alu"]
     strong = bool(ins.modifiers & {"GPU", "SYS"})
-    barrier = None
-    if name == "BAR":
-        barrier = barrier_of(ins)
     return Timing(
-        pipe, occupies, latency, numbers(read), numbers(written), name, barrier,
+        pipe, occupies, latency, numbers(read), numbers(written), name,
         arrives=name == "BAR" and "ARV" in ins.modifiers,
         signals=name == "STAS" or (name in _GLOBAL_WRITES and strong),
         polls=("barrier" if name == "SYNCS" else "flag") if polls else "",
@@ -133,7 +123,11 @@ def timing_of(ins: Instruction, polls: bool) -> Timing:
     )  # fmt: skip
 
 
+# An instruction, and the wavefronts of a memory access, 0 if no lane takes part. A barrier has
+# BARRIER_CODE * (1 + its number) + its threads, 0 for all of the CTA. Others have -1, or 0 if their
+# guard leaves the warp out.
 Trace = list[tuple[int, int]]
+BARRIER_CODE = 1 << 16
 
 
 class Model:
@@ -184,7 +178,9 @@ class _Exchange:
         self.all_signals = [
             sum(timings[i].signals and wave != 0 for i, wave in trace) for trace in traces
         ]
-        self.all_polls = [sum(bool(timings[i].polls) for i, _ in trace) for trace in traces]
+        self.all_polls = [
+            sum(bool(timings[i].polls) and wave != 0 for i, wave in trace) for trace in traces
+        ]
 
     def arrival(self, w: int, poll: int) -> float:
         """When a warp's poll succeeds; infinite if a signal that it waits for is not sent yet.
@@ -253,7 +249,6 @@ class _Issue(_Exchange):
                         heapq.heappush(heap, (earliest(w), w))
                 waiting[number] = []
 
-        needs: dict[int, int] = {}
         heap: list[tuple[float, int]] = []
         for w in range(W):
             if stops[w]:
@@ -277,7 +272,7 @@ class _Issue(_Exchange):
             t = timings[index]
             s = w % SCHEDULERS
             arrives = 0.0
-            if exchange and t.polls and polls[w] < self.all_polls[w]:
+            if exchange and t.polls and wave and polls[w] < self.all_polls[w]:
                 sent = self.arrival(w, polls[w])
                 if sent == math.inf:
                     blocked.append(w)
@@ -298,14 +293,14 @@ class _Issue(_Exchange):
                 done = e + t.latency
             if arrives > done:
                 done = arrives
-            if t.polls:
+            if t.polls and wave:
                 polls[w] += 1
             state = registers[w]
             for r in t.writes:
                 state[r] = done
             name = t.name
             at[w] += 1
-            if exchange and t.fence:
+            if exchange and t.fence and wave:
                 ready[w] = e + MEMBAR
             if t.signals and wave != 0:
                 self.signals[w].append(e)
@@ -315,13 +310,11 @@ class _Issue(_Exchange):
             if at[w] == stops[w]:
                 ended.add(w)
                 for number in list(waiting):
-                    if not needs.get(number, 0):
+                    if not number % BARRIER_CODE:
                         release(number, 0)
                 continue
-            if name == "BAR":
-                assert t.barrier is not None
-                number, needed = t.barrier
-                needs[number] = needed
+            if name == "BAR" and wave:
+                number, needed = wave, wave % BARRIER_CODE
                 group = waiting.setdefault(number, [])
                 group.append((w, e, not t.arrives))
                 if t.arrives:
@@ -366,21 +359,20 @@ class _Chain(_Exchange):
                 t = timings[index]
                 start = max((state[r] for r in t.reads), default=0.0)
                 orders = t.pipe == "lsu" and t.name not in ("LDC", "SHFL")
-                if orders or t.fence:
+                fences = t.fence and wave != 0
+                if orders or fences:
                     start = max(start, waited[w])
                 done = start + t.latency
-                if t.polls:
+                if t.polls and wave:
                     sent = self.arrival(w, polls[w])
                     if sent == math.inf:
                         break
                     polls[w] += 1
                     done = waited[w] = max(done, sent + (REMOTE if t.polls == "barrier" else FLAG))
                 waits[w].append(waited[w])
-                if t.name == "BAR":
-                    assert t.barrier is not None
+                if t.name == "BAR" and wave:
                     here = max(start, waited[w], accessed[w])
-                    barriers.setdefault(t.barrier[0], []).append((w, here, not t.arrives))
-                    needs[t.barrier[0]] = t.barrier[1]
+                    barriers.setdefault(wave, []).append((w, here, not t.arrives))
                     at[w] += 1
                     if not t.arrives:
                         asleep.add(w)
@@ -388,7 +380,7 @@ class _Chain(_Exchange):
                     continue
                 if orders:
                     accessed[w] = max(accessed[w], start)
-                if t.fence:
+                if fences:
                     waited[w] = max(start, accessed[w]) + MEMBAR
                 if t.signals and wave != 0:
                     self.signals[w].append(start)
@@ -397,7 +389,6 @@ class _Chain(_Exchange):
                 at[w] += 1
             return at[w] > began
 
-        needs: dict[int, int] = {}
         while True:
             moved = False
             for w in range(W):
@@ -405,7 +396,8 @@ class _Chain(_Exchange):
                     moved |= advance(w)
             alive = [w for w in range(W) if at[w] < self.stops[w] or w in asleep]
             for number, group in barriers.items():
-                count = needs[number] // 32 if needs[number] else len(alive)
+                threads = number % BARRIER_CODE
+                count = threads // 32 if threads else len(alive)
                 if group and len(group) >= count:
                     go = max(e for _, e, _ in group) + BARRIER
                     for w, _, sleeps in group:
