@@ -14,7 +14,7 @@ CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CPP)) setup.py tools/cuda_toolkit.py pyproject.toml
 
-.PHONY: help demo test test-full lint format bench models sanitize docs dist cuda-check cuda-build gpu clean
+.PHONY: help demo test test-full lint format bench models sanitize docs dist cuda-check cuda-cycles cuda-build gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -77,12 +77,12 @@ lint: $(VENV)/lint  ## check formats, types and style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find benchmarks csrc tests $(CPP))
+	$(BIN)/clang-format --dry-run --Werror $$(find benchmarks csrc tests tools $(CPP))
 
 format: $(VENV)/lint  ## rewrite to the project's formats
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find benchmarks csrc tests $(CPP))
+	$(BIN)/clang-format -i $$(find benchmarks csrc tests tools $(CPP))
 
 # No leak detection: the interpreter and torch keep memory on purpose.
 sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
@@ -118,6 +118,16 @@ dist: $(VENV)/torch  ## build an sdist and a wheel into dist/ and check them
 
 cuda-check:  ## compile the CUDA kernels with nvcc alone; check registers and spills
 	$(PYTHON) -m tools.cuda_check $(CUDA_CHECK_ARGS)
+
+$(VENV)/numpy:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q numpy
+	touch $@
+
+# Needs nvcc, and cuobjdump and nvdisasm: the toolkit's, those in CUDA_BINUTILS or on PATH, or else
+# those in triton's wheel, of which it takes a copy in build/cuda_tools.
+cuda-cycles: $(VENV)/numpy  ## model the cycles of a step from the CUDA kernels' machine code
+	$(BIN)/python -m tools.cuda_cycles --fetch --compare $(CUDA_CYCLES_ARGS)
 
 # Runs outside the source tree, to import the installed package.
 cuda-build:  ## build for CUDA as pip does, which needs a toolkit but no GPU

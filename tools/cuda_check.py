@@ -127,16 +127,19 @@ def table(kernels: Sequence[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compiled(nvcc: Path, source: Path, arch: str) -> tuple[bool, str]:
-    """Whether nvcc succeeds without a warning, and its demangled output."""
+def demangled(text: str) -> str:
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def compiled(nvcc: Path, source: Path, arch: str, cubin: Path | None = None) -> tuple[bool, str]:
+    """Whether nvcc succeeds without a warning, and its demangled output; keeps `cubin` if named."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc), *FLAGS, f"-arch={arch}", "-o", f"{folder}/cubin", str(source)]
+        output = cubin or Path(folder) / "cubin"
+        command = [str(nvcc), *FLAGS, f"-arch={arch}", "-o", str(output), str(source)]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    output = result.stdout + result.stderr
-    demangled = subprocess.run(
-        ["c++filt"], input=output, capture_output=True, text=True, check=True
-    )
-    return result.returncode == 0, demangled.stdout
+    return result.returncode == 0, demangled(result.stdout + result.stderr)
 
 
 def main() -> int:
