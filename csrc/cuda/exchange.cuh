@@ -61,6 +61,11 @@ class Carried<kPairs, kThreads, true> {
   float values_[kPairs][kCarried];
 };
 
+/// The gate and the unit in the CTA, or in the layer, that an operand in K belongs to.
+struct KPlace {
+  int gate, unit;
+};
+
 /// A batch row and a hidden unit that one thread works on.
 struct Pair {
   int chunk_row, tile_row;  ///< the row's index in its chunk and in the tile
@@ -157,10 +162,25 @@ struct FragmentTraits {
   static constexpr int kFragmentPairs = kBlocks * 2 * (kChunkRows / 8);
   static constexpr int kPairs = kFragmentPairs < kSplits ? 1 : kFragmentPairs / kSplits;
   static constexpr int kThreadUnits = kSplits == 1 ? kBlocks : 1;  ///< that a thread works on
+  /// Whether a lane's operands in a row are neighbours in K: all units' gate gradients.
+  static constexpr bool kOperandsAreNeighbours = Gemm::kLoadScratchBytes > 0;
   static_assert(Gemm::kRowGroups == kBlocks * kResults && kChunkRows % 8 == 0);
   static_assert(kSplits == 1 || kBlocks == 1);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
+
+  /// The part of K that belongs to a lane's units, and its inverse. Lanes change places so that
+  /// their stores of 16 bytes use all banks.
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr int k_of(int group, int r) {
+    return (group * 8 + r % 2 * 4 + r / 2) * kBlocks * kParts;
+  }
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr KPlace place_of(int k) {
+    static_assert(kOperandsAreNeighbours && kK == kUnits * kParts && kSplits == 1);
+    const int lane = k / (kBlocks * kParts), r = lane % 4 * 2 + lane % 8 / 4;
+    return {k % kParts, (lane / 8 * kBlocks + k / kParts % kBlocks) * 8 + r};
+  }
 
   /// A pair's results on their way to the warp that owns the pair.
   struct alignas(kResults == 1 ? 4 : kResults == 2 ? 8 : 16) Traded {
@@ -171,8 +191,10 @@ struct FragmentTraits {
 
   struct WorkStorage : SharedLayout {
     FUSEDRNN_INLINE explicit WorkStorage(int tile_rows)
-        : traded(add<Traded>(2 * kTraded)),
+        : load_scratch(add<unsigned char>(kThreads / kWarp * Gemm::kLoadScratchBytes)),
+          traded(add<Traded>(2 * kTraded)),
           carried(add<float>(Carried::floats(tile_rows / kChunkRows))) {}
+    int load_scratch;
     int traded;  ///< [2, kGroups, kSplits (to), kSplits (from), kPairs, kWarp]
     int carried;
   };
@@ -188,6 +210,7 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
  public:
   FUSEDRNN_DEVICE Work(const PersistentParams& params, unsigned char* memory, const WorkStorage& at)
       : Tile<Traits>(params),
+        load_scratch_(memory + at.load_scratch),
         traded_(reinterpret_cast<Traded*>(memory + at.traded)),
         carried_memory_(reinterpret_cast<float*>(memory + at.carried)) {}
 
@@ -206,18 +229,38 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   /// Which of its units a thread's i-th pair has.
   static constexpr int unit_of_pair(int i) { return kSplits == 1 ? i / 2 % kBlocks : 0; }
 
-  /// weight.row(unit, result): a row of A.
+  /// weight.row(unit, result): a row of A. weight.column(k): a column.
   template <class Weight>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
-    const int first = this->first_unit + group() * kBlocks * 8 + threadIdx.x % kWarp / 4;
-    gemm.load(
-        [&](auto row_group) {
-          return weight.row(first + row_group / kResults * 8, row_group % kResults);
-        },
-        split() * Gemm::kK);
+    const int first = this->first_unit + group() * kBlocks * 8;
+    if constexpr (kOperandsAreNeighbours) {
+      gemm.load([&](int k) { return weight.column(k); }, first, split() * Gemm::kK,
+                load_scratch_ + threadIdx.x / kWarp * Gemm::kLoadScratchBytes);
+    } else {
+      const int own = first + threadIdx.x % kWarp / 4;
+      gemm.load(
+          [&](auto row_group) {
+            return weight.row(own + row_group / kResults * 8, row_group % kResults);
+          },
+          split() * Gemm::kK);
+    }
   }
 
  protected:
+  /// Stores a chunk's operands, whose rows begin at `rows`.
+  template <int kParts>
+  FUSEDRNN_DEVICE void store_rows(const float (&values)[kPairs][kParts], Operand* rows,
+                                  int stride) const {
+    static_assert(kPairs == 2 * kBlocks);
+    unroll<2>([&](auto row) {
+      float of_row[kBlocks * kParts];
+      unroll<kBlocks * kParts>(
+          [&](auto i) { of_row[i] = values[i / kParts * 2 + row][i % kParts]; });
+      store_neighbours(of_row, rows, pair(0, row).chunk_row,
+                       k_of<kParts>(group(), threadIdx.x % kWarp / 4), stride);
+    });
+  }
+
   static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }
   static FUSEDRNN_DEVICE int group() { return threadIdx.x / kWarp / kSplits; }
 
@@ -276,6 +319,7 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
     is_second_ = !is_second_;
   }
 
+  unsigned char* load_scratch_;
   Traded* traded_;
   float* carried_memory_;
   bool is_second_ = false;
@@ -301,9 +345,16 @@ struct PartialSumTraits {
   static constexpr int kK = kSplits * Gemm::kK;
   static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< per thread and chunk
   static constexpr int kThreadUnits = 1;
+  static constexpr bool kOperandsAreNeighbours = false;
   static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
+
+  /// Where store_operands stores.
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr KPlace place_of(int k) {
+    return {k / (kK / kParts), k % (kK / kParts)};
+  }
 
   /// Strides of the partial sums [kSplits, kChunkRows, kBlocks, kBlockRows]. They spread a warp's
   /// stores, and its loads from two blocks, over all banks.

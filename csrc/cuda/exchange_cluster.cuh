@@ -24,8 +24,9 @@ class ChunkBarriers {
     }
     sync_cluster();
   }
+  FUSEDRNN_DEVICE int index(int k, int chunk) const { return k % 2 * chunks_ + chunk; }
   FUSEDRNN_DEVICE TransactionBarrier* at(int k, int chunk) const {
-    return barriers_ + k % 2 * chunks_ + chunk;
+    return barriers_ + index(k, chunk);
   }
   /// Blocks until all bytes of step k have arrived. This barrier next counts step k + 2, which a
   /// CTA sends only after receiving our step k + 1, so phases cannot overlap.
@@ -140,6 +141,15 @@ class ClusterAllGather : public Traits::template Work<Traits> {
 
 // ---- reduce-scatter of partial dh ---------------------------------------------------------------
 
+/// sum[0] += sum[1] + ... + sum[count - 1], neighbours first; count is a power of two.
+template <int count, int n>
+FUSEDRNN_DEVICE void sum_in_tree(float (&sum)[n]) {
+  if constexpr (count > 1) {
+    unroll<count / 2>([&](auto i) { sum[i] = sum[2 * i] + sum[2 * i + 1]; });
+    sum_in_tree<count / 2>(sum);
+  }
+}
+
 template <class Traits>
 class ClusterReduceScatter;
 
@@ -158,25 +168,37 @@ struct ClusterReduceScatterTraits : UsesClusters {
   static constexpr bool kOneChunk = false;
   static constexpr bool kOwnUnitsAlone = true;  ///< K is the CTA's own units' gates
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
-  static_assert(kChunkRows * kUnits == kThreads * kPairs);
+  static_assert(kChunkRows == 8 && kChunkRows * kUnits == kThreads * kPairs);
   static constexpr int kK = Gemm::kK;
   static constexpr int kTileUnits = 16;                         ///< per mma tile
   static constexpr int kWarpUnits = kTileUnits * Gemm::kTiles;  ///< rows of a warp's A
   static constexpr int kOperandStride = operand_stride<Element>(kK);
   static constexpr int kMaxCtas = kWarpUnits * (kThreads / kWarp) / kUnits;
   static constexpr int kPartials = kUnits * kChunkRows;  ///< from one CTA, for a chunk
+  static constexpr int kLoadScratch = kThreads / kWarp * Gemm::kLoadScratchBytes;
+
+  /// A unit's gates are neighbours in K.
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr KPlace place_of(int k) {
+    static_assert(kParts * kUnits == kK);
+    return {k % kParts, k / kParts};
+  }
 
   struct Storage : SharedLayout {
     FUSEDRNN_INLINE Storage(int tile_rows, int ctas)
-        : load_scratch(add<unsigned char>(kThreads / kWarp * Gemm::kLoadScratchBytes)),
-          carried(add<float>(Carried::floats(tile_rows / kChunkRows))),
+        : carried(add<float>(Carried::floats(tile_rows / kChunkRows))),
           operands(add<Element>(2 * tile_rows * kOperandStride)),
-          partials(add<float>(2 * (tile_rows / kChunkRows) * ctas * kPartials)),
-          barriers(add<TransactionBarrier>(2 * (tile_rows / kChunkRows))) {}
-    int load_scratch, carried;
+          barriers(add<TransactionBarrier>(2 * (tile_rows / kChunkRows))),
+          partials(add<unsigned char>(partial_bytes(tile_rows / kChunkRows * ctas))) {}
+    /// While weights are loaded, their scratch memory lies where the partial dh will be.
+    static FUSEDRNN_INLINE int partial_bytes(int ctas_and_chunks) {
+      const int bytes = 2 * ctas_and_chunks * kPartials * int(sizeof(float));
+      return bytes > kLoadScratch ? bytes : kLoadScratch;
+    }
+    int carried;
     int operands;  ///< [2, tile_rows, kOperandStride]
-    int partials;  ///< [2, chunks, CTAs, kPartials]
     int barriers;  ///< [2, chunks]
+    int partials;  ///< [2, chunks, CTAs, kPartials]
   };
 };
 
@@ -191,12 +213,14 @@ class ClusterReduceScatter : public Tile<Traits> {
       : ClusterReduceScatter(params, memory,
                              typename Traits::Storage(params.tile_rows, gridDim.x)) {}
 
-  /// weight.row(unit, 0): a row of A.
+  /// weight.column(k): a column of A. Afterwards the cluster's CTAs may send.
   template <class Weight>
-  FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
+  FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) {
     const int warp = threadIdx.x / kWarp;
-    gemm.load([&](int row) { return weight.row(warp * Traits::kWarpUnits + row, 0); }, 0,
-              load_scratch_ + warp * Gemm::kLoadScratchBytes);
+    gemm.load([&](int k) { return weight.column(k); }, warp * Traits::kWarpUnits, 0,
+              reinterpret_cast<unsigned char*>(partials_) + warp * Gemm::kLoadScratchBytes);
+    barriers_.init(barrier_memory_, this->chunks(), this->params_.steps,
+                   [&](int chunk) { return bytes(chunk); });
   }
 
   FUSEDRNN_DEVICE float* carried_memory() const { return carried_memory_; }
@@ -211,49 +235,56 @@ class ClusterReduceScatter : public Tile<Traits> {
 
   template <int kParts>
   FUSEDRNN_DEVICE void store(int k, int chunk, const float (&values)[1][kParts]) const {
-    static_assert(kParts * Traits::kUnits == Traits::kK);
     const Pair p = pair(chunk, 0);
-    store_operands<Traits>(p.unit, values[0], [&](int at) {
-      return operands(k, chunk * Traits::kChunkRows) +
-             operand_offset<Element>(p.chunk_row, at, Traits::kOperandStride);
-    });
+    store_neighbours(values[0], operands(k, chunk * Traits::kChunkRows), p.chunk_row,
+                     p.unit * kParts, Traits::kOperandStride);
   }
 
-  /// Multiplies this CTA's operands and sends each partial dh to the CTA that has its unit.
+  /// Multiplies this CTA's operands and sends each partial dh to the CTA that has its unit. The
+  /// units of two tiles are sent while the next two are multiplied.
   FUSEDRNN_DEVICE void commit(const Gemm& gemm, int k, int chunk) const {
     if (k == this->params_.steps) return;
     sync_cta();
-    float c[1][Gemm::kTiles][4] = {};
-    gemm.accumulate(
-        SharedOperand<Element>{operands(k, chunk * Traits::kChunkRows), Traits::kOperandStride}, c);
-    const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
-    float* const to = partials(k, chunk) + blockIdx.x * Traits::kPartials;
-    unroll<Gemm::kTiles>([&](auto m) {
-      const int first = threadIdx.x / kWarp * Traits::kWarpUnits + m * Traits::kTileUnits;
-      const unsigned cta = first / Traits::kUnits;
-      if (cta >= gridDim.x || 2 * q >= this->rows_of(chunk)) return;
-      const bool is_swapped = swapped(first % Traits::kUnits);
-      unroll<2>([&](auto i) {
-        const int unit = first % Traits::kUnits + r + 8 * i;
-        const float even = c[0][m][2 * i], odd = c[0][m][2 * i + 1];
-        st_async(is_swapped ? odd : even, is_swapped ? even : odd, to + offset(unit, q),
-                 barriers_.at(k, chunk), cta);
+    const SharedOperand<Element> b{operands(k, chunk * Traits::kChunkRows),
+                                   Traits::kOperandStride};
+    const int lane = threadIdx.x % kWarp;
+    const Element* const b_lane = b.lane(lane / 4, lane % 4);
+    Words words[Gemm::kPairs];
+    unroll<Gemm::kPairs>([&](auto j) { words[j] = b.load(b_lane + j * Gemm::kPairK); });
+    const bool sends = 2 * (lane % 4) < this->rows_of(chunk);
+    const int buffer = (k % 2 * this->chunks() + chunk) * int(gridDim.x) * Traits::kPartials;
+    const int barrier = barriers_.index(k, chunk);
+    constexpr int kTogether = Gemm::kTiles < 2 ? 1 : 2;
+    unroll<Gemm::kTiles / kTogether>([&](auto pair) {
+      float c[1][kTogether][4] = {};
+      gemm.template accumulate_tiles<pair * kTogether>([&](auto j, auto) { return words[j]; }, c);
+      constexpr int to = pair * kTogether * Traits::kTileUnits / Traits::kUnits;
+      if (!sends || !receiver_[to].exists) return;
+      const Remote<float> partials = receiver_[to].partials + buffer;
+      unroll<kTogether>([&](auto m) {
+        unroll<2>([&](auto i) {
+          const float even = c[0][m][2 * i], odd = c[0][m][2 * i + 1];
+          const bool is_swapped = swapped(first_of_tile(m));
+          st_async(is_swapped ? odd : even, is_swapped ? even : odd,
+                   partials + (m * Traits::kTileUnits * Traits::kChunkRows + (i ? second_ : 0)),
+                   receiver_[to].barriers + barrier);
+        });
       });
     });
   }
 
   FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk)); }
 
-  /// Adds what the CTAs have sent.
+  /// Adds what the CTAs have sent, in twos, fours, ...
   FUSEDRNN_DEVICE void multiply(const Gemm&, int k, int chunk, float (&results)[1][1]) const {
     const Pair p = pair(chunk, 0);
     const float* at = partials(k, chunk) + offset(p.unit, p.chunk_row / 2) +
                       (p.chunk_row % 2 ^ int(swapped(p.unit)));
-    float of_cta[Traits::kMaxCtas], sum = 0;  // all loads are issued before the first addition
+    float sum[Traits::kMaxCtas];  // all loads are issued before the first addition
     unroll<Traits::kMaxCtas>(
-        [&](auto cta) { of_cta[cta] = cta < gridDim.x ? at[cta * Traits::kPartials] : 0.f; });
-    unroll<Traits::kMaxCtas>([&](auto cta) { sum += of_cta[cta]; });
-    results[0][0] = sum;
+        [&](auto cta) { sum[cta] = cta < gridDim.x ? at[cta * Traits::kPartials] : 0.f; });
+    sum_in_tree<Traits::kMaxCtas>(sum);
+    results[0][0] = sum[0];
   }
 
  private:
@@ -261,13 +292,19 @@ class ClusterReduceScatter : public Tile<Traits> {
                                        const typename Traits::Storage& at)
       : Tile<Traits>(params),
         carried_memory_(reinterpret_cast<float*>(memory + at.carried)),
-        load_scratch_(memory + at.load_scratch),
         operands_(reinterpret_cast<Element*>(memory + at.operands)),
-        partials_(reinterpret_cast<float*>(memory + at.partials)) {
-    const int count = 2 * params.tile_rows * Traits::kOperandStride;
-    for (int i = threadIdx.x; i < count; i += Traits::kThreads) operands_[i] = Element{};
-    barriers_.init(reinterpret_cast<TransactionBarrier*>(memory + at.barriers), this->chunks(),
-                   params.steps, [&](int chunk) { return bytes(chunk); });
+        partials_(reinterpret_cast<float*>(memory + at.partials)),
+        barrier_memory_(reinterpret_cast<TransactionBarrier*>(memory + at.barriers)) {
+    const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
+    const int own = blockIdx.x * Traits::kPartials + offset(first_of_tile(0) + r, q);
+    second_ = offset(r + 8, q) - offset(r, q);
+    unroll<kReceivers>([&](auto i) {
+      const unsigned cta = first_of_tile(i * (Traits::kUnits / Traits::kTileUnits)) / kCtaUnits;
+      receiver_[i].exists = cta < gridDim.x;
+      const unsigned some = receiver_[i].exists ? cta : blockIdx.x;
+      receiver_[i].partials = Remote<float>(partials_ + own, some);
+      receiver_[i].barriers = Remote<TransactionBarrier>(barrier_memory_, some);
+    });
   }
 
   /// The bytes that a CTA receives for a chunk; rows are sent in twos.
@@ -284,15 +321,30 @@ class ClusterReduceScatter : public Tile<Traits> {
   /// Where a unit's rows 2 row_pair and 2 row_pair + 1 lie, and whether they are swapped. A warp
   /// that reads one row of 32 units uses all banks.
   static FUSEDRNN_DEVICE int offset(int unit, int row_pair) {
-    return unit * Traits::kChunkRows + 2 * (row_pair ^ (unit / 4 % 4));
+    return unit % Traits::kUnits * Traits::kChunkRows + 2 * (row_pair ^ (unit / 4 % 4));
   }
   static FUSEDRNN_DEVICE bool swapped(int unit) { return unit / 16 % 2; }
+  /// The first unit in the layer of the warp's m-th tile.
+  static FUSEDRNN_DEVICE int first_of_tile(int m) {
+    return threadIdx.x / kWarp * Traits::kWarpUnits + m * Traits::kTileUnits;
+  }
+
+  /// The CTAs that have a warp's units.
+  static constexpr int kCtaUnits = Traits::kUnits;
+  static constexpr int kReceivers = (Traits::kWarpUnits + kCtaUnits - 1) / kCtaUnits;
+  struct Receiver {
+    bool exists;
+    Remote<float> partials;  ///< where the lane's first result goes in the first buffer
+    Remote<TransactionBarrier> barriers;
+  };
 
   float* carried_memory_;
-  unsigned char* load_scratch_;
   Element* operands_;
   float* partials_;
+  TransactionBarrier* barrier_memory_;
   ChunkBarriers barriers_;
+  Receiver receiver_[kReceivers];
+  int second_;  ///< from the place of a unit's partial dh to that of the unit 8 further on
 };
 
 }  // namespace fusedrnn::cuda

@@ -39,12 +39,16 @@ class CtaExchange : public Traits::template Work<Traits> {
   template <int kParts>
   FUSEDRNN_DEVICE void store(int k, int, const float (&values)[Traits::kPairs][kParts]) const {
     Operand* const rows = buffer(k);
-    unroll<Traits::kPairs>([&](auto i) {
-      const Pair p = this->pair(0, i);
-      store_operands<Traits>(p.unit, values[i], [&](int at) {
-        return rows + operand_offset<Operand>(p.chunk_row, at, Traits::kOperandStride);
+    if constexpr (Traits::kOperandsAreNeighbours) {
+      this->store_rows(values, rows, Traits::kOperandStride);
+    } else {
+      unroll<Traits::kPairs>([&](auto i) {
+        const Pair p = this->pair(0, i);
+        store_operands<Traits>(p.unit, values[i], [&](int at) {
+          return rows + operand_offset<Operand>(p.chunk_row, at, Traits::kOperandStride);
+        });
       });
-    });
+    }
   }
   /// Orders a step's stores before the next step's loads. Nothing follows the last step.
   FUSEDRNN_DEVICE void commit(const Gemm&, int k, int) const {

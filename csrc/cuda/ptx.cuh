@@ -228,6 +228,76 @@ FUSEDRNN_DEVICE void st_async(float a, float b, float* to, TransactionBarrier* b
       : "memory");
 }
 
+/// A place in the shared memory of a CTA of the cluster, which may be this CTA.
+template <class T>
+struct Remote {
+  uint32_t address;
+  Remote() = default;
+  /// `p`'s place in CTA number `cta`.
+  FUSEDRNN_DEVICE Remote(T* p, unsigned cta) {
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(cta));
+  }
+  FUSEDRNN_DEVICE Remote operator+(int n) const {
+    Remote sum;
+    sum.address = address + uint32_t(n) * uint32_t(sizeof(T));
+    return sum;
+  }
+};
+/// The same store of 8 bytes where `to` and `barrier` are of the receiver.
+FUSEDRNN_DEVICE void st_async(float a, float b, Remote<float> to,
+                              Remote<TransactionBarrier> barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+      :
+      : "r"(to.address), "f"(a), "f"(b), "r"(barrier.address)
+      : "memory");
+}
+
+/// Loads into `to` if the condition holds, without a branch. *p must not change while the kernel
+/// runs.
+FUSEDRNN_DEVICE void load_if(bool condition, float& to, const float* p) {
+  asm("{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c ld.global.nc.f32 %0, [%1];\n\t"
+      "}"
+      : "+f"(to)
+      : "l"(p), "r"(uint32_t(condition)));
+}
+template <class Half>
+FUSEDRNN_DEVICE std::enable_if_t<sizeof(Half) == 2> load_if(bool condition, Half& to,
+                                                            const Half* p) {
+  asm("{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c ld.global.nc.u16 %0, [%1];\n\t"
+      "}"
+      : "+h"(to.bits)
+      : "l"(p), "r"(uint32_t(condition)));
+}
+/// Stores if the condition holds, without a branch, for readers after the kernel.
+FUSEDRNN_DEVICE void store_if(bool condition, float* p, float value) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c st.global.f32 [%0], %1;\n\t"
+      "}"
+      :
+      : "l"(p), "f"(value), "r"(uint32_t(condition)));
+}
+template <class Half>
+FUSEDRNN_DEVICE std::enable_if_t<sizeof(Half) == 2> store_if(bool condition, Half* p, Half value) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c st.global.u16 [%0], %1;\n\t"
+      "}"
+      :
+      : "l"(p), "h"(value.bits), "r"(uint32_t(condition)));
+}
+
 /// Loads from global memory through L2 alone: the SM's L1 does not see other SMs' writes.
 FUSEDRNN_DEVICE Words load_cg(const void* p) {
   Words w;

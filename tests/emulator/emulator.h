@@ -198,6 +198,28 @@ inline void load_matrix_trans(uint32_t (&to)[4], const void* row, int line = __b
   for (int i = 0; i < 4; ++i) to[i] = element(i, 2 * q) | element(i, 2 * q + 1) << 16;
 }
 
+template <class T>
+struct Remote {
+  T* place;
+  unsigned cta;
+  Remote() = default;
+  Remote(T* p, unsigned cta) : place(p), cta(cta) {}
+  Remote operator+(int n) const { return {place + n, cta}; }
+};
+inline void st_async(float a, float b, Remote<float> to, Remote<TransactionBarrier> barrier,
+                     int line = __builtin_LINE()) {
+  st_async(a, b, to.place, barrier.place, to.cta, line);
+}
+
+template <class T>
+void load_if(bool condition, T& to, const T* p) {
+  if (condition) to = *p;
+}
+template <class T>
+void store_if(bool condition, T* p, T value) {
+  if (condition) *p = value;
+}
+
 struct alignas(16) Words {
   uint32_t word[4];
 };
