@@ -44,8 +44,8 @@ struct Lstm {
     return saved[3] * Act::tanh(saved[4]);
   }
 
-  /// Derivatives of the gates' pre-activations: the first three to dc, the fourth to dh. Then f, and
-  /// dc's derivative to dh.
+  /// Derivatives of the gates' pre-activations: the first three to dc, the fourth to dh. Then f,
+  /// and dc's derivative to dh.
   template <class Act = ExactActivations, class V>
   static FUSEDRNN_INLINE void prepare(const V* saved, V c_previous, V* prepared) {
     using Scalar = typename Value<V>::scalar;

@@ -169,6 +169,14 @@ struct FragmentTraits {
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
 
+  /// Rows and units from a thread's first pair to its i-th.
+  static FUSEDRNN_INLINE constexpr int pair_row(int i) {
+    return kSplits == 1 ? i / 2 / kBlocks * 8 + i % 2 : i * kSplits / 2 * 8;
+  }
+  static FUSEDRNN_INLINE constexpr int pair_unit(int i) {
+    return kSplits == 1 ? i / 2 % kBlocks * 8 : 0;
+  }
+
   /// The part of K that belongs to a lane's units, and its inverse. Lanes change places so that
   /// their stores of 16 bytes use all banks.
   template <int kParts>
@@ -247,17 +255,25 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   }
 
  protected:
-  /// Stores a chunk's operands, whose rows begin at `rows`.
+  /// Where a thread's first operand lies from the beginning of a chunk's.
+  static FUSEDRNN_DEVICE int first_offset(int stride) {
+    constexpr int parts = kK / kUnits;
+    return operand_offset<Operand>(threadIdx.x % 4 * 2,
+                                   k_of<parts>(group(), threadIdx.x % kWarp / 4), stride);
+  }
+  /// Stores a chunk's operands, whose rows begin at `rows`. first: first_offset().
   template <int kParts>
-  FUSEDRNN_DEVICE void store_rows(const float (&values)[kPairs][kParts], Operand* rows,
-                                  int stride) const {
+  FUSEDRNN_DEVICE void store_rows(const float (&values)[kPairs][kParts], Operand* rows, int stride,
+                                  int first) const {
     static_assert(kPairs == 2 * kBlocks);
+    const int chunk_row = pair(0, 0).chunk_row;
+    const int k = k_of<kParts>(group(), threadIdx.x % kWarp / 4);
     unroll<2>([&](auto row) {
       float of_row[kBlocks * kParts];
       unroll<kBlocks * kParts>(
           [&](auto i) { of_row[i] = values[i / kParts * 2 + row][i % kParts]; });
-      store_neighbours(of_row, rows, pair(0, row).chunk_row,
-                       k_of<kParts>(group(), threadIdx.x % kWarp / 4), stride);
+      // Two neighbours from an even row on place their parts alike.
+      store_neighbours(of_row, rows + row * stride, chunk_row, k, stride, first);
     });
   }
 
@@ -349,6 +365,10 @@ struct PartialSumTraits {
   static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
+
+  /// Rows and units from a thread's first pair to its i-th.
+  static FUSEDRNN_INLINE constexpr int pair_row(int i) { return i * kThreads / kUnits; }
+  static FUSEDRNN_INLINE constexpr int pair_unit(int) { return 0; }
 
   /// Where store_operands stores.
   template <int kParts>

@@ -24,14 +24,21 @@ class ChunkBarriers {
     }
     sync_cluster();
   }
-  FUSEDRNN_DEVICE int index(int k, int chunk) const { return k % 2 * chunks_ + chunk; }
+  FUSEDRNN_DEVICE int index(int k, int chunk) const {
+    return int(unsigned(k) % 2) * chunks_ + chunk;
+  }
   FUSEDRNN_DEVICE TransactionBarrier* at(int k, int chunk) const {
     return barriers_ + index(k, chunk);
   }
   /// Blocks until all bytes of step k have arrived. This barrier next counts step k + 2, which a
   /// CTA sends only after receiving our step k + 1, so phases cannot overlap.
   FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes) const {
-    at(k, chunk)->wait(k / 2 % 2);
+    wait(k, chunk);
+    expect_next(k, chunk, bytes);
+  }
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const { at(k, chunk)->wait(unsigned(k) / 2 % 2); }
+  /// Announces the bytes of step k + 2, some time after the wait for step k.
+  FUSEDRNN_DEVICE void expect_next(int k, int chunk, uint32_t bytes) const {
     if (threadIdx.x == 0 && k + 2 < steps_) at(k, chunk)->arrive_and_expect_tx(bytes);
   }
 
@@ -175,7 +182,12 @@ struct ClusterReduceScatterTraits : UsesClusters {
   static constexpr int kOperandStride = operand_stride<Element>(kK);
   static constexpr int kMaxCtas = kWarpUnits * (kThreads / kWarp) / kUnits;
   static constexpr int kPartials = kUnits * kChunkRows;  ///< from one CTA, for a chunk
+  static constexpr int kChunkPartials = kMaxCtas * kPartials;
   static constexpr int kLoadScratch = kThreads / kWarp * Gemm::kLoadScratchBytes;
+
+  /// Rows and units from a thread's first pair to its i-th.
+  static FUSEDRNN_INLINE constexpr int pair_row(int) { return 0; }
+  static FUSEDRNN_INLINE constexpr int pair_unit(int) { return 0; }
 
   /// A unit's gates are neighbours in K.
   template <int kParts>
@@ -185,20 +197,20 @@ struct ClusterReduceScatterTraits : UsesClusters {
   }
 
   struct Storage : SharedLayout {
-    FUSEDRNN_INLINE Storage(int tile_rows, int ctas)
+    FUSEDRNN_INLINE Storage(int tile_rows, int)
         : carried(add<float>(Carried::floats(tile_rows / kChunkRows))),
           operands(add<Element>(2 * tile_rows * kOperandStride)),
           barriers(add<TransactionBarrier>(2 * (tile_rows / kChunkRows))),
-          partials(add<unsigned char>(partial_bytes(tile_rows / kChunkRows * ctas))) {}
+          partials(add<unsigned char>(partial_bytes(tile_rows / kChunkRows))) {}
     /// While weights are loaded, their scratch memory lies where the partial dh will be.
-    static FUSEDRNN_INLINE int partial_bytes(int ctas_and_chunks) {
-      const int bytes = 2 * ctas_and_chunks * kPartials * int(sizeof(float));
+    static FUSEDRNN_INLINE int partial_bytes(int chunks) {
+      const int bytes = 2 * chunks * kChunkPartials * int(sizeof(float));
       return bytes > kLoadScratch ? bytes : kLoadScratch;
     }
     int carried;
-    int operands;  ///< [2, tile_rows, kOperandStride]
+    int operands;  ///< [2, chunks, kChunkRows, kOperandStride]
     int barriers;  ///< [2, chunks]
-    int partials;  ///< [2, chunks, CTAs, kPartials]
+    int partials;  ///< [2, chunks, kMaxCtas, kPartials], zeros from CTAs that do not exist
   };
 };
 
@@ -219,6 +231,12 @@ class ClusterReduceScatter : public Tile<Traits> {
     const int warp = threadIdx.x / kWarp;
     gemm.load([&](int k) { return weight.column(k); }, warp * Traits::kWarpUnits, 0,
               reinterpret_cast<unsigned char*>(partials_) + warp * Gemm::kLoadScratchBytes);
+    sync_cta();  // the partial dh take the place of the scratch memory
+    for (int buffer = 0; buffer < 2 * this->chunks(); ++buffer) {
+      for (int cta = gridDim.x; cta < Traits::kMaxCtas; ++cta) {
+        partials_[buffer * Traits::kChunkPartials + cta * Traits::kPartials + threadIdx.x] = 0;
+      }
+    }
     barriers_.init(barrier_memory_, this->chunks(), this->params_.steps,
                    [&](int chunk) { return bytes(chunk); });
   }
@@ -235,54 +253,60 @@ class ClusterReduceScatter : public Tile<Traits> {
 
   template <int kParts>
   FUSEDRNN_DEVICE void store(int k, int chunk, const float (&values)[1][kParts]) const {
+    static_assert(kParts * Traits::kUnits == Traits::kK);
     const Pair p = pair(chunk, 0);
-    store_neighbours(values[0], operands(k, chunk * Traits::kChunkRows), p.chunk_row,
-                     p.unit * kParts, Traits::kOperandStride);
+    store_neighbours(values[0], operands(k, chunk), p.chunk_row, p.unit * kParts,
+                     Traits::kOperandStride, store_offset_);
   }
 
   /// Multiplies this CTA's operands and sends each partial dh to the CTA that has its unit. The
-  /// units of two tiles are sent while the next two are multiplied.
+  /// results of two tiles are sent while the next two are multiplied.
   FUSEDRNN_DEVICE void commit(const Gemm& gemm, int k, int chunk) const {
     if (k == this->params_.steps) return;
+    const bool sends = 2 * int(threadIdx.x % 4) < this->rows_of(chunk);
+    Remote<float> to[kReceivers][2];
+    Remote<TransactionBarrier> barrier[kReceivers];
+    unroll<kReceivers>([&](auto i) {
+      to[i][0] = receiver_[i].partials + buffer(k, chunk) * Traits::kChunkPartials;
+      to[i][1] = to[i][0] + second_;
+      barrier[i] = receiver_[i].barriers + barriers_.index(k, chunk);
+      unroll<2>([&](auto half) { keep(to[i][half]); });
+      keep(barrier[i]);
+    });
+    const Element* const b_lane = operands(k, chunk) + b_offset_;
     sync_cta();
-    const SharedOperand<Element> b{operands(k, chunk * Traits::kChunkRows),
-                                   Traits::kOperandStride};
-    const int lane = threadIdx.x % kWarp;
-    const Element* const b_lane = b.lane(lane / 4, lane % 4);
     Words words[Gemm::kPairs];
-    unroll<Gemm::kPairs>([&](auto j) { words[j] = b.load(b_lane + j * Gemm::kPairK); });
-    const bool sends = 2 * (lane % 4) < this->rows_of(chunk);
-    const int buffer = (k % 2 * this->chunks() + chunk) * int(gridDim.x) * Traits::kPartials;
-    const int barrier = barriers_.index(k, chunk);
+    unroll<Gemm::kPairs>(
+        [&](auto j) { words[j] = SharedOperand<Element>::load(b_lane + j * Gemm::kPairK); });
     constexpr int kTogether = Gemm::kTiles < 2 ? 1 : 2;
     unroll<Gemm::kTiles / kTogether>([&](auto pair) {
       float c[1][kTogether][4] = {};
       gemm.template accumulate_tiles<pair * kTogether>([&](auto j, auto) { return words[j]; }, c);
-      constexpr int to = pair * kTogether * Traits::kTileUnits / Traits::kUnits;
-      if (!sends || !receiver_[to].exists) return;
-      const Remote<float> partials = receiver_[to].partials + buffer;
+      constexpr int i = pair * kTogether * Traits::kTileUnits / Traits::kUnits;
+      if (!sends || !receiver_[i].exists) return;
       unroll<kTogether>([&](auto m) {
-        unroll<2>([&](auto i) {
-          const float even = c[0][m][2 * i], odd = c[0][m][2 * i + 1];
-          const bool is_swapped = swapped(first_of_tile(m));
+        unroll<2>([&](auto half) {
+          const float even = c[0][m][2 * half], odd = c[0][m][2 * half + 1];
+          const bool is_swapped = kTogether == 2 ? m == 1 : swapped(first_of_tile(0));
           st_async(is_swapped ? odd : even, is_swapped ? even : odd,
-                   partials + (m * Traits::kTileUnits * Traits::kChunkRows + (i ? second_ : 0)),
-                   receiver_[to].barriers + barrier);
+                   to[i][half] + m * Traits::kTileUnits * Traits::kChunkRows, barrier[i]);
         });
       });
     });
+    if (k > 0) barriers_.expect_next(k - 1, chunk, bytes(chunk));
   }
 
-  FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk)); }
+  FUSEDRNN_DEVICE void wait(int k, int chunk) {
+    received_ = buffer(k, chunk) * Traits::kChunkPartials + received_offset_;
+    keep(received_);
+    barriers_.wait(k, chunk);
+  }
 
   /// Adds what the CTAs have sent, in twos, fours, ...
-  FUSEDRNN_DEVICE void multiply(const Gemm&, int k, int chunk, float (&results)[1][1]) const {
-    const Pair p = pair(chunk, 0);
-    const float* at = partials(k, chunk) + offset(p.unit, p.chunk_row / 2) +
-                      (p.chunk_row % 2 ^ int(swapped(p.unit)));
-    float sum[Traits::kMaxCtas];  // all loads are issued before the first addition
-    unroll<Traits::kMaxCtas>(
-        [&](auto cta) { sum[cta] = cta < gridDim.x ? at[cta * Traits::kPartials] : 0.f; });
+  FUSEDRNN_DEVICE void multiply(const Gemm&, int, int, float (&results)[1][1]) const {
+    const float* const at = partials_ + received_;
+    float sum[Traits::kMaxCtas];
+    unroll<Traits::kMaxCtas>([&](auto cta) { sum[cta] = at[cta * Traits::kPartials]; });
     sum_in_tree<Traits::kMaxCtas>(sum);
     results[0][0] = sum[0];
   }
@@ -298,6 +322,15 @@ class ClusterReduceScatter : public Tile<Traits> {
     const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
     const int own = blockIdx.x * Traits::kPartials + offset(first_of_tile(0) + r, q);
     second_ = offset(r + 8, q) - offset(r, q);
+    const Pair p = pair(0, 0);
+    received_offset_ = offset(p.unit, p.chunk_row / 2) + (p.chunk_row % 2 ^ int(swapped(p.unit)));
+    b_offset_ = operand_offset<Element>(r, q * kPerWords<Element>, Traits::kOperandStride);
+    store_offset_ = operand_offset<Element>(p.chunk_row, p.unit * (Traits::kK / Traits::kUnits),
+                                            Traits::kOperandStride);
+    keep(second_);
+    keep(received_offset_);
+    keep(b_offset_);
+    keep(store_offset_);
     unroll<kReceivers>([&](auto i) {
       const unsigned cta = first_of_tile(i * (Traits::kUnits / Traits::kTileUnits)) / kCtaUnits;
       receiver_[i].exists = cta < gridDim.x;
@@ -311,12 +344,12 @@ class ClusterReduceScatter : public Tile<Traits> {
   FUSEDRNN_DEVICE uint32_t bytes(int chunk) const {
     return gridDim.x * Traits::kUnits * ((this->rows_of(chunk) + 1) / 2) * 2 * sizeof(float);
   }
-  FUSEDRNN_DEVICE Element* operands(int k, int row) const {
-    return operands_ + (k % 2 * this->params_.tile_rows + row) * Traits::kOperandStride;
+  /// The k-th step's buffer for a chunk, of operands and of partial dh.
+  FUSEDRNN_DEVICE int buffer(int k, int chunk) const {
+    return int(unsigned(k) % 2) * this->chunks() + chunk;
   }
-  /// A chunk's received partial dh: from each CTA [kUnits, kChunkRows].
-  FUSEDRNN_DEVICE float* partials(int k, int chunk) const {
-    return partials_ + (k % 2 * this->chunks() + chunk) * int(gridDim.x) * Traits::kPartials;
+  FUSEDRNN_DEVICE Element* operands(int k, int chunk) const {
+    return operands_ + buffer(k, chunk) * Traits::kChunkRows * Traits::kOperandStride;
   }
   /// Where a unit's rows 2 row_pair and 2 row_pair + 1 lie, and whether they are swapped. A warp
   /// that reads one row of 32 units uses all banks.
@@ -344,7 +377,11 @@ class ClusterReduceScatter : public Tile<Traits> {
   TransactionBarrier* barrier_memory_;
   ChunkBarriers barriers_;
   Receiver receiver_[kReceivers];
-  int second_;  ///< from the place of a unit's partial dh to that of the unit 8 further on
+  int b_offset_;         ///< the lane's first operands in a chunk's
+  int store_offset_;     ///< the pair's first operand in a chunk's
+  int received_offset_;  ///< the pair's partial dh from the first CTA in a chunk's
+  int received_ = 0;     ///< the same in all
+  int second_;           ///< from the place of a unit's partial dh to that of the unit 8 further on
 };
 
 }  // namespace fusedrnn::cuda

@@ -40,7 +40,7 @@ class CtaExchange : public Traits::template Work<Traits> {
   FUSEDRNN_DEVICE void store(int k, int, const float (&values)[Traits::kPairs][kParts]) const {
     Operand* const rows = buffer(k);
     if constexpr (Traits::kOperandsAreNeighbours) {
-      this->store_rows(values, rows, Traits::kOperandStride);
+      this->store_rows(values, rows, Traits::kOperandStride, store_offset_);
     } else {
       unroll<Traits::kPairs>([&](auto i) {
         const Pair p = this->pair(0, i);
@@ -57,7 +57,15 @@ class CtaExchange : public Traits::template Work<Traits> {
   FUSEDRNN_DEVICE void wait(int, int) const {}
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
-    this->template multiply_rows<SharedOperand>(gemm, buffer(k), Traits::kOperandStride, results);
+    if constexpr (Traits::kOperandsAreNeighbours) {
+      float c[1][Gemm::kTiles][4] = {};
+      const Operand* const lane = buffer(k) + lane_offset_;
+      gemm.template accumulate_tiles<0>(
+          [&](auto j, auto) { return SharedOperand<Operand>::load(lane + j * Gemm::kPairK); }, c);
+      unroll<Traits::kPairs>([&](auto i) { results[i][0] = gemm.result(c, 0, i / 2, i % 2); });
+    } else {
+      this->template multiply_rows<SharedOperand>(gemm, buffer(k), Traits::kOperandStride, results);
+    }
   }
 
  private:
@@ -69,11 +77,21 @@ class CtaExchange : public Traits::template Work<Traits> {
     // Padding of K must be zero.
     for (int i = threadIdx.x; i < 2 * kBuffer; i += Traits::kThreads) operands_[i] = Operand{};
     sync_cta();
+    if constexpr (Traits::kOperandsAreNeighbours) {
+      const int lane = threadIdx.x % kWarp;
+      store_offset_ = Base::first_offset(Traits::kOperandStride);
+      lane_offset_ =
+          operand_offset<Operand>(lane / 4, lane % 4 * kPerWords<Operand>, Traits::kOperandStride);
+      keep(store_offset_);
+      keep(lane_offset_);
+    }
   }
 
-  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + k % 2 * kBuffer; }
+  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + unsigned(k) % 2 * kBuffer; }
 
   Operand* operands_;
+  int store_offset_ = 0;  ///< where the thread's first operand lies in a buffer
+  int lane_offset_ = 0;   ///< where the lane's first operands of a GEMM lie
 };
 
 }  // namespace fusedrnn::cuda

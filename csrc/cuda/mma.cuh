@@ -297,9 +297,8 @@ class FragmentGemm {
     unroll<kChains / 2>([&](auto pair) {  // two chains, or four as (0 + 1) + (2 + 3)
       if constexpr (pair > 0) {
         unroll<N>([&](auto n) {
-          unroll<kCount>([&](auto m) {
-            unroll<4>([&](auto i) { other[2][n][m][i] += other[3][n][m][i]; });
-          });
+          unroll<kCount>(
+              [&](auto m) { unroll<4>([&](auto i) { other[2][n][m][i] += other[3][n][m][i]; }); });
         });
       }
     });
@@ -401,8 +400,8 @@ class TransposedGemm : public FragmentGemm<Element_, Element_, kRowGroups_, kK_>
       unroll<8>([&](auto part) {
         constexpr int group = part % kRowGroups, pair = j + part / kRowGroups;
         if constexpr (pair < kPairs) {
-          this->set(group, pair, transposed(static_cast<unsigned char*>(scratch) +
-                                            part * kPartStride));
+          this->set(group, pair,
+                    transposed(static_cast<unsigned char*>(scratch) + part * kPartStride));
         }
       });
       sync_warp();
@@ -458,14 +457,17 @@ class TransposedGemm : public FragmentGemm<Element_, Element_, kRowGroups_, kK_>
 };
 
 /// Stores operands that are neighbours in K in a row of shared memory, from operand k on, by the
-/// widest stores that their number allows. Their first is at a multiple of their number.
+/// widest stores that their number allows. Their first is at a multiple of their number. `first`:
+/// operand_offset(row, k, stride).
 template <class Operand, int count>
 FUSEDRNN_DEVICE void store_neighbours(const float (&values)[count], Operand* rows, int row, int k,
-                                      int stride) {
+                                      int stride, int first) {
   constexpr int bytes = count * int(sizeof(Operand));
   constexpr int width = bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : 2;
   constexpr int per_store = width / int(sizeof(Operand));
-  const auto place = [&](int i) { return rows + operand_offset<Operand>(row, k + i, stride); };
+  const auto place = [&](int i) {
+    return rows + (i ? operand_offset<Operand>(row, k + i, stride) : first);
+  };
   if constexpr (width == 2) {
     Operand operands[count];
     round_all(operands, values);

@@ -58,32 +58,48 @@ struct PersistentBackwardKernel : Traits {
     }
   };
 
-  /// The tile's first tokens around a step: the step after it, the step, one and two before it.
-  struct Tokens {
-    int64_t after, now, before, two_before;
-  };
-
-  /// What a chunk of a step needs besides the GEMM, asked for one chunk ahead. Inactive pairs keep
-  /// other steps' values.
+  /// What a chunk of a step needs besides the GEMM, asked for one chunk ahead. Values of inactive
+  /// pairs are undefined.
   struct Inputs {
-    float saved[kPairs][kSaved] = {};
-    float state[kPairs] = {};  ///< before the step
-    OutputGradient dy[kPairs] = {};
+    unsigned length[kPairs];
+    float saved[kPairs][kSaved];
+    float state[kPairs];  ///< before the step
+    OutputGradient dy[kPairs];
   };
 
   /// A chunk of a step whose results are not stored yet.
   struct Results {
-    int64_t token = 0;  ///< the tile's first
-    int chunk = 0;
-    bool is_active[kPairs] = {};
+    int t = -1;
+    unsigned token = 0;  ///< the chunk's first
+    unsigned length[kPairs] = {};
     Element dgates[kPairs][kPreacts];
   };
 
-  /// Whether a pair's row is active at time t, which may be one before the first step or behind the
-  /// last: -1 is a large number.
-  static FUSEDRNN_DEVICE bool is_active(Carried& carried, int chunk, int n, int t) {
-    return unsigned(t) < scalar::bit_cast<unsigned>(carried.at(chunk, n, kLength));
+  /// Where the values of the thread's first pair lie for the direction's first token.
+  struct Places {
+    const float* saved;
+    const OutputGradient* dy;
+    Element* dgates;
+    Element* h_previous;
+  };
+
+  /// The place `count` times `values` further on. One instruction, if the product is 32 bits wide.
+  template <class T>
+  static FUSEDRNN_DEVICE T* ahead(T* p, unsigned count, int values) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
+    const unsigned bytes = unsigned(values) * unsigned(sizeof(T));
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t(count) * bytes);
   }
+  /// From the first pair's place to the n-th pair's i-th value, where a token has `count` times H
+  /// values.
+  template <class T>
+  FUSEDRNN_DEVICE T* value_at(T* first, int n, int count, int i) const {
+    return ahead(first, Traits::pair_row(n) * count + i, params.hidden_size) + Traits::pair_unit(n);
+  }
+
+  /// Whether a row is active at time t, which may be one before the first step or behind the last:
+  /// -1 is a large number.
+  static FUSEDRNN_DEVICE bool is_active(int t, unsigned length) { return unsigned(t) < length; }
 
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
     const auto& tensors = params.direction[blockIdx.z];
@@ -92,44 +108,69 @@ struct PersistentBackwardKernel : Traits {
     typename Traits::Gemm gemm;
     e.load(gemm, Weight(tensors.weight_hh, params.hidden_size,
                         Traits::kOwnUnitsAlone ? e.first_unit : 0));
-    const int last = params.steps - 1;
-    Tokens tokens{0, e.token(last), e.token(last - 1), e.token(last - 2)};
-    float state_after[kPairs] = {};  // of the only chunk
-    start(e, carried, tensors, tokens, state_after);
+    start(e, carried, tensors);
+    Places places = places_of(e, tensors);
+    keep(places.saved);
+    keep(places.dgates);
+    keep(places.h_previous);
+    const int last = params.steps - 1, back = e.direction ? 1 : -1;
+    // The tile's first token in a step, in the step after it, and one and two before it.
+    unsigned after = 0, token = unsigned(e.token(last)), before = unsigned(e.token(last - 1));
+    unsigned two_before = unsigned(e.token(last - 2));
+    int t = e.time(last);
     Inputs in;
-    load(in, e, carried, last, 0, tokens.now, tokens.before);
+    load(in, e, places, carried, 0, t, back, token, before);
+    float state_after[kPairs];  // of the only chunk
+    unroll<kPairs>([&](auto m) {
+      if constexpr (Traits::kOneChunk) {
+        load_if(is_active(t, in.length[m]), state_after[m],
+                value_at(ahead(places.saved, token, kSaved * params.hidden_size), m, kSaved,
+                         Cell::kSavedState));
+      }
+    });
+
+    start_rows(in, e, places, 0, t, back, token);
 
     // The n-th step from the end. The last GEMM, at n = steps, gives h0's gradient.
     Results results;
     for (int n = 0; n <= params.steps; ++n) {
-      const int i = last - n, chunks = e.chunks();
+      const int chunks = e.chunks();
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
         // Other CTAs wait for the commit before, not for these stores.
-        store(e, results);
+        store(places, results, Traits::kOneChunk ? in.length : results.length);
         bool active[kPairs];
-        float prepared[kPairs][Cell::kPrepared], dh[kPairs];
+        float prepared[kPairs][Cell::kPrepared], dstate[kPairs], dh[kPairs], h[kPairs];
         unroll<kPairs>([&](auto m) {
-          active[m] = is_active(carried, chunk, m, e.time(i));
           if constexpr (Traits::kOneChunk) in.saved[m][Cell::kSavedState] = state_after[m];
-          store_previous(e, carried, i + 1, chunk, m, tokens.after, in.saved[m]);
+          active[m] = is_active(t, in.length[m]);
+          h[m] = Cell::template output<Activations>(in.saved[m]);
           Cell::template prepare<Activations>(in.saved[m], in.state[m], prepared[m]);
           state_after[m] = in.state[m];
+          dstate[m] = carried.at(chunk, m, kDstate);
           dh[m] = carried.at(chunk, m, kDh);
-          dh[m] = active[m] ? dh[m] + value_of(in.dy[m]) : dh[m];
+          dh[m] = active[m] && places.dy ? dh[m] + value_of(in.dy[m]) : dh[m];
+          results.length[m] = in.length[m];
+          if constexpr (!Traits::kOneChunk) {
+            keep(dstate[m]);
+            keep(dh[m]);
+            unroll<Cell::kPrepared>([&](auto i) { keep(prepared[m][i]); });
+          }
         });
-        if (chunk + 1 < chunks) {
-          load(in, e, carried, i, chunk + 1, tokens.now, tokens.before);
-        } else {
-          load(in, e, carried, i - 1, 0, tokens.before, tokens.two_before);
-        }
+        results.t = t;
+        results.token = token + chunk * Traits::kChunkRows;
+        store_previous(places, in.length, h, t, t - back, after + chunk * Traits::kChunkRows);
+        const bool is_last = chunk + 1 == chunks;
+        const int next_chunk = is_last ? 0 : chunk + 1, next_t = is_last ? t + back : t;
+        const unsigned next_token = is_last ? before : token;
+        load(in, e, places, carried, next_chunk, next_t, back, next_token,
+             is_last ? two_before : before);
         add_products(e, gemm, n, chunk, dh);
         float dgates[kPairs][kPreacts], dhidden[kPairs][Cell::kGates];
         unroll<kPairs>([&](auto m) {
-          float& carried_dstate = carried.at(chunk, m, kDstate);
-          float dstate = carried_dstate;
-          Cell::backward(prepared[m], dh[m], dstate, dgates[m]);
-          carried_dstate = active[m] ? dstate : carried_dstate;
+          const float dstate_after = dstate[m];
+          Cell::backward(prepared[m], dh[m], dstate[m], dgates[m]);
+          carried.at(chunk, m, kDstate) = active[m] ? dstate[m] : dstate_after;
           carried.at(chunk, m, kDh) = active[m] ? 0 : dh[m];
           unroll<kPreacts>([&](auto k) { dgates[m][k] = active[m] ? dgates[m][k] : 0; });
           unroll<Cell::kGates>([&](auto g) {
@@ -139,14 +180,14 @@ struct PersistentBackwardKernel : Traits {
         });
         e.store(n, chunk, dhidden);
         e.commit(gemm, n, chunk);
-        results.token = tokens.now;
-        results.chunk = chunk;
-        unroll<kPairs>([&](auto m) {
-          results.is_active[m] = active[m];
-          round_all(results.dgates[m], dgates[m]);
-        });
+        unroll<kPairs>([&](auto m) { round_all(results.dgates[m], dgates[m]); });
+        start_rows(in, e, places, next_chunk, next_t, back, next_token);
       }
-      tokens = {tokens.now, tokens.before, tokens.two_before, e.token(i - 3)};
+      t += back;
+      after = token;
+      token = before;
+      before = two_before;
+      two_before = unsigned(e.token(last - n - 3));
     }
     finish(e, carried, tensors);
   }
@@ -156,10 +197,9 @@ struct PersistentBackwardKernel : Traits {
                                     int chunk, float (&dh)[kPairs]) const {
     float products[kPairs][1];
     if constexpr (Traits::kOneChunk) {
-      // No branch, so that instructions before the GEMM fill its waits. The first step's operands
-      // are zeros.
-      e.wait(n - 1, chunk);
-      e.multiply(gemm, n > 0 ? n - 1 : 1, chunk, products);
+      // No branch, so that the instructions before the GEMM fill its waits. The first step reads
+      // zeros. k = n + 1 has the same buffer as n - 1.
+      e.multiply(gemm, n + 1, chunk, products);
       unroll<kPairs>([&](auto m) { dh[m] += n > 0 ? products[m][0] : 0; });
     } else if (n > 0) {
       e.wait(n - 1, chunk);
@@ -168,47 +208,67 @@ struct PersistentBackwardKernel : Traits {
     }
   }
 
-  /// token, before: the tile's first in the i-th step and in the step before it.
-  FUSEDRNN_DEVICE void load(Inputs& in, const Exchange& e, Carried& carried, int i, int chunk,
-                            int64_t token, int64_t before) const {
-    const auto& tensors = params.direction[e.direction];
+  FUSEDRNN_DEVICE Places places_of(const Exchange& e, const Direction& tensors) const {
+    const Pair p = e.pair(0, 0);
+    const int64_t H = params.hidden_size, row = p.tile_row, unit = e.first_unit + p.unit;
+    return {tensors.saved + row * kSaved * H + unit,
+            tensors.dy ? tensors.dy + row * params.dy_stride + unit : nullptr,
+            tensors.dgates + row * kPreacts * H + unit, tensors.h_previous + row * H + unit};
+  }
+
+  /// token, before: the tile's first at time t and in the step before.
+  FUSEDRNN_DEVICE void load(Inputs& in, const Exchange&, const Places& places, Carried& carried,
+                            int chunk, int t, int back, unsigned token, unsigned before) const {
     const int H = params.hidden_size, dy_stride = int(params.dy_stride);
-    const float* const saved = tensors.saved + token * (kSaved * H) + e.first_unit;
-    const float* const saved_before =
-        tensors.saved + before * (kSaved * H) + Cell::kSavedState * H + e.first_unit;
-    const OutputGradient* const dy = tensors.dy + token * params.dy_stride + e.first_unit;
+    const int row = chunk * Traits::kChunkRows;
+    const float* const saved = ahead(places.saved, token + row, kSaved * H);
+    const float* const saved_before = ahead(places.saved, before + row, kSaved * H);
+    const OutputGradient* const dy = ahead(places.dy, token + row, dy_stride);
     unroll<kPairs>([&](auto n) {
-      const Pair p = e.pair(chunk, n);
-      const bool active = is_active(carried, chunk, n, e.time(i));
-      const bool active_before = is_active(carried, chunk, n, e.time(i - 1));
-      const int at = p.tile_row * (kSaved * H) + p.unit;
+      in.length[n] = scalar::bit_cast<unsigned>(carried.at(chunk, n, kLength));
+      const bool active = is_active(t, in.length[n]);
       unroll<kSaved>([&](auto a) {
         if constexpr (a == Cell::kSavedState && Traits::kOneChunk) return;
-        load_if(active, in.saved[n][a], saved + a * H + at);
+        load_if(active, in.saved[n][a], value_at(saved, n, kSaved, a));
       });
-      load_if(active_before, in.state[n], saved_before + at);
-      if (active && !active_before) in.state[n] = initial_state(e, tensors, p);
-      load_if(active && tensors.dy, in.dy[n], dy + (p.tile_row * dy_stride + p.unit));
+      load_if(is_active(t + back, in.length[n]), in.state[n],
+              value_at(saved_before, n, kSaved, Cell::kSavedState));
+      load_if(active && places.dy, in.dy[n],
+              ahead(dy, Traits::pair_row(n), dy_stride) + Traits::pair_unit(n));
     });
   }
 
-  /// The state before a row's first step.
-  FUSEDRNN_DEVICE float initial_state(const Exchange& e, const Direction& tensors,
-                                      const Pair& p) const {
-    const int64_t row = e.first_row + p.tile_row, unit = e.first_unit + p.unit;
-    return value_of(!Cell::kHasCellState
-                        ? value_or_zero(tensors.h0, row * params.h0_stride + unit)
-                        : value_or_zero(tensors.c0, row * params.c0_stride + unit));
+  /// For rows whose first step is at time t: `in` gets the initial state, and h0 is stored as their
+  /// previous h.
+  FUSEDRNN_DEVICE void start_rows(Inputs& in, const Exchange& e, const Places& places, int chunk,
+                                  int t, int back, unsigned token) const {
+    const auto starts = [&](int n) {
+      return is_active(t, in.length[n]) && !is_active(t + back, in.length[n]);
+    };
+    bool any = false;
+    unroll<kPairs>([&](auto n) { any |= starts(n); });
+    if (!any) return;
+    const auto& tensors = params.direction[e.direction];
+    unroll<kPairs>([&](auto n) {
+      if (!starts(n)) return;
+      const Pair p = e.pair(chunk, n);
+      const int64_t row = e.first_row + p.tile_row, unit = e.first_unit + p.unit;
+      const float h0 = value_of(value_or_zero(tensors.h0, row * params.h0_stride + unit));
+      in.state[n] = h0;
+      if constexpr (Cell::kHasCellState) {
+        in.state[n] = value_of(value_or_zero(tensors.c0, row * params.c0_stride + unit));
+      }
+      round_to(tensors.h_previous[(int64_t(token) + p.tile_row) * params.hidden_size + unit], h0);
+    });
   }
 
-  /// Reads the final states' gradients, and the state after the last step of the only chunk.
-  FUSEDRNN_DEVICE void start(const Exchange& e, Carried& carried, const Direction& tensors,
-                             const Tokens& tokens, float (&state_after)[kPairs]) const {
-    const int H = params.hidden_size, last = params.steps - 1;
+  /// Reads the final states' gradients.
+  FUSEDRNN_DEVICE void start(const Exchange& e, Carried& carried, const Direction& tensors) const {
     for (int chunk = 0; chunk < e.chunks(); ++chunk) {
       unroll<kPairs>([&](auto n) {
         const Pair p = e.pair(chunk, n);
-        const int64_t at = (e.first_row + p.tile_row) * int64_t(H) + e.first_unit + p.unit;
+        const int64_t row = e.first_row + p.tile_row;
+        const int64_t at = row * params.hidden_size + e.first_unit + p.unit;
         float dstate = 0, dh = 0;
         if (e.exists(p)) {
           dstate = value_of(value_or_zero(tensors.dc_n, at));
@@ -217,61 +277,47 @@ struct PersistentBackwardKernel : Traits {
         carried.at(chunk, n, kDstate) = dstate;
         carried.at(chunk, n, kDh) = dh;
         carried.at(chunk, n, kLength) = scalar::bit_cast<float>(e.length(p));
-        if constexpr (Traits::kOneChunk) {
-          const int64_t token = tokens.now + p.tile_row;
-          const int64_t unit = e.first_unit + p.unit;
-          load_if(is_active(carried, chunk, n, e.time(last)), state_after[n],
-                  tensors.saved + (token * kSaved + Cell::kSavedState) * H + unit);
-        }
       });
     }
   }
 
   FUSEDRNN_DEVICE void finish(const Exchange& e, Carried& carried, const Direction& tensors) const {
     for (int chunk = 0; chunk < e.chunks(); ++chunk) {
-      unroll<kPairs>([&](auto i) {
-        const Pair p = e.pair(chunk, i);
+      unroll<kPairs>([&](auto n) {
+        const Pair p = e.pair(chunk, n);
         if (!e.exists(p)) return;
-        const int64_t at = (e.first_row + p.tile_row) * int64_t(params.hidden_size) + e.first_unit +
-                           p.unit;
-        const float dstate = carried.at(chunk, i, kDstate), dh = carried.at(chunk, i, kDh);
+        const int64_t row = e.first_row + p.tile_row;
+        const int64_t at = row * params.hidden_size + e.first_unit + p.unit;
+        const float dstate = carried.at(chunk, n, kDstate), dh = carried.at(chunk, n, kDh);
         round_to(tensors.dh0[at], !Cell::kHasCellState ? dh + dstate : dh);
         if (tensors.dc0) round_to(tensors.dc0[at], dstate);
       });
     }
   }
 
-  FUSEDRNN_DEVICE void store(const Exchange& e, const Results& results) const {
+  FUSEDRNN_DEVICE void store(const Places& places, const Results& results,
+                             const unsigned (&length)[kPairs]) const {
     const int H = params.hidden_size;
-    Element* const to = params.direction[e.direction].dgates + results.token * (kPreacts * H) +
-                        e.first_unit;
+    Element* const to = ahead(places.dgates, results.token, kPreacts * H);
     unroll<kPairs>([&](auto n) {
-      const Pair p = e.pair(results.chunk, n);
-      const int at = p.tile_row * (kPreacts * H) + p.unit;
-      unroll<kPreacts>([&](auto k) {
-        store_if(results.is_active[n], to + k * H + at, results.dgates[n][k]);
-      });
+      const bool active = is_active(results.t, length[n]);
+      unroll<kPreacts>(
+          [&](auto k) { store_if(active, value_at(to, n, kPreacts, k), results.dgates[n][k]); });
     });
   }
 
-  /// Stores the i-th step's previous h, the output of the step before it: the operand of
-  /// weight_hh's gradient. `saved`: of the step before.
-  FUSEDRNN_DEVICE void store_previous(const Exchange& e, Carried& carried, int i, int chunk, int n,
-                                      int64_t token, const float (&saved)[kSaved]) const {
-    const auto& tensors = params.direction[e.direction];
-    const Pair p = e.pair(chunk, n);
-    const int H = params.hidden_size;
-    const bool active = is_active(carried, chunk, n, e.time(i));
-    const bool active_before = is_active(carried, chunk, n, e.time(i - 1));
-    float h = Cell::template output<Activations>(saved);
-    if (active && !active_before) {
-      h = value_of(value_or_zero(
-          tensors.h0, (e.first_row + p.tile_row) * params.h0_stride + e.first_unit + p.unit));
-    }
-    Element rounded;
-    round_to(rounded, h);
-    store_if(active, tensors.h_previous + token * H + e.first_unit + (p.tile_row * H + p.unit),
-             rounded);
+  /// Stores the output at time t as the previous h of the step after it, the operand of weight_hh's
+  /// gradient. token: the chunk's first in the step after.
+  FUSEDRNN_DEVICE void store_previous(const Places& places, const unsigned (&length)[kPairs],
+                                      const float (&h)[kPairs], int t, int t_after,
+                                      unsigned token) const {
+    Element* const to = ahead(places.h_previous, token, params.hidden_size);
+    unroll<kPairs>([&](auto n) {
+      Element rounded;
+      round_to(rounded, h[n]);
+      store_if(is_active(t, length[n]) && is_active(t_after, length[n]), value_at(to, n, 1, 0),
+               rounded);
+    });
   }
 };
 

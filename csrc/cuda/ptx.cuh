@@ -246,22 +246,33 @@ struct Remote {
 /// The same store of 8 bytes where `to` and `barrier` are of the receiver.
 FUSEDRNN_DEVICE void st_async(float a, float b, Remote<float> to,
                               Remote<TransactionBarrier> barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
-      :
-      : "r"(to.address), "f"(a), "f"(b), "r"(barrier.address)
-      : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+               :
+               : "r"(to.address), "f"(a), "f"(b), "r"(barrier.address)
+               : "memory");
 }
 
-/// Loads into `to` if the condition holds, without a branch. *p must not change while the kernel
-/// runs.
+/// Has x computed here and once: not behind a wait that follows, and not again in each step.
+FUSEDRNN_DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
+FUSEDRNN_DEVICE void keep(float& x) { asm volatile("" : "+f"(x)); }
+template <class T>
+FUSEDRNN_DEVICE void keep(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+template <class T>
+FUSEDRNN_DEVICE void keep(Remote<T>& x) {
+  asm volatile("" : "+r"(x.address));
+}
+
+/// Loads `to` if the condition holds, without a branch; else `to` is undefined. *p must not change
+/// while the kernel runs.
 FUSEDRNN_DEVICE void load_if(bool condition, float& to, const float* p) {
   asm("{\n\t"
       ".reg .pred c;\n\t"
       "setp.ne.u32 c, %2, 0;\n\t"
       "@c ld.global.nc.f32 %0, [%1];\n\t"
       "}"
-      : "+f"(to)
+      : "=f"(to)
       : "l"(p), "r"(uint32_t(condition)));
 }
 template <class Half>
@@ -272,7 +283,7 @@ FUSEDRNN_DEVICE std::enable_if_t<sizeof(Half) == 2> load_if(bool condition, Half
       "setp.ne.u32 c, %2, 0;\n\t"
       "@c ld.global.nc.u16 %0, [%1];\n\t"
       "}"
-      : "+h"(to.bits)
+      : "=h"(to.bits)
       : "l"(p), "r"(uint32_t(condition)));
 }
 /// Stores if the condition holds, without a branch, for readers after the kernel.

@@ -210,10 +210,22 @@ inline void st_async(float a, float b, Remote<float> to, Remote<TransactionBarri
                      int line = __builtin_LINE()) {
   st_async(a, b, to.place, barrier.place, to.cta, line);
 }
+template <class T>
+void keep(T&) {}
 
+/// What a load that does not take place leaves: NaN, so that a use is seen.
+inline void spoil(float& x) { x = std::nanf(""); }
+template <class Half>
+void spoil(Half& x) {
+  x.bits = 0x7fff;
+}
 template <class T>
 void load_if(bool condition, T& to, const T* p) {
-  if (condition) to = *p;
+  if (condition) {
+    to = *p;
+  } else {
+    spoil(to);
+  }
 }
 template <class T>
 void store_if(bool condition, T* p, T value) {
