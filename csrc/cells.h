@@ -7,6 +7,10 @@
 // may have changed the output in place. `state` is c for a cell with a cell state, else h. Act has
 // sigmoid and tanh.
 //
+// A backward step has two parts. prepare() computes kPrepared values from what the forward pass
+// saved. backward() needs the output's gradient too. A kernel that waits for this gradient calls
+// prepare() before the wait.
+//
 // To add a cell: a struct here, its name in Cells, its step in _cells.py. docs/new_cell.md.
 #pragma once
 
@@ -18,7 +22,7 @@ namespace fusedrnn::FUSEDRNN_TARGET {
 /// Gates i f g o; saved: i f g o c.
 struct Lstm {
   static constexpr char kName[] = "lstm";
-  static constexpr int kGates = 4, kPreacts = 4, kSaved = 5;
+  static constexpr int kGates = 4, kPreacts = 4, kSaved = 5, kPrepared = 6;
   static constexpr int input_preact[kGates] = {0, 1, 2, 3};
   static constexpr int hidden_preact[kGates] = {0, 1, 2, 3};
   static constexpr bool kHasCellState = true, kHasProjection = true;
@@ -40,19 +44,31 @@ struct Lstm {
     return saved[3] * Act::tanh(saved[4]);
   }
 
-  /// dh: this step's output gradient. dc: c's gradient, this step's on entry, the previous step's
-  /// on return.
+  /// Derivatives of the gates' pre-activations: the first three to dc, the fourth to dh. Then f,
+  /// and dc's derivative to dh.
   template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE void backward(const V* saved, V c_previous, V dh, V& dc, V* dgates) {
+  static FUSEDRNN_INLINE void prepare(const V* saved, V c_previous, V* prepared) {
     using Scalar = typename Value<V>::scalar;
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = Act::tanh(saved[4]);
-    dc += dh * o * (Scalar(1) - tanh_c * tanh_c);
-    dgates[0] = dc * g * i * (Scalar(1) - i);
-    dgates[1] = dc * c_previous * f * (Scalar(1) - f);
-    dgates[2] = dc * i * (Scalar(1) - g * g);
-    dgates[3] = dh * tanh_c * o * (Scalar(1) - o);
-    dc *= f;
+    prepared[0] = g * i * (Scalar(1) - i);
+    prepared[1] = c_previous * f * (Scalar(1) - f);
+    prepared[2] = i * (Scalar(1) - g * g);
+    prepared[3] = tanh_c * o * (Scalar(1) - o);
+    prepared[4] = f;
+    prepared[5] = o * (Scalar(1) - tanh_c * tanh_c);
+  }
+
+  /// dh: this step's output gradient. dc: c's gradient, this step's on entry, the previous step's
+  /// on return.
+  template <class V>
+  static FUSEDRNN_INLINE void backward(const V* prepared, V dh, V& dc, V* dgates) {
+    dc += dh * prepared[5];
+    dgates[0] = dc * prepared[0];
+    dgates[1] = dc * prepared[1];
+    dgates[2] = dc * prepared[2];
+    dgates[3] = dh * prepared[3];
+    dc *= prepared[4];
   }
 };
 
@@ -60,7 +76,7 @@ struct Lstm {
 /// n = tanh(x_n + r * h_n). Gates r z n; pre-activations r, z, x_n, h_n; saved: r z n h_n h.
 struct Gru {
   static constexpr char kName[] = "gru";
-  static constexpr int kGates = 3, kPreacts = 4, kSaved = 5;
+  static constexpr int kGates = 3, kPreacts = 4, kSaved = 5, kPrepared = 5;
   static constexpr int input_preact[kGates] = {0, 1, 2};
   static constexpr int hidden_preact[kGates] = {0, 1, 3};
   static constexpr bool kHasCellState = false, kHasProjection = false;
@@ -83,20 +99,29 @@ struct Gru {
     return saved[4];
   }
 
-  /// dh: this step's output gradient. dh_direct: the part that bypasses the gates, from h to h;
-  /// this step's on entry, the previous step's on return.
+  /// The derivatives of x_n and z to dh, of r to x_n. Then r and z.
   template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE void backward(const V* saved, V h_previous, V dh, V& dh_direct,
-                                       V* dgates) {
+  static FUSEDRNN_INLINE void prepare(const V* saved, V h_previous, V* prepared) {
     using Scalar = typename Value<V>::scalar;
     const V r = saved[0], z = saved[1], n = saved[2], h_n = saved[3];
+    prepared[0] = (Scalar(1) - z) * (Scalar(1) - n * n);
+    prepared[1] = (h_previous - n) * z * (Scalar(1) - z);
+    prepared[2] = h_n * r * (Scalar(1) - r);
+    prepared[3] = r;
+    prepared[4] = z;
+  }
+
+  /// dh: this step's output gradient. dh_direct: the part that bypasses the gates, from h to h;
+  /// this step's on entry, the previous step's on return.
+  template <class V>
+  static FUSEDRNN_INLINE void backward(const V* prepared, V dh, V& dh_direct, V* dgates) {
     dh += dh_direct;
-    const V dn = dh * (Scalar(1) - z) * (Scalar(1) - n * n);
-    dgates[0] = dn * h_n * r * (Scalar(1) - r);
-    dgates[1] = dh * (h_previous - n) * z * (Scalar(1) - z);
+    const V dn = dh * prepared[0];
+    dgates[0] = dn * prepared[2];
+    dgates[1] = dh * prepared[1];
     dgates[2] = dn;
-    dgates[3] = dn * r;
-    dh_direct = dh * z;
+    dgates[3] = dn * prepared[3];
+    dh_direct = dh * prepared[4];
   }
 };
 
@@ -104,7 +129,7 @@ struct Gru {
 /// Nonlinearity: f, and its derivative as a function of h.
 template <class Nonlinearity>
 struct Rnn {
-  static constexpr int kGates = 1, kPreacts = 1, kSaved = 1;
+  static constexpr int kGates = 1, kPreacts = 1, kSaved = 1, kPrepared = 1;
   static constexpr int input_preact[kGates] = {0};
   static constexpr int hidden_preact[kGates] = {0};
   static constexpr bool kHasCellState = false, kHasProjection = false;
@@ -121,10 +146,15 @@ struct Rnn {
     return saved[0];
   }
 
-  /// dh: this step's output gradient. No part bypasses the gate.
   template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE void backward(const V* saved, V, V dh, V&, V* dgates) {
-    dgates[0] = Nonlinearity::gradient(saved[0], dh);
+  static FUSEDRNN_INLINE void prepare(const V* saved, V, V* prepared) {
+    prepared[0] = Nonlinearity::prepare(saved[0]);
+  }
+
+  /// dh: this step's output gradient. No part bypasses the gate.
+  template <class V>
+  static FUSEDRNN_INLINE void backward(const V* prepared, V dh, V&, V* dgates) {
+    dgates[0] = Nonlinearity::gradient(prepared[0], dh);
   }
 };
 
@@ -135,8 +165,12 @@ struct Tanh {
     return Act::saturating_tanh(x);
   }
   template <class V>
-  static FUSEDRNN_INLINE V gradient(V h, V dh) {
-    return dh * (typename Value<V>::scalar(1) - h * h);
+  static FUSEDRNN_INLINE V prepare(V h) {
+    return typename Value<V>::scalar(1) - h * h;
+  }
+  template <class V>
+  static FUSEDRNN_INLINE V gradient(V derivative, V dh) {
+    return dh * derivative;
   }
 };
 /// NaN stays NaN, and its gradient passes, as in torch.relu.
@@ -146,6 +180,11 @@ struct Relu {
   static FUSEDRNN_INLINE V value(V x) {
     return x < V{} ? V{} : x;
   }
+  template <class V>
+  static FUSEDRNN_INLINE V prepare(V h) {
+    return h;
+  }
+  /// A select: where h is 0, a gradient that is infinite or NaN becomes 0 too.
   template <class V>
   static FUSEDRNN_INLINE V gradient(V h, V dh) {
     return h <= V{} ? V{} : dh;
@@ -157,6 +196,14 @@ struct RnnTanh : Rnn<Tanh> {
 struct RnnRelu : Rnn<Relu> {
   static constexpr char kName[] = "rnn_relu";
 };
+
+/// A backward step in one call: `dstate` as in the cell's backward().
+template <class Cell, class Act = ExactActivations, class V>
+FUSEDRNN_INLINE void cell_backward(const V* saved, V state_previous, V dh, V& dstate, V* dgates) {
+  V prepared[Cell::kPrepared];
+  Cell::template prepare<Act>(saved, state_previous, prepared);
+  Cell::backward(prepared, dh, dstate, dgates);
+}
 
 /// A list of cells. Code that tells cells apart at run time uses their indices in it.
 template <class... Cell>

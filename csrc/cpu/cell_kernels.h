@@ -337,7 +337,7 @@ FUSEDRNN_INLINE void backward_units(const Backward<Accum>& s, const BackwardStat
       if (!s.projection_panels) store(s.h_previous + compact * P + u, h, n);
       load_saved(saved, saved_row);
       Vec<Accum> d = load(m.dstate + j * m.state_size + u);
-      Cell::backward(saved, state, load(dout + j * dout_size + u), d, dgate);
+      cell_backward<Cell>(saved, state, load(dout + j * dout_size + u), d, dgate);
       store(m.dstate + j * m.state_size + u, d);
       unroll<S>([&](auto c) FUSEDRNN_LAMBDA { store(dgates + c * H + u, dgate[c], n); });
       if (s.projection_panels) store(s.h_raw + compact * H + u, Cell::output(saved), n);

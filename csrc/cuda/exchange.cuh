@@ -116,6 +116,11 @@ class TokenPlace {
   unsigned bytes_;  ///< a token
 };
 
+/// The gate and the unit in the CTA, or in the layer, that an operand in K belongs to.
+struct KPlace {
+  int gate, unit;
+};
+
 /// A batch row and a hidden unit that one thread works on.
 struct Pair {
   int chunk_row, tile_row;  ///< the row's index in its chunk and in the tile
@@ -228,11 +233,30 @@ struct FragmentTraits {
   static constexpr int kFragmentPairs = kBlocks * 2 * kRowTiles;
   static constexpr int kPairs = kFewRows || kFragmentPairs < kSplits ? 1 : kFragmentPairs / kSplits;
   static constexpr int kThreadUnits = kPairs == 1 ? 1 : kBlocks;  ///< that a thread works on
+  /// Whether a lane's operands in a row are neighbours in K: all units' gate gradients.
+  static constexpr bool kOperandsAreNeighbours = Gemm::kLoadScratchBytes > 0;
   static_assert(Gemm::kRowGroups == kBlocks * kResults);
   static_assert(kFewRows ? kChunkRows * kBlocks == 4 && kSplits == 1 : kChunkRows % 8 == 0);
   static_assert(kSplits == 1 || (kBlocks == 1 && kPairs == 1));
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
+
+  /// Rows and units from a thread's first pair to its i-th.
+  static FUSEDRNN_INLINE constexpr int pair_row(int i) { return i / 2 / kBlocks * 8 + i % 2; }
+  static FUSEDRNN_INLINE constexpr int pair_unit(int i) { return i / 2 % kBlocks * 8; }
+
+  /// The part of K that belongs to a lane's units, and its inverse. Lanes change places so that
+  /// their stores of 16 bytes use all banks.
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr int k_of(int group, int r) {
+    return (group * 8 + r % 2 * 4 + r / 2) * kBlocks * kParts;
+  }
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr KPlace place_of(int k) {
+    static_assert(kOperandsAreNeighbours && kK == kUnits * kParts && kSplits == 1);
+    const int lane = k / (kBlocks * kParts), r = lane % 4 * 2 + lane % 8 / 4;
+    return {k % kParts, (lane / 8 * kBlocks + k / kParts % kBlocks) * 8 + r};
+  }
 
   /// A pair's results on their way to the warp that owns the pair.
   struct alignas(kResults == 1 ? 4 : kResults == 2 ? 8 : 16) Traded {
@@ -243,8 +267,10 @@ struct FragmentTraits {
 
   struct WorkStorage : SharedLayout {
     FUSEDRNN_INLINE explicit WorkStorage(int tile_rows)
-        : traded(add<Traded>(2 * kTraded)),
+        : load_scratch(add<unsigned char>(kThreads / kWarp * Gemm::kLoadScratchBytes)),
+          traded(add<Traded>(2 * kTraded)),
           carried(add<float>(Carried::floats(tile_rows / kChunkRows))) {}
+    int load_scratch;
     int traded;  ///< [2, kGroups, kSplits (to), kSplits (from), kWarp]
     int carried;
   };
@@ -259,7 +285,10 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
     : public Tile<Traits> {
  public:
   FUSEDRNN_DEVICE Work(const PersistentParams& params, unsigned char* memory, const WorkStorage& at)
-      : Tile<Traits>(params), memory_(memory), carried_(at.carried) {
+      : Tile<Traits>(params),
+        memory_(memory),
+        load_scratch_(at.load_scratch),
+        carried_(at.carried) {
     const int lane = threadIdx.x % kWarp;
     // The rows of B change places so that the first of a lane's pairs is its own.
     const int first = kSplits == 1 ? 0 : split() / 2 % kRowTiles * 8 + split() % 2;
@@ -293,23 +322,47 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
     p.is_owned = v < kFragmentPairs;
     return p;
   }
-  /// The i-th pair's row and unit relative to the first's, and which of the thread's units it is.
-  static constexpr int row_offset(int i) { return i / 2 / kBlocks * 8 + i % 2; }
-  static constexpr int unit_offset(int i) { return unit_of_pair(i) * 8; }
-  static constexpr int unit_of_pair(int i) { return i / 2 % kBlocks; }
 
-  /// weight.row(unit, result): a row of A.
+  /// weight.row(unit, result): a row of A. weight.column(k): a column.
   template <class Weight>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
-    const int first = this->first_unit + group() * kBlocks * 8 + threadIdx.x % kWarp / 4;
-    gemm.load(
-        [&](auto row_group) {
-          return weight.row(first + row_group / kResults * 8, row_group % kResults);
-        },
-        split() * Gemm::kK);
+    const int first = this->first_unit + group() * kBlocks * 8;
+    if constexpr (kOperandsAreNeighbours) {
+      gemm.load([&](int k) { return weight.column(k); }, first, split() * Gemm::kK,
+                memory_ + load_scratch_ + threadIdx.x / kWarp * Gemm::kLoadScratchBytes);
+    } else {
+      const int own = first + threadIdx.x % kWarp / 4;
+      gemm.load(
+          [&](auto row_group) {
+            return weight.row(own + row_group / kResults * 8, row_group % kResults);
+          },
+          split() * Gemm::kK);
+    }
   }
 
  protected:
+  /// Where a thread's first operand lies from the beginning of a chunk's.
+  static FUSEDRNN_DEVICE int first_offset(int stride) {
+    constexpr int parts = kK / kUnits;
+    return operand_offset<Operand>(threadIdx.x % 4 * 2,
+                                   k_of<parts>(group(), threadIdx.x % kWarp / 4), stride);
+  }
+  /// Stores a chunk's operands, whose rows begin at `rows`. first: first_offset().
+  template <int kParts>
+  FUSEDRNN_DEVICE void store_rows(const float (&values)[kPairs][kParts], Operand* rows, int stride,
+                                  int first) const {
+    static_assert(kPairs == 2 * kBlocks);
+    const int chunk_row = pair(0, 0).chunk_row;
+    const int k = k_of<kParts>(group(), threadIdx.x % kWarp / 4);
+    unroll<2>([&](auto row) {
+      float of_row[kBlocks * kParts];
+      unroll<kBlocks * kParts>(
+          [&](auto i) { of_row[i] = values[i / kParts * 2 + row][i % kParts]; });
+      // Two neighbours from an even row on place their parts alike.
+      store_neighbours(of_row, rows + row * stride, chunk_row, k, stride, first);
+    });
+  }
+
   static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }
   static FUSEDRNN_DEVICE int group() { return threadIdx.x / kWarp / kSplits; }
 
@@ -362,7 +415,7 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   }
 
   unsigned char* memory_;
-  int carried_;
+  int load_scratch_, carried_;
   int b_offset_[kRowTiles];  ///< the lane's operands, from a chunk's first
   int given_[kSplits], taken_, buffer_ = 0;
 };
@@ -387,9 +440,20 @@ struct PartialSumTraits {
   static constexpr int kK = kSplits * Gemm::kK;
   static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< per thread and chunk
   static constexpr int kThreadUnits = 1;
+  static constexpr bool kOperandsAreNeighbours = false;
   static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
+
+  /// Rows and units from a thread's first pair to its i-th.
+  static FUSEDRNN_INLINE constexpr int pair_row(int i) { return i * kThreads / kUnits; }
+  static FUSEDRNN_INLINE constexpr int pair_unit(int) { return 0; }
+
+  /// Where store_operands stores.
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr KPlace place_of(int k) {
+    return {k / (kK / kParts), k % (kK / kParts)};
+  }
 
   /// Strides of the partial sums [kSplits, kChunkRows, kBlocks, kBlockRows]. They spread a warp's
   /// stores, and its loads from two blocks, over all banks.
@@ -438,10 +502,6 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
     p.is_owned = true;
     return p;
   }
-  /// As in FragmentTraits.
-  static constexpr int row_offset(int i) { return i * kThreads / kUnits; }
-  static constexpr int unit_offset(int) { return 0; }
-  static constexpr int unit_of_pair(int) { return 0; }
 
   /// weight.row(unit, result): a row of A.
   template <class Weight>

@@ -24,17 +24,23 @@ class ChunkBarriers {
     }
     sync_cluster();
   }
-  FUSEDRNN_DEVICE TransactionBarrier* at(int k, int chunk) const {
-    return barriers_ + k % 2 * chunks_ + chunk;
+  FUSEDRNN_DEVICE int index(int k, int chunk) const {
+    return int(unsigned(k) % 2) * chunks_ + chunk;
   }
-  /// The barrier's bytes from the first one.
-  FUSEDRNN_DEVICE int offset(int k, int chunk) const {
-    return int(sizeof(TransactionBarrier)) * (k % 2 * chunks_ + chunk);
+  FUSEDRNN_DEVICE TransactionBarrier* at(int k, int chunk) const {
+    return barriers_ + index(k, chunk);
   }
   /// Blocks until all bytes of step k have arrived. This barrier next counts step k + 2, which a
   /// CTA sends only after receiving our step k + 1, so phases cannot overlap.
   FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes, const Waiter& waiter) const {
-    at(k, chunk)->wait(k / 2 % 2, waiter);
+    wait(k, chunk, waiter);
+    expect_next(k, chunk, bytes);
+  }
+  FUSEDRNN_DEVICE void wait(int k, int chunk, const Waiter& waiter) const {
+    at(k, chunk)->wait(unsigned(k) / 2 % 2, waiter);
+  }
+  /// Announces the bytes of step k + 2, some time after the wait for step k.
+  FUSEDRNN_DEVICE void expect_next(int k, int chunk, uint32_t bytes) const {
     if (threadIdx.x == 0 && k + 2 < steps_) at(k, chunk)->arrive_and_expect_tx(bytes);
   }
 
@@ -101,8 +107,8 @@ class ClusterAllGather : public Traits::template Work<Traits> {
       bits = scalar::bit_cast<uint32_t>(own);
     }
     const int ctas = row_ < this->rows_of(chunk) ? ctas_ : 0;
-    const int bytes = int(sizeof(Operand)) * (k % 2 * buffer_stride_ + chunk * kChunkStride);
-    const int barrier = barriers_.offset(k, chunk);
+    const int offset = k % 2 * buffer_stride_ + chunk * kChunkStride;
+    const int barrier = barriers_.index(k, chunk);
     unroll<kParts>([&](auto part) {
       Words words;
       unroll<4>([&](auto i) {
@@ -110,7 +116,7 @@ class ClusterAllGather : public Traits::template Work<Traits> {
       });
       unroll<2>([&](auto i) {
         if (i < ctas) {
-          st_async(words, to_[part][i] + bytes, barrier_of_[i] + barrier);
+          st_async(words, to_[part][i] + offset, barrier_of_[i] + barrier);
         }
       });
     });
@@ -146,10 +152,10 @@ class ClusterAllGather : public Traits::template Work<Traits> {
     lane_of_row_ = kept(int(threadIdx.x % 4));
     unroll<2>([&](auto i) {
       const unsigned cta = first + 8 * i;
-      barrier_of_[i] = remote(barriers, cta);
+      barrier_of_[i] = Remote(barriers, cta);
       unroll<kParts>([&](auto part) {
         const int unit = this->first_unit + p.unit / 8 * 8 + part * kPerWords<Operand>;
-        to_[part][i] = remote(
+        to_[part][i] = Remote(
             operands_ + operand_offset<Operand>(p.chunk_row, unit, Traits::kOperandStride), cta);
       });
     });
@@ -164,11 +170,21 @@ class ClusterAllGather : public Traits::template Work<Traits> {
   int buffer_stride_;
   ChunkBarriers barriers_;
   /// The lane's parts of its row and the barriers, in the memory of its CTAs, two at most.
-  RemoteAddress to_[kParts][2], barrier_of_[2];
+  Remote<Operand> to_[kParts][2];
+  Remote<TransactionBarrier> barrier_of_[2];
   int row_, ctas_, lane_of_row_;
 };
 
 // ---- reduce-scatter of partial dh ---------------------------------------------------------------
+
+/// sum[0] += sum[1] + ... + sum[count - 1], neighbours first; count is a power of two.
+template <int count, int n>
+FUSEDRNN_DEVICE void sum_in_tree(float (&sum)[n]) {
+  if constexpr (count > 1) {
+    unroll<count / 2>([&](auto i) { sum[i] = sum[2 * i] + sum[2 * i + 1]; });
+    sum_in_tree<count / 2>(sum);
+  }
+}
 
 template <class Traits>
 class ClusterReduceScatter;
@@ -188,25 +204,42 @@ struct ClusterReduceScatterTraits : UsesClusters {
   static constexpr bool kOneChunk = false;
   static constexpr bool kOwnUnitsAlone = true;  ///< K is the CTA's own units' gates
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
-  static_assert(kChunkRows * kUnits == kThreads * kPairs);
+  static_assert(kChunkRows == 8 && kChunkRows * kUnits == kThreads * kPairs);
   static constexpr int kK = Gemm::kK;
   static constexpr int kTileUnits = 16;                         ///< per mma tile
   static constexpr int kWarpUnits = kTileUnits * Gemm::kTiles;  ///< rows of a warp's A
   static constexpr int kOperandStride = operand_stride<Element>(kK);
   static constexpr int kMaxCtas = kWarpUnits * (kThreads / kWarp) / kUnits;
   static constexpr int kPartials = kUnits * kChunkRows;  ///< from one CTA, for a chunk
+  static constexpr int kChunkPartials = kMaxCtas * kPartials;
+  static constexpr int kLoadScratch = kThreads / kWarp * Gemm::kLoadScratchBytes;
+
+  /// Rows and units from a thread's first pair to its i-th.
+  static FUSEDRNN_INLINE constexpr int pair_row(int) { return 0; }
+  static FUSEDRNN_INLINE constexpr int pair_unit(int) { return 0; }
+
+  /// A unit's gates are neighbours in K.
+  template <int kParts>
+  static FUSEDRNN_INLINE constexpr KPlace place_of(int k) {
+    static_assert(kParts * kUnits == kK);
+    return {k % kParts, k / kParts};
+  }
 
   struct Storage : SharedLayout {
-    FUSEDRNN_INLINE Storage(int tile_rows, int ctas)
-        : load_scratch(add<unsigned char>(kThreads / kWarp * Gemm::kLoadScratchBytes)),
-          carried(add<float>(Carried::floats(tile_rows / kChunkRows))),
+    FUSEDRNN_INLINE Storage(int tile_rows, int)
+        : carried(add<float>(Carried::floats(tile_rows / kChunkRows))),
           operands(add<Element>(2 * tile_rows * kOperandStride)),
-          partials(add<float>(2 * (tile_rows / kChunkRows) * ctas * kPartials)),
-          barriers(add<TransactionBarrier>(2 * (tile_rows / kChunkRows))) {}
-    int load_scratch, carried;
-    int operands;  ///< [2, tile_rows, kOperandStride]
-    int partials;  ///< [2, chunks, CTAs, kPartials]
+          barriers(add<TransactionBarrier>(2 * (tile_rows / kChunkRows))),
+          partials(add<unsigned char>(partial_bytes(tile_rows / kChunkRows))) {}
+    /// While weights are loaded, their scratch memory lies where the partial dh will be.
+    static FUSEDRNN_INLINE int partial_bytes(int chunks) {
+      const int bytes = 2 * chunks * kChunkPartials * int(sizeof(float));
+      return bytes > kLoadScratch ? bytes : kLoadScratch;
+    }
+    int carried;
+    int operands;  ///< [2, chunks, kChunkRows, kOperandStride]
     int barriers;  ///< [2, chunks]
+    int partials;  ///< [2, chunks, kMaxCtas, kPartials], zeros from CTAs that do not exist
   };
 };
 
@@ -221,12 +254,20 @@ class ClusterReduceScatter : public Tile<Traits> {
       : ClusterReduceScatter(
             params, memory, typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
 
-  /// weight.row(unit, 0): a row of A.
+  /// weight.column(k): a column of A. Afterwards the cluster's CTAs may send.
   template <class Weight>
-  FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
+  FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) {
     const int warp = threadIdx.x / kWarp;
-    gemm.load([&](int row) { return weight.row(warp * Traits::kWarpUnits + row, 0); }, 0,
-              load_scratch_ + warp * Gemm::kLoadScratchBytes);
+    gemm.load([&](int k) { return weight.column(k); }, warp * Traits::kWarpUnits, 0,
+              reinterpret_cast<unsigned char*>(partials_) + warp * Gemm::kLoadScratchBytes);
+    sync_cta();  // the partial dh take the place of the scratch memory
+    for (int buffer = 0; buffer < 2 * this->chunks(); ++buffer) {
+      for (int cta = gridDim.x; cta < Traits::kMaxCtas; ++cta) {
+        partials_[buffer * Traits::kChunkPartials + cta * Traits::kPartials + threadIdx.x] = 0;
+      }
+    }
+    barriers_.init(barrier_memory_, this->chunks(), this->params_.steps,
+                   [&](int chunk) { return bytes(chunk); });
   }
 
   FUSEDRNN_DEVICE float* carried_memory() const { return carried_memory_; }
@@ -243,49 +284,60 @@ class ClusterReduceScatter : public Tile<Traits> {
   FUSEDRNN_DEVICE void store(int k, int chunk, const float (&values)[1][kParts]) const {
     static_assert(kParts * Traits::kUnits == Traits::kK);
     const Pair p = pair(chunk, 0);
-    store_operands<Traits>(p.unit, values[0], [&](int at) {
-      return operands(k, chunk * Traits::kChunkRows) +
-             operand_offset<Element>(p.chunk_row, at, Traits::kOperandStride);
-    });
+    store_neighbours(values[0], operands(k, chunk), p.chunk_row, p.unit * kParts,
+                     Traits::kOperandStride, store_offset_);
   }
 
-  /// Multiplies this CTA's operands and sends each partial dh to the CTA that has its unit.
+  /// Multiplies this CTA's operands and sends each partial dh to the CTA that has its unit. The
+  /// results of two tiles are sent while the next two are multiplied.
   FUSEDRNN_DEVICE void commit(const Gemm& gemm, int k, int chunk) const {
     if (k == this->params_.steps) return;
+    const bool sends = 2 * int(threadIdx.x % 4) < this->rows_of(chunk);
+    Remote<float> to[kReceivers][2];
+    Remote<TransactionBarrier> barrier[kReceivers];
+    unroll<kReceivers>([&](auto i) {
+      to[i][0] = receiver_[i].partials + buffer(k, chunk) * Traits::kChunkPartials;
+      to[i][1] = to[i][0] + second_;
+      barrier[i] = receiver_[i].barriers + barriers_.index(k, chunk);
+      unroll<2>([&](auto half) { keep(to[i][half]); });
+      keep(barrier[i]);
+    });
+    const Element* const b_lane = operands(k, chunk) + b_offset_;
     sync_cta();
-    float c[1][Gemm::kTiles][4] = {};
-    gemm.accumulate(
-        SharedOperand<Element>{operands(k, chunk * Traits::kChunkRows), Traits::kOperandStride}, c);
-    const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
-    float* const to = partials(k, chunk) + blockIdx.x * Traits::kPartials;
-    unroll<Gemm::kTiles>([&](auto m) {
-      const int first = threadIdx.x / kWarp * Traits::kWarpUnits + m * Traits::kTileUnits;
-      const unsigned cta = first / Traits::kUnits;
-      if (cta >= gridDim.x || 2 * q >= this->rows_of(chunk)) return;
-      const bool is_swapped = swapped(first % Traits::kUnits);
-      unroll<2>([&](auto i) {
-        const int unit = first % Traits::kUnits + r + 8 * i;
-        const float even = c[0][m][2 * i], odd = c[0][m][2 * i + 1];
-        st_async(is_swapped ? odd : even, is_swapped ? even : odd, to + offset(unit, q),
-                 barriers_.at(k, chunk), cta);
+    Words words[Gemm::kPairs];
+    unroll<Gemm::kPairs>(
+        [&](auto j) { words[j] = SharedOperand<Element>::load(b_lane + j * Gemm::kPairK); });
+    constexpr int kTogether = Gemm::kTiles < 2 ? 1 : 2;
+    unroll<Gemm::kTiles / kTogether>([&](auto pair) {
+      float c[1][kTogether][4] = {};
+      gemm.template accumulate_tiles<pair * kTogether>([&](auto j, auto) { return words[j]; }, c);
+      constexpr int i = pair * kTogether * Traits::kTileUnits / Traits::kUnits;
+      if (!sends || !receiver_[i].exists) return;
+      unroll<kTogether>([&](auto m) {
+        unroll<2>([&](auto half) {
+          const float even = c[0][m][2 * half], odd = c[0][m][2 * half + 1];
+          const bool is_swapped = kTogether == 2 ? m == 1 : swapped(first_of_tile(0));
+          st_async(is_swapped ? odd : even, is_swapped ? even : odd,
+                   to[i][half] + m * Traits::kTileUnits * Traits::kChunkRows, barrier[i]);
+        });
       });
     });
+    if (k > 0) barriers_.expect_next(k - 1, chunk, bytes(chunk));
   }
 
-  FUSEDRNN_DEVICE void wait(int k, int chunk) const {
-    barriers_.wait(k, chunk, bytes(chunk), this->waiter());
+  FUSEDRNN_DEVICE void wait(int k, int chunk) {
+    received_ = buffer(k, chunk) * Traits::kChunkPartials + received_offset_;
+    keep(received_);
+    barriers_.wait(k, chunk, this->waiter());
   }
 
-  /// Adds what the CTAs have sent.
-  FUSEDRNN_DEVICE void multiply(const Gemm&, int k, int chunk, float (&results)[1][1]) const {
-    const Pair p = pair(chunk, 0);
-    const float* at = partials(k, chunk) + offset(p.unit, p.chunk_row / 2) +
-                      (p.chunk_row % 2 ^ int(swapped(p.unit)));
-    float of_cta[Traits::kMaxCtas], sum = 0;  // all loads are issued before the first addition
-    unroll<Traits::kMaxCtas>(
-        [&](auto cta) { of_cta[cta] = cta < gridDim.x ? at[cta * Traits::kPartials] : 0.f; });
-    unroll<Traits::kMaxCtas>([&](auto cta) { sum += of_cta[cta]; });
-    results[0][0] += sum;
+  /// Adds what the CTAs have sent, in twos, fours, ...
+  FUSEDRNN_DEVICE void multiply(const Gemm&, int, int, float (&results)[1][1]) const {
+    const float* const at = partials_ + received_;
+    float sum[Traits::kMaxCtas];
+    unroll<Traits::kMaxCtas>([&](auto cta) { sum[cta] = at[cta * Traits::kPartials]; });
+    sum_in_tree<Traits::kMaxCtas>(sum);
+    results[0][0] += sum[0];
   }
 
  private:
@@ -293,38 +345,72 @@ class ClusterReduceScatter : public Tile<Traits> {
                                        const typename Traits::Storage& at)
       : Tile<Traits>(params),
         carried_memory_(reinterpret_cast<float*>(memory + at.carried)),
-        load_scratch_(memory + at.load_scratch),
         operands_(reinterpret_cast<Element*>(memory + at.operands)),
-        partials_(reinterpret_cast<float*>(memory + at.partials)) {
-    const int count = 2 * params.tile_rows * Traits::kOperandStride;
-    for (int i = threadIdx.x; i < count; i += Traits::kThreads) operands_[i] = Element{};
-    barriers_.init(reinterpret_cast<TransactionBarrier*>(memory + at.barriers), this->chunks(),
-                   params.steps, [&](int chunk) { return bytes(chunk); });
+        partials_(reinterpret_cast<float*>(memory + at.partials)),
+        barrier_memory_(reinterpret_cast<TransactionBarrier*>(memory + at.barriers)) {
+    const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
+    const int own = blockIdx.x * Traits::kPartials + offset(first_of_tile(0) + r, q);
+    second_ = offset(r + 8, q) - offset(r, q);
+    const Pair p = pair(0, 0);
+    received_offset_ = offset(p.unit, p.chunk_row / 2) + (p.chunk_row % 2 ^ int(swapped(p.unit)));
+    b_offset_ = operand_offset<Element>(r, q * kPerWords<Element>, Traits::kOperandStride);
+    store_offset_ = operand_offset<Element>(p.chunk_row, p.unit * (Traits::kK / Traits::kUnits),
+                                            Traits::kOperandStride);
+    keep(second_);
+    keep(received_offset_);
+    keep(b_offset_);
+    keep(store_offset_);
+    unroll<kReceivers>([&](auto i) {
+      const unsigned cta = first_of_tile(i * (Traits::kUnits / Traits::kTileUnits)) / kCtaUnits;
+      receiver_[i].exists = cta < gridDim.x;
+      const unsigned some = receiver_[i].exists ? cta : blockIdx.x;
+      receiver_[i].partials = Remote<float>(partials_ + own, some);
+      receiver_[i].barriers = Remote<TransactionBarrier>(barrier_memory_, some);
+    });
   }
 
   /// The bytes that a CTA receives for a chunk; rows are sent in twos.
   FUSEDRNN_DEVICE uint32_t bytes(int chunk) const {
     return gridDim.x * Traits::kUnits * ((this->rows_of(chunk) + 1) / 2) * 2 * sizeof(float);
   }
-  FUSEDRNN_DEVICE Element* operands(int k, int row) const {
-    return operands_ + (k % 2 * this->params_.tile_rows + row) * Traits::kOperandStride;
+  /// The k-th step's buffer for a chunk, of operands and of partial dh.
+  FUSEDRNN_DEVICE int buffer(int k, int chunk) const {
+    return int(unsigned(k) % 2) * this->chunks() + chunk;
   }
-  /// A chunk's received partial dh: from each CTA [kUnits, kChunkRows].
-  FUSEDRNN_DEVICE float* partials(int k, int chunk) const {
-    return partials_ + (k % 2 * this->chunks() + chunk) * int(gridDim.x) * Traits::kPartials;
+  FUSEDRNN_DEVICE Element* operands(int k, int chunk) const {
+    return operands_ + buffer(k, chunk) * Traits::kChunkRows * Traits::kOperandStride;
   }
   /// Where a unit's rows 2 row_pair and 2 row_pair + 1 lie, and whether they are swapped. A warp
   /// that reads one row of 32 units uses all banks.
   static FUSEDRNN_DEVICE int offset(int unit, int row_pair) {
-    return unit * Traits::kChunkRows + 2 * (row_pair ^ (unit / 4 % 4));
+    return unit % Traits::kUnits * Traits::kChunkRows + 2 * (row_pair ^ (unit / 4 % 4));
   }
   static FUSEDRNN_DEVICE bool swapped(int unit) { return unit / 16 % 2; }
+  /// The first unit in the layer of the warp's m-th tile.
+  static FUSEDRNN_DEVICE int first_of_tile(int m) {
+    return threadIdx.x / kWarp * Traits::kWarpUnits + m * Traits::kTileUnits;
+  }
+
+  /// The CTAs that have a warp's units.
+  static constexpr int kCtaUnits = Traits::kUnits;
+  static constexpr int kReceivers = (Traits::kWarpUnits + kCtaUnits - 1) / kCtaUnits;
+  struct Receiver {
+    bool exists;
+    Remote<float> partials;  ///< where the lane's first result goes in the first buffer
+    Remote<TransactionBarrier> barriers;
+  };
 
   float* carried_memory_;
-  unsigned char* load_scratch_;
   Element* operands_;
   float* partials_;
+  TransactionBarrier* barrier_memory_;
   ChunkBarriers barriers_;
+  Receiver receiver_[kReceivers];
+  int b_offset_;         ///< the lane's first operands in a chunk's
+  int store_offset_;     ///< the pair's first operand in a chunk's
+  int received_offset_;  ///< the pair's partial dh from the first CTA in a chunk's
+  int received_ = 0;     ///< the same in all
+  int second_;           ///< from the place of a unit's partial dh to that of the unit 8 further on
 };
 
 }  // namespace fusedrnn::cuda

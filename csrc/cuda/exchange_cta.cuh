@@ -45,14 +45,18 @@ class CtaExchange : public Traits::template Work<Traits> {
 
   template <int kParts>
   FUSEDRNN_DEVICE void store(int k, int, const float (&values)[Traits::kPairs][kParts]) const {
-    constexpr int kPart = Traits::kK / kParts;
-    static_assert(kPart * sizeof(Operand) % 64 == 0);  // parts begin where places repeat
-    unroll<Traits::kPairs>([&](auto i) {
-      // Rows 2 n and 2 n + 1 have the same places.
-      constexpr int row = Base::row_offset(i) % 2;
-      Operand* const to = buffer(k) + offset_[i - row] + row * Traits::kOperandStride;
-      unroll<kParts>([&](auto part) { Gemm::set_operand(to[part * kPart], values[i][part]); });
-    });
+    if constexpr (Traits::kOperandsAreNeighbours) {
+      this->store_rows(values, buffer(k), Traits::kOperandStride, store_offset_);
+    } else {
+      constexpr int kPart = Traits::kK / kParts;
+      static_assert(kPart * sizeof(Operand) % 64 == 0);  // parts begin where places repeat
+      unroll<Traits::kPairs>([&](auto i) {
+        // Rows 2 n and 2 n + 1 have the same places.
+        constexpr int row = Traits::pair_row(i) % 2;
+        Operand* const to = buffer(k) + offset_[i - row] + row * Traits::kOperandStride;
+        unroll<kParts>([&](auto part) { Gemm::set_operand(to[part * kPart], values[i][part]); });
+      });
+    }
   }
   /// Orders a step's stores before the next step's loads. Nothing follows the last step.
   FUSEDRNN_DEVICE void commit(const Gemm&, int k, int) const {
@@ -72,18 +76,23 @@ class CtaExchange : public Traits::template Work<Traits> {
       : Base(params, memory, at), operands_(reinterpret_cast<Operand*>(memory + at.operands)) {
     // Padding of K must be zero.
     for (int i = threadIdx.x; i < 2 * kBuffer; i += Traits::kThreads) operands_[i] = Operand{};
-    unroll<Traits::kPairs>([&](auto i) {
-      const Pair p = this->pair(0, i);
-      offset_[i] = operand_offset<Operand>(p.chunk_row, p.unit, Traits::kOperandStride);
-      if (Base::row_offset(i) % 2 == 0) offset_[i] = kept(offset_[i]);
-    });
+    if constexpr (Traits::kOperandsAreNeighbours) {
+      store_offset_ = kept(Base::first_offset(Traits::kOperandStride));
+    } else {
+      unroll<Traits::kPairs>([&](auto i) {
+        const Pair p = this->pair(0, i);
+        offset_[i] = operand_offset<Operand>(p.chunk_row, p.unit, Traits::kOperandStride);
+        if (Traits::pair_row(i) % 2 == 0) offset_[i] = kept(offset_[i]);
+      });
+    }
     sync_cta();
   }
 
-  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + k % 2 * kBuffer; }
+  FUSEDRNN_DEVICE Operand* buffer(int k) const { return operands_ + unsigned(k) % 2 * kBuffer; }
 
   Operand* operands_;
-  int offset_[Traits::kPairs];  ///< of the pairs' operands
+  int offset_[Traits::kPairs];  ///< of the pairs' operands in a buffer
+  int store_offset_ = 0;        ///< of the first operand of the thread, if they are neighbours
 };
 
 }  // namespace fusedrnn::cuda

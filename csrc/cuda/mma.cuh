@@ -157,6 +157,21 @@ class TensorCoreGemm {
   uint32_t a_[kTiles][kPairs][2][4];
 };
 
+/// Rounds values to nearest, ties to even; half types two at a time.
+template <class Element, int count>
+FUSEDRNN_DEVICE void round_all(Element (&to)[count], const float (&values)[count]) {
+  if constexpr (sizeof(Element) == 4) {
+    unroll<count>([&](auto i) { to[i] = values[i]; });
+  } else {
+    unroll<count / 2>([&](auto i) {
+      const uint32_t both = pack<Element>(values[2 * i], values[2 * i + 1]);
+      to[2 * i].bits = uint16_t(both);
+      to[2 * i + 1].bits = uint16_t(both >> 16);
+    });
+    if constexpr (count % 2) round_to(to[count - 1], values[count - 1]);
+  }
+}
+
 /// How a lane reads a row of weights: 16 bytes at a time where all rows are aligned.
 template <class Element>
 class WeightRow {
@@ -205,6 +220,7 @@ class FragmentGemm {
   using Activations = TensorCoreActivations<Operand>;
   static constexpr int kRowGroups = kRowGroups_, kK = kK_;
   static constexpr int kTiles = (kRowGroups + 1) / 2;
+  static constexpr int kLoadScratchBytes = 0;  ///< per warp, for load()
   static constexpr bool kScaled = sizeof(Element) == 4 && sizeof(Operand) == 2;
 
   /// row(group): the lane's row as a WeightRow. first_k: of the warp.
@@ -246,25 +262,47 @@ class FragmentGemm {
   template <class B, int N>
   FUSEDRNN_DEVICE void accumulate(const Operand* b_rows, const int (&b_offset)[N],
                                   float (&c)[N][kTiles][4]) const {
-    // An mma waits for the one before it in its chain. Few tiles get two chains each.
-    constexpr bool kTwoChains = N * kTiles < 3;
-    float other[kTwoChains ? N : 1][kTwoChains ? kTiles : 1][4] = {};
+    accumulate_tiles<0>([&](auto j, auto n) { return B::load(b_rows + b_offset[n] + j * kPairK); },
+                        c);
+  }
+
+  /// The same for some of A's tiles, from kFirst on. b(j, n): the lane's operands for the j-th two
+  /// mma and B's rows 8 n to 8 n + 7.
+  template <int kFirst, int N, int kCount, class B>
+  FUSEDRNN_DEVICE void accumulate_tiles(const B& b, float (&c)[N][kCount][4]) const {
+    // An mma waits for the one before it in its chain. Few tiles get two chains each, or four.
+    constexpr int kShort = N * kCount >= 3 ? 1 : 2;
+    constexpr int kChains = N * kCount == 1 && kPairs >= 8 ? 4 : kShort;
+    float other[kChains][N][kCount][4] = {};
     unroll<kPairs>([&](auto j) {
-      Words b[N];
-      unroll<N>([&](auto n) { b[n] = B::load(b_rows + b_offset[n] + j * kPairK); });
+      Words words[N];
+      unroll<N>([&](auto n) { words[n] = b(j, n); });
       unroll<2>([&](auto s) {
-        unroll<kTiles>([&](auto m) {
+        constexpr int chain = (2 * j + s) % kChains;
+        unroll<kCount>([&](auto m) {
           unroll<N>([&](auto n) {
-            float (&sum)[4] =
-                kTwoChains && s ? other[kTwoChains ? n : 0][kTwoChains ? m : 0] : c[n][m];
-            mma<Operand>(sum, a_[m][j][s], b[n].word[2 * s], b[n].word[2 * s + 1]);
+            float (&sum)[4] = chain ? other[chain][n][m] : c[n][m];
+            mma<Operand>(sum, a_[kFirst + m][j][s], words[n].word[2 * s], words[n].word[2 * s + 1]);
           });
         });
       });
     });
-    if constexpr (kTwoChains) {
+    unroll<kChains / 2>([&](auto pair) {  // two chains, or four as (0 + 1) + (2 + 3)
+      if constexpr (pair > 0) {
+        unroll<N>([&](auto n) {
+          unroll<kCount>(
+              [&](auto m) { unroll<4>([&](auto i) { other[2][n][m][i] += other[3][n][m][i]; }); });
+        });
+      }
+    });
+    if constexpr (kChains > 1) {
       unroll<N>([&](auto n) {
-        unroll<kTiles>([&](auto m) { unroll<4>([&](auto i) { c[n][m][i] += other[n][m][i]; }); });
+        unroll<kCount>([&](auto m) {
+          unroll<4>([&](auto i) {
+            c[n][m][i] += other[1][n][m][i];
+            if constexpr (kChains > 2) c[n][m][i] += other[2][n][m][i];
+          });
+        });
       });
     }
   }
@@ -281,16 +319,18 @@ class FragmentGemm {
     }
   }
 
- private:
   static constexpr int kPairK = 64 / int(sizeof(Operand));  ///< K of two mma
   static constexpr int kPairs = kK / kPairK;
   static_assert(kK % kPairK == 0);
-  static constexpr float kOperandScale = 16384;  ///< 1 is far from float16's smallest and largest
-  static constexpr float kLargest = 3.40282347e38f;  ///< finite
 
+ protected:
   FUSEDRNN_DEVICE void set(int group, int j, const Words& w) {
     unroll<4>([&](auto i) { a_[group / 2][j][i / 2][group % 2 + i % 2 * 2] = w.word[i]; });
   }
+
+ private:
+  static constexpr float kOperandScale = 16384;  ///< 1 is far from float16's smallest and largest
+  static constexpr float kLargest = 3.40282347e38f;  ///< finite
 
   /// Scales the warp's part of a row so that its largest element is from 2^14 to 2^15.
   FUSEDRNN_DEVICE void load_scaled(const WeightRow<Element>& weights, int first_k, int group) {
@@ -324,6 +364,129 @@ class FragmentGemm {
   uint32_t a_[kTiles][kPairs][2][4];
   float unscale_[kScaled ? kRowGroups : 1];
 };
+
+/// FragmentGemm whose A has columns that are contiguous in memory, for products with weight_hh
+/// transposed.
+template <class Element_, int kRowGroups_, int kK_>
+class TransposedGemm : public FragmentGemm<Element_, Element_, kRowGroups_, kK_> {
+ public:
+  using Element = Element_;
+  using Base = FragmentGemm<Element_, Element_, kRowGroups_, kK_>;
+  static constexpr int kRowGroups = kRowGroups_, kPairs = Base::kPairs;
+
+  /// A *part* is eight rows of A for two mma, the 16 bytes of all lanes. Parts that are loaded
+  /// together lie in scratch memory. The space between them spreads a warp's stores over all banks.
+  static constexpr int kTogether = 8 / kRowGroups;  ///< K, in two mma each
+  static constexpr int kPartStride = (kWarp + 8 / kRowGroups % 8) * 16;
+  static constexpr int kLoadScratchBytes = 8 * kPartStride;
+  static_assert(8 % kRowGroups == 0);
+
+  /// column(k): A's column as a WeightRow. first_row: the warp's first row of A.
+  template <class Column>
+  FUSEDRNN_DEVICE void load(const Column& column, int first_row, int first_k, void* scratch) {
+    Words next[8], now[8];
+    unroll<8>([&](auto i) { next[i] = load_words<0, i>(column, first_row, first_k); });
+    unroll<(kPairs + kTogether - 1) / kTogether>([&](auto batch) {
+      constexpr int j = batch * kTogether;
+      unroll<8>([&](auto i) {
+        now[i] = next[i];
+        next[i] = load_words<j + kTogether, i>(column, first_row, first_k);
+      });
+      unroll<8>([&](auto i) { *static_cast<Words*>(place<i>(scratch)) = now[i]; });
+      sync_warp();
+      unroll<8>([&](auto part) {
+        constexpr int group = part % kRowGroups, pair = j + part / kRowGroups;
+        if constexpr (pair < kPairs) {
+          this->set(group, pair,
+                    transposed(static_cast<unsigned char*>(scratch) + part * kPartStride));
+        }
+      });
+      sync_warp();
+    });
+    if constexpr (kRowGroups == 1) {
+      unroll<kPairs>([&](auto j) { this->set(1, j, Words{}); });
+    }
+  }
+
+ private:
+  static constexpr int kPerPart = 8 / kPerWords<Element>;  ///< 16 bytes in a part's column
+  static constexpr int kPerColumn = kRowGroups * kPerPart;
+
+  /// Lanes that are neighbours load neighbours of a column. The i-th of the 8 loads from the j-th
+  /// two mma's K on.
+  template <int j, int i, class Column>
+  static FUSEDRNN_DEVICE Words load_words(const Column& column, int first_row, int first_k) {
+    constexpr int pair = j + i / kRowGroups;
+    if constexpr (pair < kPairs) {
+      const int at = i * kWarp + threadIdx.x % kWarp;
+      const int k = pair * Base::kPairK + k_of(at / kPerColumn % Base::kPairK);
+      Element values[kPerWords<Element>];
+      column(first_k + k).load(first_row + at % kPerColumn * kPerWords<Element>, values);
+      return scalar::bit_cast<Words>(values);
+    } else {
+      return Words{};
+    }
+  }
+  template <int i>
+  static FUSEDRNN_DEVICE void* place(void* scratch) {
+    const int at = i * kWarp + threadIdx.x % kWarp;
+    const int part = i / kRowGroups * kRowGroups + at % kPerColumn / kPerPart;
+    return static_cast<unsigned char*>(scratch) + part * kPartStride +
+           (at / kPerColumn % Base::kPairK * kPerPart + at % kPerPart) * 16;
+  }
+  /// The k of a part's i-th column in scratch memory, so that transposed() uses all banks.
+  static FUSEDRNN_DEVICE int k_of(int i) {
+    if constexpr (sizeof(Element) == 2) return i % 8 / 2 * 8 + i / 8 * 2 + i % 2;
+    return i % 4 * 4 + i / 4;
+  }
+  /// The lane's words of a part: its row at 16 bytes of K.
+  static FUSEDRNN_DEVICE Words transposed(const unsigned char* part) {
+    const int lane = threadIdx.x % kWarp;
+    Words w;
+    if constexpr (sizeof(Element) == 2) {
+      load_matrix_trans(w.word, part + lane * 16);
+    } else {
+      const float* const p = reinterpret_cast<const float*>(part) + lane % 4 * 8 + lane / 4;
+      unroll<4>([&](auto i) { w.word[i] = tf32_of(p[i * 32]); });
+    }
+    return w;
+  }
+};
+
+/// Stores operands that are neighbours in K in a row of shared memory, from operand k on, by the
+/// widest stores that their number allows. Their first is at a multiple of their number. `first`:
+/// operand_offset(row, k, stride).
+template <class Operand, int count>
+FUSEDRNN_DEVICE void store_neighbours(const float (&values)[count], Operand* rows, int row, int k,
+                                      int stride, int first) {
+  constexpr int bytes = count * int(sizeof(Operand));
+  constexpr int width = bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : 2;
+  constexpr int per_store = width / int(sizeof(Operand));
+  const auto place = [&](int i) {
+    return rows + (i ? operand_offset<Operand>(row, k + i, stride) : first);
+  };
+  if constexpr (width == 2) {
+    Operand operands[count];
+    round_all(operands, values);
+    unroll<count>([&](auto i) { *place(i) = operands[i]; });
+  } else {
+    struct alignas(width) Store {
+      uint32_t word[width / 4];
+    };
+    unroll<count / per_store>([&](auto store) {
+      Store words;
+      unroll<width / 4>([&](auto i) {
+        if constexpr (sizeof(Operand) == 4) {
+          words.word[i] = tf32_of(values[store * per_store + i]);
+        } else {
+          words.word[i] = pack<Operand>(values[store * per_store + 2 * i],
+                                        values[store * per_store + 2 * i + 1]);
+        }
+      });
+      *reinterpret_cast<Store*>(place(store * per_store)) = words;
+    });
+  }
+}
 
 /// By float32 multiply-adds. A lane has one or two rows of A; if A has only 16 rows, half a row's
 /// K. B goes through scratch memory, a few rows at a time.

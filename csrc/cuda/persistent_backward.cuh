@@ -12,20 +12,24 @@ struct PersistentBackwardKernel : Traits {
   using Exchange = typename Traits::Exchange;
   using Carried = typename Traits::Carried;
   using Activations = typename Traits::Gemm::Activations;
+  using Direction = typename PersistentBackwardParams<Element>::Direction;
+  template <class Pointer>
+  using Value = std::remove_cv_t<std::remove_pointer_t<Pointer>>;
+  using OutputGradient = Value<decltype(Direction::dy)>;
+  static constexpr int kPairs = Traits::kPairs, kSaved = Cell::kSaved, kPreacts = Cell::kPreacts;
   PersistentBackwardParams<Element> params;
 
   /// Indices of the values that a thread carries. An inactive row's dh waits for its last step.
   static constexpr int kDstate = 0, kDh = 1, kLength = 2;
-  static constexpr int kPairs = Traits::kPairs;
 
   /// A unit's column of weight_hh: a row of the GEMM's A. K: all units' gates, or the CTA's own.
   struct WeightColumn {
-    static constexpr int kGateK = Traits::kK / Cell::kGates;  ///< K per gate
     const Element* weight_hh;
     int H, unit, first_k_unit;
     FUSEDRNN_DEVICE Element at(int k) const {
-      const int gate = k / kGateK, k_unit = first_k_unit + k % kGateK;
-      return unit < H && k_unit < H ? weight_hh[(gate * H + k_unit) * H + unit] : Element{};
+      const KPlace place = Traits::template place_of<Cell::kGates>(k);
+      const int k_unit = first_k_unit + place.unit;
+      return unit < H && k_unit < H ? weight_hh[(place.gate * H + k_unit) * H + unit] : Element{};
     }
     template <int count>
     FUSEDRNN_DEVICE void load(int k, Element (&to)[count]) const {
@@ -35,132 +39,304 @@ struct PersistentBackwardKernel : Traits {
   struct Weight {
     const Element* weight_hh;
     int H, first_k_unit;
+    bool is_aligned;
+    FUSEDRNN_DEVICE Weight(const Element* weight_hh, int H, int first_k_unit)
+        : weight_hh(weight_hh),
+          H(H),
+          first_k_unit(first_k_unit),
+          is_aligned(H % kPerWords<Element> == 0 &&
+                     reinterpret_cast<uintptr_t>(weight_hh) % sizeof(Words) == 0) {}
     FUSEDRNN_DEVICE WeightColumn row(int unit, int) const {
       return {weight_hh, H, unit, first_k_unit};
     }
-  };
-
-  /// A pair's inputs to a step besides the GEMM.
-  struct Inputs {
-    bool is_active, has_previous;  ///< previous: the row has a step before this one
-    int64_t token;
-    float dy, saved[Cell::kSaved];
-    float previous[Cell::kSaved];  ///< saved by the previous step
-    float h0, state;               ///< h0: without a previous step. state: before this step
-  };
-
-  FUSEDRNN_DEVICE Inputs load(const Exchange& e, const Pair& p, int length, int i) const {
-    const auto& tensors = params.direction[e.direction];
-    const int H = params.hidden_size, unit = e.first_unit + p.unit, row = e.first_row + p.tile_row;
-    const auto is_active = [&](int step) {
-      return step >= 0 && step < params.steps && e.time(step) < length;
-    };
-    Inputs in;
-    in.is_active = is_active(i);
-    if (!in.is_active) return in;
-    in.token = e.token(i) + p.tile_row;
-    const auto load_saved = [&](float (&to)[Cell::kSaved], int64_t token) {
-      unroll<Cell::kSaved>(
-          [&](auto a) { to[a] = tensors.saved[(token * Cell::kSaved + a) * H + unit]; });
-    };
-    in.has_previous = is_active(i - 1);
-    if (in.has_previous) {
-      load_saved(in.previous, e.token(i - 1) + p.tile_row);
-      in.state = in.previous[Cell::kSavedState];
-    } else {
-      in.h0 = value_or_zero(tensors.h0, row * params.h0_stride + unit);
-      in.state =
-          !Cell::kHasCellState ? in.h0 : value_or_zero(tensors.c0, row * params.c0_stride + unit);
+    /// A row of weight_hh: a column of A.
+    FUSEDRNN_DEVICE WeightRow<Element> column(int k) const {
+      const KPlace place = Traits::template place_of<Cell::kGates>(k);
+      const int k_unit = first_k_unit + place.unit;
+      return {k_unit < H ? weight_hh + int64_t(place.gate * H + k_unit) * H : nullptr, H,
+              is_aligned};
     }
-    in.dy = value_or_zero(tensors.dy, in.token * params.dy_stride + unit);
-    load_saved(in.saved, in.token);
-    return in;
+  };
+
+  /// What a chunk of a step needs besides the GEMM, asked for one chunk ahead. Values of inactive
+  /// pairs are undefined.
+  struct Inputs {
+    unsigned length[kPairs];
+    float saved[kPairs][kSaved];
+    float state[kPairs];  ///< before the step
+    OutputGradient dy[kPairs];
+  };
+
+  /// A chunk of a step whose results are not stored yet.
+  struct Results {
+    int t = -1, chunk = 0;
+    unsigned token = 0;  ///< the chunk's first
+    unsigned length[kPairs] = {};
+    Element dgates[kPairs][kPreacts];
+  };
+
+  /// Where the values of the thread's first pair lie for the direction's first token.
+  struct Places {
+    const float* saved;
+    const OutputGradient* dy;
+    Element* dgates;
+    Element* h_previous;
+  };
+
+  /// The place `count` times `values` further on. One instruction, if the product is 32 bits wide.
+  template <class T>
+  static FUSEDRNN_DEVICE T* ahead(T* p, unsigned count, int values) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
+    const unsigned bytes = unsigned(values) * unsigned(sizeof(T));
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t(count) * bytes);
+  }
+  /// From the first pair's place to the n-th pair's i-th value, where a token has `count` times H
+  /// values.
+  template <class T>
+  FUSEDRNN_DEVICE T* value_at(T* first, int n, int count, int i) const {
+    return ahead(first, Traits::pair_row(n) * count + i, params.hidden_size) + Traits::pair_unit(n);
   }
 
+  /// Whether a row is active at time t, which may be one before the first step or behind the last:
+  /// -1 is a large number.
+  static FUSEDRNN_DEVICE bool is_active(int t, unsigned length) { return unsigned(t) < length; }
+
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
-    const int H = params.hidden_size;
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
     e.kernel_name = kernel_name<Cell, Traits, true>();
-
     Carried carried(e.carried_memory());
     typename Traits::Gemm gemm;
-    e.load(gemm, Weight{tensors.weight_hh, H, Traits::kOwnUnitsAlone ? e.first_unit : 0});
-    for (int chunk = 0; chunk < e.chunks(); ++chunk) {
-      unroll<kPairs>([&](auto i) {
-        const Pair p = e.pair(chunk, i);
-        const int64_t at = (e.first_row + p.tile_row) * int64_t(H) + e.first_unit + p.unit;
-        const bool exists = e.exists(p);
-        carried.at(chunk, i, kDstate) = exists ? value_or_zero(tensors.dc_n, at) : 0;
-        carried.at(chunk, i, kDh) = exists ? value_or_zero(tensors.dh_n, at) : 0;
-        carried.at(chunk, i, kLength) = scalar::bit_cast<float>(e.length(p));
-      });
-    }
+    e.load(gemm, Weight(tensors.weight_hh, params.hidden_size,
+                        Traits::kOwnUnitsAlone ? e.first_unit : 0));
+    start(e, carried, tensors);
+    Places places = places_of(e, tensors);
+    keep(places.saved);
+    keep(places.dgates);
+    keep(places.h_previous);
+    const int last = params.steps - 1, back = e.direction ? 1 : -1;
+    // The tile's first token in a step, in the step after it, and one and two before it.
+    unsigned after = 0, token = unsigned(e.token(last)), before = unsigned(e.token(last - 1));
+    unsigned two_before = unsigned(e.token(last - 2));
+    int t = e.time(last);
+    Inputs in;
+    load(in, e, places, carried, 0, t, back, token, before);
+    float state_after[kPairs];  // of the only chunk
+    unroll<kPairs>([&](auto m) {
+      if constexpr (Traits::kOneChunk) {
+        load_if(is_active(t, in.length[m]), state_after[m],
+                value_at(ahead(places.saved, token, kSaved * params.hidden_size), m, kSaved,
+                         Cell::kSavedState));
+      }
+    });
+
+    start_rows(in, e, places, 0, t, back, token);
 
     // The n-th step from the end. The last GEMM, at n = steps, gives h0's gradient.
+    Results results;
     for (int n = 0; n <= params.steps; ++n) {
-      const int i = params.steps - 1 - n;
-      for (int chunk = 0; chunk < e.chunks(); ++chunk) {
-        Inputs in[kPairs];
+      const int chunks = e.chunks();
+#pragma unroll 1
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        // Other CTAs wait for the commit before, not for these stores.
+        store(e, places, results, Traits::kOneChunk ? in.length : results.length);
+        bool active[kPairs];
+        float prepared[kPairs][Cell::kPrepared], dstate[kPairs], dh[kPairs], h[kPairs];
         unroll<kPairs>([&](auto m) {
-          in[m] =
-              load(e, e.pair(chunk, m), scalar::bit_cast<int>(carried.at(chunk, m, kLength)), i);
-        });
-        if (n > 0) {
-          e.wait(n - 1, chunk);
-          float product[kPairs][1] = {};
-          e.multiply(gemm, n - 1, chunk, product);
-          unroll<kPairs>([&](auto m) { carried.at(chunk, m, kDh) += product[m][0]; });
-        }
-        float dgates[kPairs][Cell::kPreacts] = {}, dhidden[kPairs][Cell::kGates];
-        unroll<kPairs>([&](auto m) {
-          if (in[m].is_active) {
-            float &dh = carried.at(chunk, m, kDh), dh_of_step = dh + in[m].dy;
-            dh = 0;
-            Cell::template backward<Activations>(in[m].saved, in[m].state, dh_of_step,
-                                                 carried.at(chunk, m, kDstate), dgates[m]);
+          if constexpr (Traits::kOneChunk) in.saved[m][Cell::kSavedState] = state_after[m];
+          active[m] = is_active(t, in.length[m]);
+          h[m] = Cell::template output<Activations>(in.saved[m]);
+          Cell::template prepare<Activations>(in.saved[m], in.state[m], prepared[m]);
+          state_after[m] = in.state[m];
+          dstate[m] = carried.at(chunk, m, kDstate);
+          dh[m] = carried.at(chunk, m, kDh);
+          dh[m] = active[m] && places.dy ? dh[m] + value_of(in.dy[m]) : dh[m];
+          results.length[m] = in.length[m];
+          if constexpr (!Traits::kOneChunk) {
+            keep(dstate[m]);
+            keep(dh[m]);
+            unroll<Cell::kPrepared>([&](auto i) { keep(prepared[m][i]); });
           }
+        });
+        results.t = t;
+        results.chunk = chunk;
+        results.token = token + chunk * Traits::kChunkRows;
+        store_previous(e, places, in.length, h, t, t - back, after, chunk);
+        const bool is_last = chunk + 1 == chunks;
+        const int next_chunk = is_last ? 0 : chunk + 1, next_t = is_last ? t + back : t;
+        const unsigned next_token = is_last ? before : token;
+        load(in, e, places, carried, next_chunk, next_t, back, next_token,
+             is_last ? two_before : before);
+        add_products(e, gemm, n, chunk, dh);
+        float dgates[kPairs][kPreacts], dhidden[kPairs][Cell::kGates];
+        unroll<kPairs>([&](auto m) {
+          const float dstate_after = dstate[m];
+          Cell::backward(prepared[m], dh[m], dstate[m], dgates[m]);
+          carried.at(chunk, m, kDstate) = active[m] ? dstate[m] : dstate_after;
+          carried.at(chunk, m, kDh) = active[m] ? 0 : dh[m];
+          unroll<kPreacts>([&](auto k) { dgates[m][k] = active[m] ? dgates[m][k] : 0; });
           unroll<Cell::kGates>([&](auto g) {
             constexpr int hidden = Cell::hidden_preact[g];
             dhidden[m][g] = dgates[m][hidden];
           });
         });
-        if (i >= 0) e.store(n, chunk, dhidden);
+        e.store(n, chunk, dhidden);
         e.commit(gemm, n, chunk);
-        // Other CTAs wait for the commit, not for these stores.
-        unroll<kPairs>([&](auto m) {
-          const Pair p = e.pair(chunk, m);
-          const int unit = e.first_unit + p.unit;
-          if (in[m].is_active) {
-            store(
-                e, in[m].token, unit,
-                in[m].has_previous ? Cell::template output<Activations>(in[m].previous) : in[m].h0,
-                dgates[m]);
-          } else if (i >= 0 && e.exists(p) && params.lengths) {  // padding
-            store(e, e.token(i) + p.tile_row, unit, 0, dgates[m]);
-          }
-        });
+        unroll<kPairs>([&](auto m) { round_all(results.dgates[m], dgates[m]); });
+        start_rows(in, e, places, next_chunk, next_t, back, next_token);
       }
+      t += back;
+      after = token;
+      token = before;
+      before = two_before;
+      two_before = unsigned(e.token(last - n - 3));
     }
+    finish(e, carried, tensors);
+  }
 
+  /// Adds the gradients that come through weight_hh from the step after the n-th.
+  FUSEDRNN_DEVICE void add_products(Exchange& e, const typename Traits::Gemm& gemm, int n,
+                                    int chunk, float (&dh)[kPairs]) const {
+    float products[kPairs][1] = {};
+    if constexpr (Traits::kOneChunk) {
+      // No branch, so that the instructions before the GEMM fill its waits. The first step reads
+      // zeros. k = n + 1 has the same buffer as n - 1.
+      e.multiply(gemm, n + 1, chunk, products);
+      unroll<kPairs>([&](auto m) { dh[m] += n > 0 ? products[m][0] : 0; });
+    } else if (n > 0) {
+      e.wait(n - 1, chunk);
+      e.multiply(gemm, n - 1, chunk, products);
+      unroll<kPairs>([&](auto m) { dh[m] += products[m][0]; });
+    }
+  }
+
+  FUSEDRNN_DEVICE Places places_of(const Exchange& e, const Direction& tensors) const {
+    const Pair p = e.pair(0, 0);
+    const int64_t H = params.hidden_size, row = p.tile_row, unit = e.first_unit + p.unit;
+    return {tensors.saved + row * kSaved * H + unit,
+            tensors.dy ? tensors.dy + row * params.dy_stride + unit : nullptr,
+            tensors.dgates + row * kPreacts * H + unit, tensors.h_previous + row * H + unit};
+  }
+
+  /// token, before: the tile's first at time t and in the step before.
+  FUSEDRNN_DEVICE void load(Inputs& in, const Exchange&, const Places& places, Carried& carried,
+                            int chunk, int t, int back, unsigned token, unsigned before) const {
+    const int H = params.hidden_size, dy_stride = int(params.dy_stride);
+    const int row = chunk * Traits::kChunkRows;
+    const float* const saved = ahead(places.saved, token + row, kSaved * H);
+    const float* const saved_before = ahead(places.saved, before + row, kSaved * H);
+    const OutputGradient* const dy = ahead(places.dy, token + row, dy_stride);
+    unroll<kPairs>([&](auto n) {
+      in.length[n] = scalar::bit_cast<unsigned>(carried.at(chunk, n, kLength));
+      const bool active = is_active(t, in.length[n]);
+      unroll<kSaved>([&](auto a) {
+        if constexpr (a == Cell::kSavedState && Traits::kOneChunk) return;
+        load_if(active, in.saved[n][a], value_at(saved, n, kSaved, a));
+      });
+      load_if(is_active(t + back, in.length[n]), in.state[n],
+              value_at(saved_before, n, kSaved, Cell::kSavedState));
+      load_if(active && places.dy, in.dy[n],
+              ahead(dy, Traits::pair_row(n), dy_stride) + Traits::pair_unit(n));
+    });
+  }
+
+  /// For rows whose first step is at time t: `in` gets the initial state, and h0 is stored as their
+  /// previous h.
+  FUSEDRNN_DEVICE void start_rows(Inputs& in, const Exchange& e, const Places& places, int chunk,
+                                  int t, int back, unsigned token) const {
+    const auto starts = [&](int n) {
+      return is_active(t, in.length[n]) && !is_active(t + back, in.length[n]);
+    };
+    bool any = false;
+    unroll<kPairs>([&](auto n) { any |= starts(n); });
+    if (!any) return;
+    const auto& tensors = params.direction[e.direction];
+    unroll<kPairs>([&](auto n) {
+      if (!starts(n)) return;
+      const Pair p = e.pair(chunk, n);
+      const int64_t row = e.first_row + p.tile_row, unit = e.first_unit + p.unit;
+      const float h0 = value_or_zero(tensors.h0, row * params.h0_stride + unit);
+      in.state[n] = h0;
+      if constexpr (Cell::kHasCellState) {
+        in.state[n] = value_or_zero(tensors.c0, row * params.c0_stride + unit);
+      }
+      round_to(tensors.h_previous[(int64_t(token) + p.tile_row) * params.hidden_size + unit], h0);
+    });
+  }
+
+  /// Reads the final states' gradients.
+  FUSEDRNN_DEVICE void start(const Exchange& e, Carried& carried, const Direction& tensors) const {
     for (int chunk = 0; chunk < e.chunks(); ++chunk) {
-      unroll<kPairs>([&](auto i) {
-        const Pair p = e.pair(chunk, i);
+      unroll<kPairs>([&](auto n) {
+        const Pair p = e.pair(chunk, n);
+        const int64_t row = e.first_row + p.tile_row;
+        const int64_t at = row * params.hidden_size + e.first_unit + p.unit;
+        float dstate = 0, dh = 0;
+        if (e.exists(p)) {
+          dstate = value_or_zero(tensors.dc_n, at);
+          dh = value_or_zero(tensors.dh_n, at);
+        }
+        carried.at(chunk, n, kDstate) = dstate;
+        carried.at(chunk, n, kDh) = dh;
+        carried.at(chunk, n, kLength) = scalar::bit_cast<float>(e.length(p));
+      });
+    }
+  }
+
+  FUSEDRNN_DEVICE void finish(const Exchange& e, Carried& carried, const Direction& tensors) const {
+    for (int chunk = 0; chunk < e.chunks(); ++chunk) {
+      unroll<kPairs>([&](auto n) {
+        const Pair p = e.pair(chunk, n);
         if (!e.exists(p)) return;
-        const int64_t at = (e.first_row + p.tile_row) * int64_t(H) + e.first_unit + p.unit;
-        const float dstate = carried.at(chunk, i, kDstate), dh = carried.at(chunk, i, kDh);
+        const int64_t row = e.first_row + p.tile_row;
+        const int64_t at = row * params.hidden_size + e.first_unit + p.unit;
+        const float dstate = carried.at(chunk, n, kDstate), dh = carried.at(chunk, n, kDh);
         round_to(tensors.dh0[at], !Cell::kHasCellState ? dh + dstate : dh);
         if (tensors.dc0) round_to(tensors.dc0[at], dstate);
       });
     }
   }
 
-  FUSEDRNN_DEVICE void store(const Exchange& e, int64_t token, int unit, float h_previous,
-                             const float (&dgates)[Cell::kPreacts]) const {
-    const auto& tensors = params.direction[e.direction];
-    round_to(tensors.h_previous[token * params.hidden_size + unit], h_previous);
-    Element* const to = tensors.dgates + token * Cell::kPreacts * params.hidden_size + unit;
-    unroll<Cell::kPreacts>([&](auto k) { round_to(to[k * params.hidden_size], dgates[k]); });
+  /// Whether a pair's token at time t is padding, whose gradients are zeros.
+  FUSEDRNN_DEVICE bool is_padding(const Exchange& e, int t, unsigned length, int chunk,
+                                  int n) const {
+    return !is_active(t, length) && is_active(t, unsigned(params.steps)) &&
+           e.exists(e.pair(chunk, n));
+  }
+
+  FUSEDRNN_DEVICE void store(const Exchange& e, const Places& places, const Results& results,
+                             const unsigned (&length)[kPairs]) const {
+    const int H = params.hidden_size;
+    Element* const to = ahead(places.dgates, results.token, kPreacts * H);
+    unroll<kPairs>([&](auto n) {
+      const bool active = is_active(results.t, length[n]);
+      unroll<kPreacts>(
+          [&](auto k) { store_if(active, value_at(to, n, kPreacts, k), results.dgates[n][k]); });
+    });
+    if (!params.lengths) return;
+    unroll<kPairs>([&](auto n) {
+      if (!is_padding(e, results.t, length[n], results.chunk, n)) return;
+      unroll<kPreacts>([&](auto k) { *value_at(to, n, kPreacts, k) = Element{}; });
+    });
+  }
+
+  /// Stores the output at time t as the previous h of the step after it, the operand of weight_hh's
+  /// gradient. token: the tile's first in the step after.
+  FUSEDRNN_DEVICE void store_previous(const Exchange& e, const Places& places,
+                                      const unsigned (&length)[kPairs], const float (&h)[kPairs],
+                                      int t, int t_after, unsigned token, int chunk) const {
+    Element* const to =
+        ahead(places.h_previous, token + chunk * Traits::kChunkRows, params.hidden_size);
+    unroll<kPairs>([&](auto n) {
+      Element rounded;
+      round_to(rounded, h[n]);
+      store_if(is_active(t, length[n]) && is_active(t_after, length[n]), value_at(to, n, 1, 0),
+               rounded);
+    });
+    if (!params.lengths) return;
+    unroll<kPairs>([&](auto n) {
+      if (is_padding(e, t_after, length[n], chunk, n)) *value_at(to, n, 1, 0) = Element{};
+    });
   }
 };
 

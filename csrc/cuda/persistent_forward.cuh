@@ -12,7 +12,6 @@ struct PersistentForwardKernel : Traits {
   using Element = typename Traits::Element;
   using Exchange = typename Traits::Exchange;
   using Carried = typename Traits::Carried;
-  using Work = typename Traits::template Work<Traits>;
   using Activations = typename Traits::Gemm::Activations;
   using Direction = typename PersistentForwardParams<Element>::Direction;
   static constexpr int kPairs = Traits::kPairs, kGates = Cell::kGates;
@@ -72,7 +71,7 @@ struct PersistentForwardKernel : Traits {
         is_active[n] = unsigned(t) < unsigned(length(carried, chunk, n));
         if (!is_active[n]) return;
         unroll<kGates>([&](auto g) {
-          x[n][g] = advance(from, H, Work::row_offset(n) * kGates + g)[Work::unit_offset(n)];
+          x[n][g] = advance(from, H, Traits::pair_row(n) * kGates + g)[Traits::pair_unit(n)];
         });
       });
     };
@@ -86,7 +85,7 @@ struct PersistentForwardKernel : Traits {
         float preact[kPairs][Cell::kPreacts];
         bool now_active[kPairs];
         unroll<kPairs>([&](auto n) {
-          constexpr int unit = Work::unit_of_pair(n);
+          constexpr int unit = Traits::pair_unit(n) / 8;
           now_active[n] = is_active[n];
           unroll<Cell::kPreacts>([&](auto k) { preact[n][k] = biases.of_unit[unit][k]; });
           unroll<kGates>([&](auto g) {
@@ -130,10 +129,10 @@ struct PersistentForwardKernel : Traits {
         Element* const y = y_place.at(now);
         float* const to = saved_place.at(now);
         const auto store = [&](auto n, float h_of_step, const auto& saved_value) {
-          round_to(advance(y, y_stride, Work::row_offset(n))[Work::unit_offset(n)], h_of_step);
+          round_to(advance(y, y_stride, Traits::pair_row(n))[Traits::pair_unit(n)], h_of_step);
           if (!saves) return;
           unroll<Cell::kSaved>([&](auto a) {
-            advance(to, H, Work::row_offset(n) * Cell::kSaved + a)[Work::unit_offset(n)] =
+            advance(to, H, Traits::pair_row(n) * Cell::kSaved + a)[Traits::pair_unit(n)] =
                 saved_value(a);
           });
         };
@@ -160,7 +159,7 @@ struct PersistentForwardKernel : Traits {
     const int H = params.hidden_size;
     Biases biases;
     unroll<kPairs>([&](auto n) {
-      constexpr int of_pair = Work::unit_of_pair(n);
+      constexpr int of_pair = Traits::pair_unit(n) / 8;
       const int unit = e.first_unit + e.pair(0, n).unit;
       float (&to)[Cell::kPreacts] = biases.of_unit[of_pair];
       unroll<Cell::kPreacts>([&](auto k) { to[k] = 0; });

@@ -46,13 +46,9 @@ constexpr auto partial_sum_traits() {
   if constexpr (kAlgorithm == Algorithm::persistent_cta) {
     using G = Gemm<results, shape.max_units * parts>;
     return Type<CtaTraits<PartialSumTraits<G, shape.cta_units / 16, 1, shape.chunk_rows, true>>>{};
-  } else if constexpr (kAlgorithm == Algorithm::persistent_grid) {
+  } else {
     using G = Gemm<results, shape.max_units / 8 * parts>;
     return Type<GridTraits<PartialSumTraits<G, 1, 8, shape.chunk_rows, false>>>{};
-  } else {
-    constexpr int warp_tiles = shape.max_units / (8 * 16);  // 8 warps have all units
-    using ScatterGemm = Gemm<warp_tiles, Cell::kGates * kWarp>;
-    return Type<ClusterReduceScatterTraits<ScatterGemm, shape.chunk_rows>>{};
   }
 }
 
@@ -62,13 +58,30 @@ struct TensorCore {
   using Gemm = TensorCoreGemm<Element, kTiles, kK>;
 };
 
+/// A backward kernel's traits by tensor cores: 8 warps.
+template <Algorithm kAlgorithm, class Cell, class Element, bool kHalfRegisters>
+constexpr auto backward_traits() {
+  constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Element));
+  if constexpr (kAlgorithm == Algorithm::persistent_cta) {
+    constexpr int blocks = shape.cta_units / (8 * 8);
+    using Gemm = TransposedGemm<Element, blocks, shape.max_units * Cell::kGates>;
+    return Type<CtaTraits<FragmentTraits<Gemm, 1, blocks, 8, 1, shape.chunk_rows, true>>>{};
+  } else if constexpr (kAlgorithm == Algorithm::persistent_cluster) {
+    constexpr int row_groups = shape.max_units / (8 * 8);  // 8 warps have all units
+    using Gemm = TransposedGemm<Element, row_groups, Cell::kGates * kWarp>;
+    return Type<ClusterReduceScatterTraits<Gemm, shape.chunk_rows>>{};
+  } else {
+    return partial_sum_traits<kAlgorithm, Cell, true, Element, kHalfRegisters,
+                              TensorCore<Element>::template Gemm>();
+  }
+}
+
 /// Calls f(Type<Traits>) for a plan's kernel by tensor cores; returns -1 where there is none.
 template <class Cell, class Operand, class Element, bool kBackward, class F>
 int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
   const auto call = [&](auto algorithm, auto half_registers, auto one_chunk, auto few_rows) {
     if constexpr (kBackward) {
-      return f(partial_sum_traits<algorithm, Cell, true, Element, half_registers,
-                                  TensorCore<Element>::template Gemm>());
+      return f(backward_traits<algorithm, Cell, Element, half_registers>());
     } else {
       return f(
           forward_traits<algorithm, Cell, Operand, Element, half_registers, one_chunk, few_rows>());

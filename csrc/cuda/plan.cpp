@@ -32,10 +32,11 @@ constexpr int64_t kFewSteps = 4;
 /// Shared memory has room for the operands of as many rows on every device.
 constexpr int64_t kMaxGridTileRows = 128;
 
-/// Whether the kernels' 32-bit counters of steps, rows and arrivals suffice. gridDim.y is at most
-/// 65,535 tiles, which have at least 8 rows.
+/// Whether the kernels' 32-bit counters of steps, rows, tokens and arrivals suffice. gridDim.y is
+/// at most 65,535 tiles, which have at least 8 rows.
 bool can_count(const PlanProblem& p) {
-  return p.rows > 0 && p.rows <= 65535 * 8 && p.steps * divide_up(p.hidden_size, 16) <= INT32_MAX;
+  return p.rows > 0 && p.rows <= 65535 * 8 && p.rows * p.steps <= INT32_MAX &&
+         p.steps * divide_up(p.hidden_size, 16) <= INT32_MAX;
 }
 
 /// Whether half the registers hold the layer's weights.

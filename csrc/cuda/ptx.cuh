@@ -213,26 +213,6 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
-/// An address in the shared memory of a CTA of the cluster.
-struct RemoteAddress {
-  uint32_t address;
-  FUSEDRNN_DEVICE RemoteAddress operator+(int bytes) const { return {address + bytes}; }
-};
-/// Where CTA number `cta` of the cluster has what this CTA has at p. `cta` may be this CTA.
-FUSEDRNN_DEVICE RemoteAddress remote(const void* p, unsigned cta) {
-  RemoteAddress to;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to.address) : "r"(shared_address(p)), "r"(cta));
-  return to;
-}
-/// Stores 16 bytes at `to`. The receiver's barrier counts the bytes. Does not wait.
-FUSEDRNN_DEVICE void st_async(const Words& w, RemoteAddress to, RemoteAddress barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];"
-      :
-      : "r"(to.address), "r"(barrier.address), "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]),
-        "r"(w.word[3])
-      : "memory");
-}
 /// Stores 16 or 8 bytes at `to`'s place in the shared memory of CTA number `cta` of the cluster.
 /// `cta` may be this CTA. The receiver's copy of `barrier` counts the bytes. Does not wait.
 FUSEDRNN_DEVICE void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta) {
@@ -261,6 +241,97 @@ FUSEDRNN_DEVICE void st_async(float a, float b, float* to, TransactionBarrier* b
       :
       : "r"(shared_address(to)), "r"(shared_address(barrier)), "r"(cta), "f"(a), "f"(b)
       : "memory");
+}
+
+/// A place in the shared memory of a CTA of the cluster, which may be this CTA.
+template <class T>
+struct Remote {
+  uint32_t address;
+  Remote() = default;
+  /// `p`'s place in CTA number `cta`.
+  FUSEDRNN_DEVICE Remote(T* p, unsigned cta) {
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(cta));
+  }
+  FUSEDRNN_DEVICE Remote operator+(int n) const {
+    Remote sum;
+    sum.address = address + uint32_t(n) * uint32_t(sizeof(T));
+    return sum;
+  }
+};
+/// Stores 16 bytes at `to`. The receiver's barrier counts the bytes. Does not wait.
+template <class T>
+FUSEDRNN_DEVICE void st_async(const Words& w, Remote<T> to, Remote<TransactionBarrier> barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];"
+      :
+      : "r"(to.address), "r"(barrier.address), "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]),
+        "r"(w.word[3])
+      : "memory");
+}
+/// The same for 8 bytes.
+FUSEDRNN_DEVICE void st_async(float a, float b, Remote<float> to,
+                              Remote<TransactionBarrier> barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+               :
+               : "r"(to.address), "f"(a), "f"(b), "r"(barrier.address)
+               : "memory");
+}
+
+/// Has x computed here and once: not behind a wait that follows, and not again in each step.
+FUSEDRNN_DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
+FUSEDRNN_DEVICE void keep(float& x) { asm volatile("" : "+f"(x)); }
+template <class T>
+FUSEDRNN_DEVICE void keep(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+template <class T>
+FUSEDRNN_DEVICE void keep(Remote<T>& x) {
+  asm volatile("" : "+r"(x.address));
+}
+
+/// Loads `to` if the condition holds, without a branch; else `to` is undefined. *p must not change
+/// while the kernel runs.
+FUSEDRNN_DEVICE void load_if(bool condition, float& to, const float* p) {
+  asm("{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c ld.global.nc.f32 %0, [%1];\n\t"
+      "}"
+      : "=f"(to)
+      : "l"(p), "r"(uint32_t(condition)));
+}
+template <class Half>
+FUSEDRNN_DEVICE std::enable_if_t<sizeof(Half) == 2> load_if(bool condition, Half& to,
+                                                            const Half* p) {
+  asm("{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c ld.global.nc.u16 %0, [%1];\n\t"
+      "}"
+      : "=h"(to.bits)
+      : "l"(p), "r"(uint32_t(condition)));
+}
+/// Stores if the condition holds, without a branch, for readers after the kernel.
+FUSEDRNN_DEVICE void store_if(bool condition, float* p, float value) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c st.global.f32 [%0], %1;\n\t"
+      "}"
+      :
+      : "l"(p), "f"(value), "r"(uint32_t(condition)));
+}
+template <class Half>
+FUSEDRNN_DEVICE std::enable_if_t<sizeof(Half) == 2> store_if(bool condition, Half* p, Half value) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %2, 0;\n\t"
+      "@c st.global.u16 [%0], %1;\n\t"
+      "}"
+      :
+      : "l"(p), "h"(value.bits), "r"(uint32_t(condition)));
 }
 
 /// Loads from global memory through L2 alone: the SM's L1 does not see other SMs' writes.

@@ -119,7 +119,7 @@ struct BackwardStepKernel : RowKernel<V> {
     unroll<V>([&](auto v) {
       Accum of_unit[Cell::kSaved], dgate[Cell::kPreacts];
       unroll<Cell::kSaved>([&](auto a) { of_unit[a] = saved[a].value[v]; });
-      Cell::backward(of_unit, state.value[v], dh.value[v], dstate.value[v], dgate);
+      scalar::cell_backward<Cell>(of_unit, state.value[v], dh.value[v], dstate.value[v], dgate);
       unroll<Cell::kPreacts>([&](auto k) { dgates[k].value[v] = dgate[k]; });
       raw.value[v] = Cell::output(of_unit);
     });

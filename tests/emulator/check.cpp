@@ -281,8 +281,8 @@ struct Expected {
         const double state = previous >= 0
                                  ? saved[size_t((previous * A + Cell::kSavedState) * H + u)]
                                  : value_of(p.initial_state()[first + u]);
-        Cell::backward(of_unit, state, dh[size_t(u)] + value_of(p.dy[(token * p.D + d) * H + u]),
-                       dstate[size_t(u)], dgate);
+        const double dh_of_step = dh[size_t(u)] + value_of(p.dy[(token * p.D + d) * H + u]);
+        scalar::cell_backward<Cell>(of_unit, state, dh_of_step, dstate[size_t(u)], dgate);
         for (int s = 0; s < S; ++s) dgates[size_t((at * S + s) * H + u)] = dgate[s];
         for (int g = 0; g < G; ++g) {
           dhidden[size_t(g * H + u)] = rounded(dgate[Cell::hidden_preact[g]]);

@@ -215,6 +215,39 @@ template <class T>
 T kept(T value) {
   return value;
 }
+template <class T>
+struct Remote {
+  T* place;
+  unsigned cta;
+  Remote() = default;
+  Remote(T* p, unsigned cta) : place(p), cta(cta) {}
+  Remote operator+(int n) const { return {place + n, cta}; }
+};
+inline void st_async(float a, float b, Remote<float> to, Remote<TransactionBarrier> barrier,
+                     int line = __builtin_LINE()) {
+  st_async(a, b, to.place, barrier.place, to.cta, line);
+}
+template <class T>
+void keep(T&) {}
+
+/// What a load that does not take place leaves: NaN, so that a use is seen.
+inline void spoil(float& x) { x = std::nanf(""); }
+template <class Half>
+void spoil(Half& x) {
+  x.bits = 0x7fff;
+}
+template <class T>
+void load_if(bool condition, T& to, const T* p) {
+  if (condition) {
+    to = *p;
+  } else {
+    spoil(to);
+  }
+}
+template <class T>
+void store_if(bool condition, T* p, T value) {
+  if (condition) *p = value;
+}
 
 struct alignas(16) Words {
   uint32_t word[4];
@@ -234,19 +267,10 @@ inline Words load_relaxed(const void* p) {
   for (int i = 0; i < 4; ++i) w.word[i] = load_relaxed(static_cast<const Words*>(p)->word + i);
   return w;
 }
-/// The same place in every CTA of the cluster, and one of the CTAs.
-struct RemoteAddress {
-  const char* own;
-  unsigned cta;
-  RemoteAddress operator+(int bytes) const { return {own + bytes, cta}; }
-};
-inline RemoteAddress remote(const void* p, unsigned cta) {
-  return {static_cast<const char*>(p), cta};
-}
-inline void st_async(const Words& w, RemoteAddress to, RemoteAddress barrier,
-                     int line = __builtin_LINE()) {
-  emulator::st_async(w.word, sizeof(w.word), const_cast<char*>(to.own),
-                     const_cast<char*>(barrier.own), to.cta, {"st_async", line});
+template <class T>
+void st_async(const Words& w, Remote<T> to, Remote<TransactionBarrier> barrier,
+              int line = __builtin_LINE()) {
+  emulator::st_async(w.word, sizeof(w.word), to.place, barrier.place, to.cta, {"st_async", line});
 }
 inline Words load_cg(const void* p) {
   const Words* const from = static_cast<const Words*>(p);
