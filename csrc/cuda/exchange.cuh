@@ -237,13 +237,14 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   /// Which of its units a thread's i-th pair has.
   static constexpr int unit_of_pair(int i) { return kSplits == 1 ? i / 2 % kBlocks : 0; }
 
-  /// weight.row(unit, result): a row of A. weight.column(k): a column.
+  /// weight.row(unit, result): a row of A. weight.words(unit, k): of a column, as in
+  /// TransposedGemm.
   template <class Weight>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
     const int first = this->first_unit + group() * kBlocks * 8;
     if constexpr (kOperandsAreNeighbours) {
-      gemm.load([&](int k) { return weight.column(k); }, first, split() * Gemm::kK,
-                load_scratch_ + threadIdx.x / kWarp * Gemm::kLoadScratchBytes);
+      static_assert(kSplits == 1);
+      gemm.load(weight, first, load_scratch_ + threadIdx.x / kWarp * Gemm::kLoadScratchBytes);
     } else {
       const int own = first + threadIdx.x % kWarp / 4;
       gemm.load(
