@@ -21,7 +21,7 @@ namespace fusedrnn::cuda {
 
 template <class T>
 FUSEDRNN_DEVICE T value_or_zero(const T* p, int64_t i) {
-  return p ? p[i] : T(0);
+  return p ? p[i] : T{};
 }
 
 /// Byte offsets for consecutive arrays in shared memory.
