@@ -323,12 +323,14 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
     return p;
   }
 
-  /// weight.row(unit, result): a row of A. weight.column(k): a column.
+  /// weight.row(unit, result): a row of A. weight.words(unit, k): of a column, as in
+  /// TransposedGemm.
   template <class Weight>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
     const int first = this->first_unit + group() * kBlocks * 8;
     if constexpr (kOperandsAreNeighbours) {
-      gemm.load([&](int k) { return weight.column(k); }, first, split() * Gemm::kK,
+      static_assert(kSplits == 1);
+      gemm.load(weight, first,
                 memory_ + load_scratch_ + threadIdx.x / kWarp * Gemm::kLoadScratchBytes);
     } else {
       const int own = first + threadIdx.x % kWarp / 4;

@@ -254,11 +254,11 @@ class ClusterReduceScatter : public Tile<Traits> {
       : ClusterReduceScatter(
             params, memory, typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
 
-  /// weight.column(k): a column of A. Afterwards the cluster's CTAs may send.
+  /// weight: as in TransposedGemm. Afterwards the cluster's CTAs may send.
   template <class Weight>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) {
     const int warp = threadIdx.x / kWarp;
-    gemm.load([&](int k) { return weight.column(k); }, warp * Traits::kWarpUnits, 0,
+    gemm.load(weight, warp * Traits::kWarpUnits,
               reinterpret_cast<unsigned char*>(partials_) + warp * Gemm::kLoadScratchBytes);
     sync_cta();  // the partial dh take the place of the scratch memory
     for (int buffer = 0; buffer < 2 * this->chunks(); ++buffer) {

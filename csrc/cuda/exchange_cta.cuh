@@ -75,7 +75,10 @@ class CtaExchange : public Traits::template Work<Traits> {
                               const typename Traits::Storage& at)
       : Base(params, memory, at), operands_(reinterpret_cast<Operand*>(memory + at.operands)) {
     // Padding of K must be zero.
-    for (int i = threadIdx.x; i < 2 * kBuffer; i += Traits::kThreads) operands_[i] = Operand{};
+    constexpr int words = 2 * kBuffer / kPerWords<Operand>;
+    for (int i = threadIdx.x; i < words; i += Traits::kThreads) {
+      reinterpret_cast<Words*>(operands_)[i] = Words{};
+    }
     if constexpr (Traits::kOperandsAreNeighbours) {
       store_offset_ = kept(Base::first_offset(Traits::kOperandStride));
     } else {

@@ -381,18 +381,56 @@ class TransposedGemm : public FragmentGemm<Element_, Element_, kRowGroups_, kK_>
   static constexpr int kLoadScratchBytes = 8 * kPartStride;
   static_assert(8 % kRowGroups == 0);
 
-  /// column(k): A's column as a WeightRow. first_row: the warp's first row of A.
-  template <class Column>
-  FUSEDRNN_DEVICE void load(const Column& column, int first_row, int first_k, void* scratch) {
+  /// weight.words<is_aligned>(row, k): 16 bytes of A's column k, from a row on. first_row: the
+  /// warp's first row of A.
+  template <class Weight>
+  FUSEDRNN_DEVICE void load(const Weight& weight, int first_row, void* scratch) {
+    if (weight.is_aligned) {
+      load_as<true>(weight, first_row, scratch);
+    } else {
+      load_as<false>(weight, first_row, scratch);
+    }
+    if constexpr (kRowGroups == 1) {
+      unroll<kPairs>([&](auto j) { this->set(1, j, Words{}); });
+    }
+  }
+
+ private:
+  static constexpr int kPerPart = 8 / kPerWords<Element>;  ///< 16 bytes in a part's column
+  static constexpr int kPerColumn = kRowGroups * kPerPart;
+  static constexpr int kLaneColumns = kWarp / kPerColumn;  ///< that a warp loads at a time
+
+  /// 8 times 16 bytes a lane are on their way while the 8 before them are transposed.
+  template <bool is_aligned, class Weight>
+  FUSEDRNN_DEVICE void load_as(const Weight& weight, int first_row, void* scratch) {
+    const int lane = threadIdx.x % kWarp, column = lane / kPerColumn;
+    const int row = first_row + lane % kPerColumn * kPerWords<Element>;
+    const int lane_k = k_of(column);
+    const auto words = [&](auto j, auto i) {  // lanes that are neighbours: of one column
+      constexpr int pair = j + i / kRowGroups;
+      if constexpr (pair < kPairs) {
+        constexpr int k = pair * Base::kPairK + k_of(i * kLaneColumns % Base::kPairK);
+        return weight.template words<is_aligned>(row, k | lane_k);
+      } else {
+        return Words{};
+      }
+    };
+    unsigned char* const place = static_cast<unsigned char*>(scratch) +
+                                 lane % kPerColumn / kPerPart * kPartStride +
+                                 (column * kPerPart + lane % kPerPart) * 16;
     Words next[8], now[8];
-    unroll<8>([&](auto i) { next[i] = load_words<0, i>(column, first_row, first_k); });
+    unroll<8>([&](auto i) { next[i] = words(std::integral_constant<int, 0>{}, i); });
     unroll<(kPairs + kTogether - 1) / kTogether>([&](auto batch) {
       constexpr int j = batch * kTogether;
       unroll<8>([&](auto i) {
         now[i] = next[i];
-        next[i] = load_words<j + kTogether, i>(column, first_row, first_k);
+        next[i] = words(std::integral_constant<int, j + kTogether>{}, i);
       });
-      unroll<8>([&](auto i) { *static_cast<Words*>(place<i>(scratch)) = now[i]; });
+      unroll<8>([&](auto i) {
+        constexpr int first_column = i * kLaneColumns % Base::kPairK;
+        constexpr int at = i / kRowGroups * kRowGroups * kPartStride + first_column * kPerPart * 16;
+        *reinterpret_cast<Words*>(place + at) = now[i];
+      });
       sync_warp();
       unroll<8>([&](auto part) {
         constexpr int group = part % kRowGroups, pair = j + part / kRowGroups;
@@ -403,39 +441,10 @@ class TransposedGemm : public FragmentGemm<Element_, Element_, kRowGroups_, kK_>
       });
       sync_warp();
     });
-    if constexpr (kRowGroups == 1) {
-      unroll<kPairs>([&](auto j) { this->set(1, j, Words{}); });
-    }
   }
-
- private:
-  static constexpr int kPerPart = 8 / kPerWords<Element>;  ///< 16 bytes in a part's column
-  static constexpr int kPerColumn = kRowGroups * kPerPart;
-
-  /// Lanes that are neighbours load neighbours of a column. The i-th of the 8 loads from the j-th
-  /// two mma's K on.
-  template <int j, int i, class Column>
-  static FUSEDRNN_DEVICE Words load_words(const Column& column, int first_row, int first_k) {
-    constexpr int pair = j + i / kRowGroups;
-    if constexpr (pair < kPairs) {
-      const int at = i * kWarp + threadIdx.x % kWarp;
-      const int k = pair * Base::kPairK + k_of(at / kPerColumn % Base::kPairK);
-      Element values[kPerWords<Element>];
-      column(first_k + k).load(first_row + at % kPerColumn * kPerWords<Element>, values);
-      return scalar::bit_cast<Words>(values);
-    } else {
-      return Words{};
-    }
-  }
-  template <int i>
-  static FUSEDRNN_DEVICE void* place(void* scratch) {
-    const int at = i * kWarp + threadIdx.x % kWarp;
-    const int part = i / kRowGroups * kRowGroups + at % kPerColumn / kPerPart;
-    return static_cast<unsigned char*>(scratch) + part * kPartStride +
-           (at / kPerColumn % Base::kPairK * kPerPart + at % kPerPart) * 16;
-  }
-  /// The k of a part's i-th column in scratch memory, so that transposed() uses all banks.
-  static FUSEDRNN_DEVICE int k_of(int i) {
+  /// The k of a part's i-th column in scratch memory, so that transposed() uses all banks. It moves
+  /// i's bits to other places.
+  static FUSEDRNN_INLINE constexpr int k_of(int i) {
     if constexpr (sizeof(Element) == 2) return i % 8 / 2 * 8 + i / 8 * 2 + i % 2;
     return i % 4 * 4 + i / 4;
   }

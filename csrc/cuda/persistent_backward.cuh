@@ -49,12 +49,17 @@ struct PersistentBackwardKernel : Traits {
     FUSEDRNN_DEVICE WeightColumn row(int unit, int) const {
       return {weight_hh, H, unit, first_k_unit};
     }
-    /// A row of weight_hh: a column of A.
-    FUSEDRNN_DEVICE WeightRow<Element> column(int k) const {
+    /// 16 bytes of a row of weight_hh, a column of A, from a unit on; zeros past the layer.
+    template <bool kAligned>
+    FUSEDRNN_DEVICE Words words(int unit, int k) const {
       const KPlace place = Traits::template place_of<Cell::kGates>(k);
       const int k_unit = first_k_unit + place.unit;
-      return {k_unit < H ? weight_hh + int64_t(place.gate * H + k_unit) * H : nullptr, H,
-              is_aligned};
+      const Element* const p = weight_hh + ((place.gate * H + k_unit) * H + unit);
+      if constexpr (kAligned) return load_words_if(k_unit < H && unit < H, p);
+      Element values[kPerWords<Element>];
+      unroll<kPerWords<Element>>(
+          [&](auto i) { values[i] = k_unit < H && unit + i < H ? p[i] : Element{}; });
+      return scalar::bit_cast<Words>(values);
     }
   };
 

@@ -311,6 +311,22 @@ FUSEDRNN_DEVICE std::enable_if_t<sizeof(Half) == 2> load_if(bool condition, Half
       : "=h"(to.bits)
       : "l"(p), "r"(uint32_t(condition)));
 }
+/// 16 bytes, or zeros unless the condition holds.
+FUSEDRNN_DEVICE Words load_words_if(bool condition, const void* p) {
+  Words w;
+  asm("{\n\t"
+      ".reg .pred c;\n\t"
+      "setp.ne.u32 c, %5, 0;\n\t"
+      "mov.b32 %0, 0;\n\t"
+      "mov.b32 %1, 0;\n\t"
+      "mov.b32 %2, 0;\n\t"
+      "mov.b32 %3, 0;\n\t"
+      "@c ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t"
+      "}"
+      : "=&r"(w.word[0]), "=&r"(w.word[1]), "=&r"(w.word[2]), "=&r"(w.word[3])
+      : "l"(p), "r"(uint32_t(condition)));
+  return w;
+}
 /// Stores if the condition holds, without a branch, for readers after the kernel.
 FUSEDRNN_DEVICE void store_if(bool condition, float* p, float value) {
   asm volatile(

@@ -676,6 +676,7 @@ std::vector<Case> all_cases() {
       {step, own, 2, 1, 300, 1, "padded", 8, true, true},
       {cta, own, 3, 3, 21, 1, "padded", 8},
       {cta, own, 4, 17, 8, 2, "lengths", 8},
+      {cta, own, 4, 9, 56, 2, "packed", 8},  // the second tile has no rows in the last steps
       // Two or three CTAs a group; tiles of one chunk and of two.
       {grid, own, 3, 3, 21, 2, "padded", 8},
       {grid, own, 4, 20, 18, 1, "packed", 2},

@@ -252,6 +252,9 @@ void store_if(bool condition, T* p, T value) {
 struct alignas(16) Words {
   uint32_t word[4];
 };
+inline Words load_words_if(bool condition, const void* p) {
+  return condition ? *static_cast<const Words*>(p) : Words{};
+}
 inline void store_relaxed(uint32_t word, uint32_t* p, int line = __builtin_LINE()) {
   __atomic_fetch_or(p, 0u, __ATOMIC_RELAXED);  // ThreadSanitizer sees an atomic store here
   emulator::store_relaxed(word, p, {"store_relaxed", line});

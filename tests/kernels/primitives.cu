@@ -538,7 +538,12 @@ struct AllToAll : UsesClusters {
       const float a = float(round + 1000 * int(thread)), b = float(rank) + 0.5f;
       for (unsigned cta = 0; cta < size; ++cta) {
         st_async(own, words + at, barrier, cta);
-        st_async(a, b, pairs + 2 * at, barrier, cta);
+        if (round % 3) {
+          st_async(a, b, pairs + 2 * at, barrier, cta);
+        } else {
+          const Remote<float> to(pairs + at, cta);
+          st_async(a, b, to + at, Remote<TransactionBarrier>(barriers, cta) + round % 2);
+        }
       }
       barrier->wait(uint32_t(round / 2 % 2), Waiter{"AllToAll", 0, rounds});
       for (unsigned cta = 0; cta < size; ++cta) {
@@ -640,6 +645,61 @@ void test_shuffle(const char* name) {
     }
   }
   report(name, wrong, found.size());
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+/// Every third thread loads and stores. The others' addresses do not exist.
+struct Conditions {
+  static constexpr int kThreads = 96;
+  const float* in;
+  const BFloat16* halves;
+  const Words* words;
+  float* out;
+  BFloat16* halves_out;
+  Words* words_out;
+
+  FUSEDRNN_DEVICE void operator()(unsigned char*) const {
+    const int i = int(threadIdx.x);
+    const bool holds = i % 3 == 0;
+    const int64_t at = holds ? i : int64_t{1} << 45;
+    float x;
+    BFloat16 half;
+    load_if(holds, x, in + at);
+    load_if(holds, half, halves + at);
+    store_if(holds, out + at, x);
+    store_if(holds, halves_out + at, half);
+    words_out[i] = load_words_if(holds, words + at);
+  }
+};
+
+void test_conditions() {
+  constexpr int n = Conditions::kThreads;
+  std::vector<float> numbers;
+  std::vector<BFloat16> halves;
+  std::vector<Words> words;
+  for (uint32_t i = 0; i < n; ++i) {
+    numbers.push_back(float(i) + 0.25f);
+    halves.push_back({uint16_t(1000 + i)});
+    words.push_back({{i + 1, i + 2, i + 3, i + 4}});
+  }
+  Memory<float> in(numbers), out(n);
+  Memory<BFloat16> halves_in(halves), halves_out(n);
+  Memory<Words> words_in(words), words_out(n);
+  const Conditions kernel{in.data(),  halves_in.data(),  words_in.data(),
+                          out.data(), halves_out.data(), words_out.data()};
+  if (!ran("load_if", kernel, {1})) return;
+  const auto found = out.values();
+  const auto found_halves = halves_out.values();
+  const auto found_words = words_out.values();
+  size_t wrong = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const bool holds = i % 3 == 0;
+    wrong += found[i] != (holds ? numbers[i] : 0);
+    wrong += found_halves[i].bits != (holds ? halves[i].bits : 0);
+    for (int k = 0; k < 4; ++k) wrong += found_words[i].word[k] != (holds ? words[i].word[k] : 0);
+  }
+  report("load_if, store_if, load_words_if", wrong, 6 * n);
 }
 
 FUSEDRNN_DEVICE uint32_t word_of(const float* at, int next, BFloat16) {
@@ -1037,6 +1097,7 @@ int main() {
   test_shuffle<uint32_t>("shuffle_xor(uint32_t)");
   test_shuffle_from();
   test_load_matrix();
+  test_conditions();
   test_mma<BFloat16>("mma_m16n8k16<BFloat16>", 0);
   test_mma<Float16>("mma_m16n8k16<Float16>", 1500);
   test_mma<float>("mma_m16n8k8", 1500);
