@@ -54,6 +54,16 @@ KERNELS = "csrc/cuda/persistent_kernels.cuh"
 EXCHANGE, GRID = "csrc/cuda/exchange.cuh", "csrc/cuda/exchange_grid.cuh"
 CTA, CLUSTER = "csrc/cuda/exchange_cta.cuh", "csrc/cuda/exchange_cluster.cuh"
 GEMM, STEP = "csrc/cuda/mma.cuh", "csrc/cuda/stepwise_kernels.cu"
+
+
+def endless(algorithm: str, backward: str = "(_backward)?") -> str:
+    """The error of a wait for another CTA that does not end, of an Lstm in BFloat16."""
+    return (
+        rf"fusedrnn: lstm{backward}, {algorithm}, BFloat16, hidden size \d+, batch \d+: "
+        "a CTA waited 10 s for another CTA"
+    )
+
+
 BUGS = [
     Bug(
         "no wait for partial sums of other warps",
@@ -73,24 +83,38 @@ BUGS = [
     Bug(
         "no wait for the other CTAs",
         GRID,
-        "while (load_acquire(arrivals_) < uint32_t(k + 1) * gridDim.x) pause();",
-        "",
+        "poll([&] { return load_acquire(arrivals_) >= uint32_t(k + 1) * gridDim.x; },",
+        "poll([&] { return true; },",
         "wrong",
     ),
     Bug(
         "a wait for one arrival too few",
         GRID,
-        "< uint32_t(k + 1) * gridDim.x)",
-        "< uint32_t(k + 1) * gridDim.x - 1)",
+        ">= uint32_t(k + 1) * gridDim.x;",
+        ">= uint32_t(k + 1) * gridDim.x - 1;",
         "wrong|data race",
         sanitizer=True,
     ),
     Bug(
         "a wait for an arrival that never comes",
         GRID,
-        "< uint32_t(k + 1) * gridDim.x)",
-        "< uint32_t(k + 2) * gridDim.x)",
-        "livelock: .* in pause, line",
+        ">= uint32_t(k + 1) * gridDim.x;",
+        ">= uint32_t(k + 2) * gridDim.x;",
+        endless("persistent_grid", "") + ".* in poll, line",
+    ),
+    Bug(
+        "an arrival that is lost",
+        GRID,
+        "if (is_last && threadIdx.x == 0) add_release",
+        "if (is_last && threadIdx.x == 0 && blockIdx.x != 1) add_release",
+        endless("persistent_grid", ""),
+    ),
+    Bug(
+        "an arrival of the backward pass that is lost",
+        GRID,
+        "if (is_last && threadIdx.x == 0) add_release",
+        "if (is_last && threadIdx.x == 0 && (Traits::Gemm::kTiles > 1 || k != 2)) add_release",
+        endless("persistent_grid", "_backward"),
     ),
     Bug(
         "an arrival before the others have written",
@@ -137,14 +161,14 @@ BUGS = [
         GRID,
         "add_release(arrivals_, 1);",
         "add_release(arrivals_, 1), sync_cta();",
-        "deadlock.* in sync_cta, line",
+        "(deadlock|waited 10 s for another CTA).* in sync_cta, line",
     ),
     Bug(
         "a warp's barrier that not all lanes reach",
         GEMM,
         "        sync_warp();\n        unroll<2>",
         "        if (lane < 31) sync_warp();\n        unroll<2>",
-        "deadlock|different places",
+        "(deadlock|waited 10 s for another CTA).* in sync_warp, line|different places",
     ),
     Bug(
         "a thread leaves while others wait",
@@ -158,7 +182,7 @@ BUGS = [
         KERNELS,
         "grid.resident = plan.algorithm == Algorithm::persistent_grid;",
         "grid.resident = false;",
-        "livelock",
+        endless("persistent_grid"),
     ),
     Bug(
         "rows past the batch",
@@ -286,44 +310,51 @@ BUGS = [
     Bug(
         "no wait for a transaction barrier",
         CLUSTER,
-        "    at(k, chunk)->wait(k / 2 % 2);\n",
+        "    at(k, chunk)->wait(k / 2 % 2, waiter);\n",
         "",
         "wrong|twice|more bytes|left the kernel",
     ),
     Bug(
         "a wait for the other phase of a barrier",
         CLUSTER,
-        "k / 2 % 2);",
-        "(k / 2 + 1) % 2);",
-        "wrong|twice|deadlock|more bytes|left the kernel",
+        "k / 2 % 2, waiter);",
+        "(k / 2 + 1) % 2, waiter);",
+        "wrong|twice|waited|more bytes|left the kernel",
     ),
     Bug(
         "fewer bytes announced than sent",
         CLUSTER,
         "gridDim.x * Traits::kUnits * this->rows_of(chunk) * sizeof(Element);",
         "(gridDim.x - 1) * Traits::kUnits * this->rows_of(chunk) * sizeof(Element);",
-        "more bytes|wrong|twice|deadlock",
+        "more bytes|wrong|twice|waited",
     ),
     Bug(
         "more bytes announced than sent",
         CLUSTER,
         "((this->rows_of(chunk) + 1) / 2) * 2",
         "((this->rows_of(chunk) + 3) / 2) * 2",
-        "deadlock.* in wait, line",
+        endless("persistent_cluster") + ".* in wait, line",
+    ),
+    Bug(
+        "bytes of one CTA that are never sent",
+        CLUSTER,
+        "      st_async(words, row + lane % kStores",
+        "      if (blockIdx.x != 1) st_async(words, row + lane % kStores",
+        endless("persistent_cluster", ""),
     ),
     Bug(
         "a barrier whose next bytes are not announced",
         CLUSTER,
         "if (threadIdx.x == 0 && k + 2 < steps_)",
         "if (threadIdx.x == 0 && k + 2 < 0)",
-        "deadlock.* in wait, line",
+        endless("persistent_cluster") + ".* in wait, line",
     ),
     Bug(
         "one barrier for both buffers",
         CLUSTER,
         "return barriers_ + k % 2 * chunks_ + chunk;",
         "return barriers_ + chunk;",
-        "twice|more bytes|deadlock|wrong",
+        "twice|more bytes|waited|wrong",
     ),
     Bug(
         "stores after the last step",
@@ -369,7 +400,7 @@ BUGS = [
         EXCHANGE,
         "return rows < Traits::kChunkRows ? rows : Traits::kChunkRows;",
         "return Traits::kChunkRows;",
-        "deadlock.* in wait, line",
+        endless("persistent_cluster") + ".* in wait, line",
     ),
     Bug(
         "partial sums where weights are still being loaded",
@@ -392,7 +423,7 @@ BUGS = [
         CLUSTER,
         "const unsigned cta = first / Traits::kUnits;",
         "const unsigned cta = first / Traits::kUnits ^ 1;",
-        "wrong|deadlock|more bytes",
+        "wrong|waited|more bytes",
     ),
     Bug(
         "words of a row that change places",

@@ -19,6 +19,36 @@
 
 namespace fusedrnn::cuda {
 
+/// Text that kernels can read.
+struct Text {
+  char chars[64] = "";
+  int size = 0;
+  FUSEDRNN_INLINE constexpr Text& operator+=(const char* more) {
+    while (*more) chars[size++] = *more++;
+    return *this;
+  }
+};
+template <class Cell, class Traits, bool kBackward>
+constexpr Text kernel_name_text() {
+  using Element = typename Traits::Element;
+  Text text;
+  text += Cell::kName;
+  if (kBackward) text += "_backward";
+  text += std::is_base_of_v<UsesClusters, Traits> ? ", persistent_cluster" : ", persistent_grid";
+  text += std::is_same_v<Element, BFloat16>  ? ", BFloat16"
+          : std::is_same_v<Element, Float16> ? ", Half"
+                                             : ", Float";
+  return text;
+}
+/// The name of a kernel whose CTAs wait for each other, as "lstm_backward, persistent_grid, Half".
+/// It is a constant of the device. The address of a kernel's argument would cost a step dozens of
+/// instructions: after that the compiler loads all arguments anew at each barrier.
+template <class Cell, class Traits, bool kBackward>
+FUSEDRNN_DEVICE const char* kernel_name() {
+  static constexpr Text text = kernel_name_text<Cell, Traits, kBackward>();
+  return text.chars;
+}
+
 template <class T>
 FUSEDRNN_DEVICE T value_or_zero(const T* p, int64_t i) {
   return p ? p[i] : T(0);
@@ -120,7 +150,11 @@ class Tile {
     return (params_.step_offset ? params_.step_offset[t] : int64_t(t) * params_.rows) + first_row;
   }
 
+  /// Set by the kernel, for the errors of waits.
+  const char* kernel_name = "";
+
  protected:
+  FUSEDRNN_DEVICE Waiter waiter() const { return {kernel_name, params_.hidden_size, params_.rows}; }
   const PersistentParams& params_;
 
  public:

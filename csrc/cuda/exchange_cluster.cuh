@@ -29,8 +29,8 @@ class ChunkBarriers {
   }
   /// Blocks until all bytes of step k have arrived. This barrier next counts step k + 2, which a
   /// CTA sends only after receiving our step k + 1, so phases cannot overlap.
-  FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes) const {
-    at(k, chunk)->wait(k / 2 % 2);
+  FUSEDRNN_DEVICE void wait(int k, int chunk, uint32_t bytes, const Waiter& waiter) const {
+    at(k, chunk)->wait(k / 2 % 2, waiter);
     if (threadIdx.x == 0 && k + 2 < steps_) at(k, chunk)->arrive_and_expect_tx(bytes);
   }
 
@@ -106,7 +106,9 @@ class ClusterAllGather : public Traits::template Work<Traits> {
     });
   }
   FUSEDRNN_DEVICE void commit(const Gemm&, int, int) const {}
-  FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk)); }
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const {
+    barriers_.wait(k, chunk, bytes(chunk), this->waiter());
+  }
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int chunk,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
     this->template multiply_rows<SharedOperand>(
@@ -242,7 +244,9 @@ class ClusterReduceScatter : public Tile<Traits> {
     });
   }
 
-  FUSEDRNN_DEVICE void wait(int k, int chunk) const { barriers_.wait(k, chunk, bytes(chunk)); }
+  FUSEDRNN_DEVICE void wait(int k, int chunk) const {
+    barriers_.wait(k, chunk, bytes(chunk), this->waiter());
+  }
 
   /// Adds what the CTAs have sent.
   FUSEDRNN_DEVICE void multiply(const Gemm&, int k, int chunk, float (&results)[1][1]) const {

@@ -58,7 +58,7 @@ class GridExchange : public Traits::template Work<Traits> {
   FUSEDRNN_DEVICE void wait(int k, int chunk) const {
     if (chunk > 0) return;
     if (threadIdx.x == 0) {
-      while (load_acquire(arrivals_) < uint32_t(k + 1) * gridDim.x) pause();
+      poll([&] { return load_acquire(arrivals_) >= uint32_t(k + 1) * gridDim.x; }, this->waiter());
     }
     sync_cta();
   }

@@ -81,6 +81,7 @@ struct PersistentBackwardKernel : Traits {
     const int H = params.hidden_size;
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
+    e.kernel_name = kernel_name<Cell, Traits, true>();
 
     Carried carried(e.carried_memory());
     typename Traits::Gemm gemm;

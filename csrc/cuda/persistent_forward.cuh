@@ -69,6 +69,7 @@ struct PersistentForwardKernel : Traits {
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
     Carried carried(e.carried_memory());
+    e.kernel_name = kernel_name<Cell, Traits, false>();
     typename Traits::Gemm gemm;
     e.load(gemm, Weight(tensors.weight_hh, params.hidden_size));
     const Biases biases = load_biases(e, tensors);

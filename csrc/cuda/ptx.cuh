@@ -37,9 +37,6 @@ FUSEDRNN_DEVICE void add_release(uint32_t* p, uint32_t value) {
 /// later writes.
 FUSEDRNN_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" : : : "memory"); }
 
-/// For loops that poll for another CTA.
-FUSEDRNN_DEVICE void pause() {}
-
 /// Nanoseconds of a clock that all SMs share. It goes on while the kernel is stopped.
 FUSEDRNN_DEVICE uint64_t nanoseconds() {
   uint64_t time;
@@ -60,7 +57,8 @@ FUSEDRNN_DEVICE uint64_t nanoseconds() {
   for (;;) __nanosleep(1000000);  // the assertion ends this thread too
 }
 
-/// Polls is_done() until it is true. The first try is all that a wait for data that is there costs.
+/// Polls is_done() until it is true, the only way to wait for another CTA's writes. The first try
+/// is all that a wait for data that is there costs.
 template <class IsDone>
 FUSEDRNN_DEVICE void poll(const IsDone& is_done, const Waiter& waiter) {
   if (is_done()) return;
@@ -108,7 +106,7 @@ struct alignas(8) TransactionBarrier {
   /// Waits for the phase of this parity to complete; only the current or the previous phase.
   /// Afterwards the received bytes are visible, and shared memory that the senders had read may be
   /// overwritten.
-  FUSEDRNN_DEVICE void wait(uint32_t phase, const Waiter& waiter = {"", 0, 0}) {
+  FUSEDRNN_DEVICE void wait(uint32_t phase, const Waiter& waiter) {
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
     // An acquire that covers global memory too would invalidate the L1 cache.
 #define FUSEDRNN_ORDER "relaxed"

@@ -121,7 +121,6 @@ inline void add_release(uint32_t* p, uint32_t value) {
   emulator::fence_device();
   __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
 }
-inline void pause(int line = __builtin_LINE()) { emulator::pause({"pause", line}); }
 
 /// Polls after each `pause()`.
 template <class IsDone, class Pause>
@@ -152,7 +151,7 @@ struct alignas(8) TransactionBarrier {
   void arrive_and_expect_tx(uint32_t bytes, int line = __builtin_LINE()) {
     emulator::barrier_arrive_and_expect_tx(this, bytes, {"arrive_and_expect_tx", line});
   }
-  void wait(uint32_t phase, const Waiter& waiter = {"", 0, 0}, int line = __builtin_LINE()) {
+  void wait(uint32_t phase, const Waiter& waiter, int line = __builtin_LINE()) {
     const emulator::Where where = {"wait", line};
     poll_between([&] { return emulator::barrier_try_wait(this, phase, where); }, [] {}, waiter,
                  where);

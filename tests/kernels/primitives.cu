@@ -237,7 +237,8 @@ struct Handshake {
       sync_cta();
       if (thread == 0) {
         add_release(arrivals, 1);
-        while (load_acquire(arrivals) < (round + 1) * ctas) pause();
+        poll([&] { return load_acquire(arrivals) >= (round + 1) * ctas; },
+             Waiter{"Handshake", 0, int(rounds)});
       }
       sync_cta();
       for (uint32_t k = 1; k <= 3; ++k) {  // neighbours, the other end, and itself
@@ -255,7 +256,7 @@ void test_handshake() {
   const unsigned ctas = unsigned(multiprocessors()), rounds = 300;
   Memory<Words> exchange(size_t(2) * ctas * Handshake::kThreads);
   Memory<uint32_t> arrivals(1), wrong(ctas * Handshake::kThreads);
-  const char* const name = "load_acquire, add_release, pause, load_cg";
+  const char* const name = "load_acquire, add_release, poll, load_cg";
   const Handshake kernel{exchange.data(), arrivals.data(), wrong.data(), rounds};
   if (!ran(name, kernel, {ctas, 1, 1, 0, true})) return;
   size_t sum = arrivals.values()[0] != ctas * rounds;
@@ -326,7 +327,7 @@ struct AllToAll : UsesClusters {
         st_async(own, words + at, barrier, cta);
         st_async(a, b, pairs + 2 * at, barrier, cta);
       }
-      barrier->wait(uint32_t(round / 2 % 2));
+      barrier->wait(uint32_t(round / 2 % 2), Waiter{"AllToAll", 0, rounds});
       for (unsigned cta = 0; cta < size; ++cta) {
         const unsigned other = (thread + 7 * cta + unsigned(round)) % kThreads;
         const int from = round % 2 * buffer + int(cta * kThreads + other);
