@@ -185,6 +185,8 @@ struct FragmentTraits {
   static constexpr int kResults = kResults_, kBlocks = kBlocks_, kGroups = kGroups_;
   static constexpr int kSplits = kSplits_, kChunkRows = kChunkRows_;
   static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false;
+  static constexpr bool kInFragments = true;
+  static constexpr int kGateRun = 0;
   static constexpr int kThreads = kWarp * kGroups * kSplits;
   static constexpr int kUnits = 8 * kBlocks * kGroups;
   static constexpr int kK = kSplits * Gemm::kK;
@@ -192,7 +194,7 @@ struct FragmentTraits {
   static constexpr int kPairs = kFragmentPairs < kSplits ? 1 : kFragmentPairs / kSplits;
   static constexpr int kThreadUnits = kSplits == 1 ? kBlocks : 1;  ///< that a thread works on
   static_assert(Gemm::kRowGroups == kBlocks * kResults && kChunkRows % 8 == 0);
-  static_assert(kSplits == 1 || kBlocks == 1);
+  static_assert(kSplits == 1 || kBlocks == 1 || kSplits % (2 * kBlocks) == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
 
@@ -259,8 +261,14 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   template <template <class> class B>
   FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows, int stride,
                                      float (&results)[kPairs][kResults]) {
+    multiply_operand(gemm, B<Operand>{rows + split() * Gemm::kK, stride}, results);
+  }
+  /// Multiplies B's part of K that is the warp's own.
+  template <class B>
+  FUSEDRNN_DEVICE void multiply_operand(const Gemm& gemm, const B& b,
+                                        float (&results)[kPairs][kResults]) {
     float c[kChunkRows / 8][Gemm::kTiles][4] = {};
-    gemm.accumulate(B<Operand>{rows + split() * Gemm::kK, stride}, c);
+    gemm.accumulate(b, c);
     const auto result = [&](auto v, auto g) {
       return gemm.result(c, v / 2 / kBlocks, v / 2 % kBlocks * kResults + g, v % 2);
     };
@@ -280,6 +288,9 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
     const auto traded = [&](int to, int from, int i) -> Traded& {
       return traded_[(((group() * kSplits + to) * kSplits + from) * kPairs + i) * kWarp + lane];
     };
+    if constexpr (kFragmentPairs < kSplits) {
+      unroll<kResults>([&](auto g) { results[0][g] = 0; });
+    }
     unroll<kSplits>([&](auto to) {
       unroll<kPairs>([&](auto i) {
         constexpr int v = to + i * kSplits;
@@ -329,13 +340,16 @@ struct PartialSumTraits {
   static constexpr int kResults = Gemm::kTiles;
   static constexpr int kBlocks = kBlocks_, kSplits = kSplits_, kChunkRows = kChunkRows_;
   static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false;
+  static constexpr bool kInFragments = false;
+  static constexpr int kGateRun = 0;
   static constexpr int kBlockUnits = 16;
   static constexpr int kThreads = kWarp * kBlocks * kSplits;
   static constexpr int kUnits = kBlockUnits * kBlocks;
   static constexpr int kK = kSplits * Gemm::kK;
-  static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< per thread and chunk
+  /// Per thread and chunk. If there are more threads than pairs, some have none.
+  static constexpr int kPairs = (kChunkRows * kUnits + kThreads - 1) / kThreads;
   static constexpr int kThreadUnits = 1;
-  static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
+  static_assert((kPairs == 1 || kChunkRows * kUnits % kThreads == 0) && kThreads % kUnits == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
 
@@ -383,7 +397,7 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
     p.chunk_row = (threadIdx.x + i * kThreads) / kUnits;
     p.tile_row = chunk * kChunkRows + p.chunk_row;
     p.unit = threadIdx.x % kUnits;
-    p.is_owned = true;
+    p.is_owned = p.chunk_row < kChunkRows;
     return p;
   }
   static constexpr int unit_of_pair(int) { return 0; }
@@ -400,16 +414,25 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
   }
 
  protected:
+  static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }
+
   template <template <class> class B>
   FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows, int stride,
                                      float (&results)[kPairs][kResults]) const {
-    const int warp = threadIdx.x / kWarp, block = warp / kSplits, split = warp % kSplits;
-    gemm.template multiply<kChunkRows>(B<Operand>{rows + split * Gemm::kK, stride},
-                                       partials_ + split * kSplitStride + block * kBlockStride,
+    multiply_operand(gemm, B<Operand>{rows + split() * Gemm::kK, stride}, results);
+  }
+  /// Multiplies B's part of K that is the warp's own.
+  template <class B>
+  FUSEDRNN_DEVICE void multiply_operand(const Gemm& gemm, const B& b,
+                                        float (&results)[kPairs][kResults]) const {
+    const int warp = threadIdx.x / kWarp, block = warp / kSplits;
+    gemm.template multiply<kChunkRows>(b, partials_ + split() * kSplitStride + block * kBlockStride,
                                        kRowStride, scratch_ + warp * Gemm::kScratchFloats);
     sync_cta();
     unroll<kPairs>([&](auto i) {
       const Pair p = pair(0, i);
+      unroll<kResults>([&](auto g) { results[i][g] = 0; });
+      if (!p.is_owned) return;
       const float* at = partials_ + p.chunk_row * kRowStride + p.unit / kBlockUnits * kBlockStride +
                         p.unit % kBlockUnits;
       unroll<kResults>([&](auto g) {

@@ -70,8 +70,7 @@ class ClusterAllGather : public Traits::template Work<Traits> {
   using Gemm = typename Traits::Gemm;
   using Operand = typename Traits::Operand;
 
-  FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, typename Traits::Element*,
-                                   unsigned char* memory)
+  FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, uint32_t*, unsigned char* memory)
       : ClusterAllGather(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)) {}
 
   /// Sends a group's 8 units of each row to every CTA of the cluster, 16 bytes at a time. The lanes
@@ -159,6 +158,7 @@ struct ClusterReduceScatterTraits : UsesClusters {
   static constexpr int kResults = 1, kThreadUnits = 1;
   static constexpr bool kOneChunk = false;
   static constexpr bool kOwnUnitsAlone = true;  ///< K is the CTA's own units' gates
+  static constexpr int kGateRun = 0;
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
   static_assert(kChunkRows * kUnits == kThreads * kPairs);
   static constexpr int kK = Gemm::kK;
@@ -188,7 +188,7 @@ class ClusterReduceScatter : public Tile<Traits> {
   using Element = typename Traits::Element;
   using Gemm = typename Traits::Gemm;
 
-  FUSEDRNN_DEVICE ClusterReduceScatter(const PersistentParams& params, Element*,
+  FUSEDRNN_DEVICE ClusterReduceScatter(const PersistentParams& params, uint32_t*,
                                        unsigned char* memory)
       : ClusterReduceScatter(params, memory,
                              typename Traits::Storage(params.tile_rows, gridDim.x)) {}

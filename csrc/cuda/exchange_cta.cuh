@@ -32,8 +32,7 @@ class CtaExchange : public Traits::template Work<Traits> {
   using Gemm = typename Traits::Gemm;
   using Operand = typename Traits::Operand;
 
-  FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, typename Traits::Element*,
-                              unsigned char* memory)
+  FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, uint32_t*, unsigned char* memory)
       : CtaExchange(params, memory, typename Traits::Storage(params.tile_rows, gridDim.x)) {}
 
   template <int kParts>

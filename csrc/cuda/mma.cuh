@@ -27,8 +27,7 @@ FUSEDRNN_INLINE constexpr int operand_offset(int row, int k, int stride) {
   return row * stride + (k / n ^ row / 2 % 4) * n + k % n;
 }
 
-/// Where a GEMM loads B, aligned to 16 bytes. lane(r, q): the q-th 16 bytes of row r, where q < 4.
-/// The same lane's next parts are 64 bytes apart, and its next rows 8 `stride`.
+/// B in shared memory, aligned to 16 bytes.
 template <class Element>
 struct SharedOperand {
   const Element* data;
@@ -36,20 +35,20 @@ struct SharedOperand {
   FUSEDRNN_DEVICE Words load(int row, int k) const {
     return *reinterpret_cast<const Words*>(data + operand_offset<Element>(row, k, stride));
   }
-  FUSEDRNN_DEVICE const Element* lane(int r, int q) const {
-    return data + operand_offset<Element>(r, q * kPerWords<Element>, stride);
+  /// Calls f(j, words) for all j < kParts. A lane's j-th words are 16 bytes of each of N rows.
+  template <int kParts, int N, class F>
+  FUSEDRNN_DEVICE void for_each(const F& f) const {
+    const int lane = threadIdx.x % kWarp;
+    constexpr int n_words = kPerWords<Element>;
+    const Element* const own = data + operand_offset<Element>(lane / 4, lane % 4 * n_words, stride);
+    unroll<kParts>([&](auto j) {
+      Words b[N];
+      unroll<N>([&](auto n) {
+        b[n] = *reinterpret_cast<const Words*>(own + 8 * n * stride + j * 4 * n_words);
+      });
+      f(j, b);
+    });
   }
-  static FUSEDRNN_DEVICE Words load(const Element* p) { return *reinterpret_cast<const Words*>(p); }
-};
-template <class Element>
-struct GlobalOperand {
-  const Element* data;
-  int stride;
-  FUSEDRNN_DEVICE Words load(int row, int k) const { return load_cg(data + row * stride + k); }
-  FUSEDRNN_DEVICE const Element* lane(int r, int q) const {
-    return data + r * stride + q * kPerWords<Element>;
-  }
-  static FUSEDRNN_DEVICE Words load(const Element* p) { return load_cg(p); }
 };
 
 /// The activations behind a GEMM by tensor cores.
@@ -220,7 +219,7 @@ class FragmentGemm {
     const int q = threadIdx.x % 4;
     unroll<2 * kTiles>([&](auto group) {
       if constexpr (group < kRowGroups) {
-        const WeightRow<Element> weights = row(group);
+        const auto weights = row(group);
         if constexpr (kScaled) {
           load_scaled(weights, first_k, group);
         } else {
@@ -251,14 +250,10 @@ class FragmentGemm {
   /// c += A B^T. c[n][group / 2][2 (group % 2) + i] is the result for B's row 8 n + 2 q + i.
   template <int N, class B>
   FUSEDRNN_DEVICE void accumulate(const B& b_operand, float (&c)[N][kTiles][4]) const {
-    const int lane = threadIdx.x % kWarp;
-    const Operand* const b_lane = b_operand.lane(lane / 4, lane % 4);
     // An mma waits for the one before it in its chain. Few tiles get two chains each.
     constexpr bool kTwoChains = N * kTiles < 3;
     float other[kTwoChains ? N : 1][kTwoChains ? kTiles : 1][4] = {};
-    unroll<kPairs>([&](auto j) {
-      Words b[N];
-      unroll<N>([&](auto n) { b[n] = B::load(b_lane + 8 * n * b_operand.stride + j * kPairK); });
+    b_operand.template for_each<kPairs, N>([&](auto j, const Words(&b)[N]) {
       unroll<2>([&](auto s) {
         unroll<kTiles>([&](auto m) {
           unroll<N>([&](auto n) {

@@ -93,7 +93,6 @@ struct PersistentParams {
   int steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
   const int64_t* lengths = nullptr;      ///< [B], null: all steps
   const int64_t* step_offset = nullptr;  ///< [T + 1] row 0's token; null: padded
-  uint32_t* arrivals = nullptr;          ///< [D, groups], zero on entry; persistent_grid only
 };
 
 template <class Element, class Accum = Accumulator<Element>>
@@ -109,8 +108,9 @@ struct PersistentForwardParams : PersistentParams {
     Element* h_n = nullptr;  ///< [B, H]
     Accum* c_n = nullptr;    ///< [B, H], cells with a cell state only
     Accum* saved = nullptr;  ///< [N, A, H], null: not wanted
-    /// [2, groups * tile_rows, max_units], zero on entry; persistent_grid only.
-    Element* exchange = nullptr;
+    /// Operands [kExchangeSlots, groups * tile_rows, max_units], all bits set on entry;
+    /// persistent_grid only.
+    uint32_t* exchange = nullptr;
   } direction[2];
   int64_t h0_stride = 0, c0_stride = 0, y_stride = 0;
 };
@@ -129,8 +129,9 @@ struct PersistentBackwardParams : PersistentParams {
     Element* h_previous = nullptr;  ///< [N, H]
     Accum* dh0 = nullptr;           ///< [B, H]
     Accum* dc0 = nullptr;           ///< [B, H], cells with a cell state only
-    /// [2, groups * tile_rows, G, max_units], zero on entry; persistent_grid only.
-    Element* exchange = nullptr;
+    /// Operands [kExchangeSlots, groups * tile_rows, max_units * G], all bits set on entry;
+    /// persistent_grid only.
+    uint32_t* exchange = nullptr;
   } direction[2];
   int64_t h0_stride = 0, c0_stride = 0, dy_stride = 0;
 };

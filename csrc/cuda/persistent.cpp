@@ -19,20 +19,20 @@ struct GridMemory {
   template <class Element>
   static GridMemory allocate(const Layer& layer, const LaunchPlan& plan, int64_t values) {
     if (plan.algorithm != Algorithm::persistent_grid) return {};
-    return {at::zeros({layer.D, plan.groups}, layer.options().dtype(at::kInt)),
-            new_zeros<Element>(
-                layer, {layer.D, 2, plan.groups * plan.tile_rows, values * plan.max_units})};
+    const int64_t bytes = plan.half_operands ? 2 : int64_t(sizeof(Element));
+    const int64_t row_words = values * plan.max_units * bytes / 4;
+    return {at::full({layer.D, kExchangeSlots, plan.groups * plan.tile_rows, row_words}, -1,
+                     layer.options().dtype(at::kInt))};
   }
-  template <class Element>
-  Element* of_direction(int64_t d) const {
-    return operands.defined() ? data_of<Element>(operands, d * operands.stride(0)) : nullptr;
+  uint32_t* of_direction(int64_t d) const {
+    if (!words.defined()) return nullptr;
+    return reinterpret_cast<uint32_t*>(data_of<int32_t>(words, d * words.stride(0)));
   }
-  Tensor arrivals;  ///< [D, groups]
-  Tensor operands;  ///< [D, 2, groups * tile_rows, values * max_units]
+  Tensor words;  ///< int32 [D, kExchangeSlots, groups * tile_rows, words of a row]
 };
 
 PersistentParams common_params(const Layer& layer, const LaunchPlan& plan,
-                               const Tensor& step_offset, const GridMemory& memory) {
+                               const Tensor& step_offset) {
   PersistentParams params;
   params.steps = int(layer.T);
   params.rows = int(layer.B);
@@ -41,7 +41,6 @@ PersistentParams common_params(const Layer& layer, const LaunchPlan& plan,
   params.tile_rows = int(plan.tile_rows);
   params.lengths = const_data_of<int64_t>(layer.lengths);
   params.step_offset = const_data_of<int64_t>(step_offset);
-  params.arrivals = reinterpret_cast<uint32_t*>(data_of<int32_t>(memory.arrivals));
   return params;
 }
 
@@ -57,7 +56,7 @@ bool run_forward_persistent(const Layer& layer, const LaunchPlan& plan,
   const Tensor step_offset = upload_step_offset(layer, context);
   const GridMemory memory = GridMemory::allocate<Element>(layer, plan, 1);
   PersistentForwardParams<Element> params;
-  static_cast<PersistentParams&>(params) = common_params(layer, plan, step_offset, memory);
+  static_cast<PersistentParams&>(params) = common_params(layer, plan, step_offset);
   params.h0_stride = row_stride(layer.h0);
   params.c0_stride = row_stride(layer.c0);
   params.y_stride = layer.D * H;
@@ -79,7 +78,7 @@ bool run_forward_persistent(const Layer& layer, const LaunchPlan& plan,
     if (out.saved.numel() > 0) {
       tensors.saved = data_of<Accum>(out.saved, d * N * layer.cell.saved * H);
     }
-    tensors.exchange = memory.of_direction<Element>(d);
+    tensors.exchange = memory.of_direction(d);
   }
   return launched(kernels->forward(params, plan, context.stream));
 }
@@ -95,7 +94,7 @@ bool run_backward_persistent(const Layer& layer, const OutputGradients& gradient
   const Tensor step_offset = upload_step_offset(layer, context);
   const GridMemory memory = GridMemory::allocate<Element>(layer, plan, layer.cell.gates);
   PersistentBackwardParams<Element> params;
-  static_cast<PersistentParams&>(params) = common_params(layer, plan, step_offset, memory);
+  static_cast<PersistentParams&>(params) = common_params(layer, plan, step_offset);
   params.h0_stride = row_stride(layer.h0);
   params.c0_stride = row_stride(layer.c0);
   params.dy_stride = layer.D * H;
@@ -112,7 +111,7 @@ bool run_backward_persistent(const Layer& layer, const OutputGradients& gradient
     tensors.h_previous = data_of<Element>(out.gates.h_previous, d * N * H);
     tensors.dh0 = data_of<Accum>(out.dh0, d * B * H);
     tensors.dc0 = data_of<Accum>(out.dc0, d * B * H);
-    tensors.exchange = memory.of_direction<Element>(d);
+    tensors.exchange = memory.of_direction(d);
   }
   return launched(kernels->backward(params, plan, context.stream));
 }

@@ -20,16 +20,25 @@ struct PersistentBackwardKernel : Traits {
 
   /// A unit's column of weight_hh: a row of the GEMM's A. K: all units' gates, or the CTA's own.
   struct WeightColumn {
-    static constexpr int kGateK = Traits::kK / Cell::kGates;  ///< K per gate
+    /// Units of a gate that are neighbours in K.
+    static constexpr int kRun = Traits::kGateRun ? Traits::kGateRun : Traits::kK / Cell::kGates;
     const Element* weight_hh;
     int H, unit, first_k_unit;
     FUSEDRNN_DEVICE Element at(int k) const {
-      const int gate = k / kGateK, k_unit = first_k_unit + k % kGateK;
+      const int gate = k / kRun % Cell::kGates;
+      const int k_unit = first_k_unit + k / (kRun * Cell::kGates) * kRun + k % kRun;
       return unit < H && k_unit < H ? weight_hh[(gate * H + k_unit) * H + unit] : Element{};
     }
     template <int count>
     FUSEDRNN_DEVICE void load(int k, Element (&to)[count]) const {
-      unroll<count>([&](auto i) { to[i] = at(k + i); });
+      if constexpr (kRun % count == 0) {
+        const int gate = k / kRun % Cell::kGates;
+        const int first = first_k_unit + k / (kRun * Cell::kGates) * kRun + k % kRun;
+        const Element* const from = weight_hh + (gate * H + first) * H + unit;
+        unroll<count>([&](auto i) { to[i] = unit < H && first + i < H ? from[i * H] : Element{}; });
+      } else {
+        unroll<count>([&](auto i) { to[i] = at(k + i); });
+      }
     }
   };
   struct Weight {

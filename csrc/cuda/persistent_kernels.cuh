@@ -14,43 +14,58 @@ template <class T>
 struct Type {
   using type = T;
 };
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
 
 /// A forward kernel's traits by tensor cores: 8 warps.
-template <Algorithm kAlgorithm, class Cell, class Operand, class Element, bool kHalfRegisters>
+template <Algorithm kAlgorithm, class Cell, class Operand, class Element, bool kHalfRegisters,
+          int kChunkRows>
 constexpr auto forward_traits() {
   constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Operand));
   constexpr bool is_cta = kAlgorithm == Algorithm::persistent_cta;
-  constexpr int splits = is_cta ? 1 : kAlgorithm == Algorithm::persistent_cluster ? 2 : 4;
+  // In a grid each operand comes to one warp alone: loads through L2 cost more than the trade.
+  constexpr int splits = is_cta ? 1 : kAlgorithm == Algorithm::persistent_cluster ? 2 : 8;
   constexpr int groups = 8 / splits, blocks = shape.cta_units / (8 * groups);
   using Gemm = FragmentGemm<Operand, Element, blocks * Cell::kGates, shape.max_units / splits>;
-  using Work = FragmentTraits<Gemm, Cell::kGates, blocks, groups, splits, shape.chunk_rows, is_cta>;
+  using Work = FragmentTraits<Gemm, Cell::kGates, blocks, groups, splits, kChunkRows, is_cta>;
   if constexpr (is_cta) {
     return Type<CtaTraits<Work>>{};
   } else if constexpr (kAlgorithm == Algorithm::persistent_cluster) {
     return Type<ClusterAllGatherTraits<Work>>{};
   } else {
-    return Type<GridTraits<Work>>{};
+    return Type<GridTraits<Work, 1>>{};
   }
+}
+
+/// The same for the backward kernel of a grid. K is all units' gates.
+template <class Cell, class Element, bool kHalfRegisters, int kChunkRows>
+constexpr auto grid_backward_traits() {
+  constexpr KernelShape shape =
+      kernel_shape(Algorithm::persistent_grid, kHalfRegisters, sizeof(Element));
+  constexpr int splits = 8, blocks = shape.cta_units / 8;
+  using Gemm = FragmentGemm<Element, Element, blocks, shape.max_units * Cell::kGates / splits>;
+  using Work = FragmentTraits<Gemm, 1, blocks, 1, splits, kChunkRows, false>;
+  return Type<GridTraits<Work, Cell::kGates>>{};
 }
 
 /// The traits of a kernel whose partial sums go through shared memory. Gemm<kTiles, kK> is
 /// TensorCoreGemm or FmaGemm.
 template <Algorithm kAlgorithm, class Cell, bool kBackward, class Element, bool kHalfRegisters,
-          template <int, int> class Gemm>
+          int kChunkRows, template <int, int> class Gemm>
 constexpr auto partial_sum_traits() {
   constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Element));
   constexpr int results = kBackward ? 1 : Cell::kGates;
   constexpr int parts = kBackward ? Cell::kGates : 1;  // of K
   if constexpr (kAlgorithm == Algorithm::persistent_cta) {
     using G = Gemm<results, shape.max_units * parts>;
-    return Type<CtaTraits<PartialSumTraits<G, shape.cta_units / 16, 1, shape.chunk_rows, true>>>{};
+    return Type<CtaTraits<PartialSumTraits<G, shape.cta_units / 16, 1, kChunkRows, true>>>{};
   } else if constexpr (kAlgorithm == Algorithm::persistent_grid) {
     using G = Gemm<results, shape.max_units / 8 * parts>;
-    return Type<GridTraits<PartialSumTraits<G, 1, 8, shape.chunk_rows, false>>>{};
+    return Type<GridTraits<PartialSumTraits<G, 1, 8, kChunkRows, false>, parts>>{};
   } else {
     constexpr int warp_tiles = shape.max_units / (8 * 16);  // 8 warps have all units
     using ScatterGemm = Gemm<warp_tiles, Cell::kGates * kWarp>;
-    return Type<ClusterReduceScatterTraits<ScatterGemm, shape.chunk_rows>>{};
+    return Type<ClusterReduceScatterTraits<ScatterGemm, kChunkRows>>{};
   }
 }
 
@@ -63,26 +78,30 @@ struct TensorCore {
 /// Calls f(Type<Traits>) for a plan's kernel by tensor cores; returns -1 where there is none.
 template <class Cell, class Operand, class Element, bool kBackward, class F>
 int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
-  const auto call = [&](auto algorithm, auto half_registers) {
-    if constexpr (kBackward) {
-      return f(partial_sum_traits<algorithm, Cell, true, Element, half_registers,
-                                  TensorCore<Element>::template Gemm>());
+  const auto call = [&](auto algorithm, auto half_registers, auto rows) {
+    if constexpr (!kBackward) {
+      return f(forward_traits<algorithm, Cell, Operand, Element, half_registers, rows>());
+    } else if constexpr (algorithm == Algorithm::persistent_grid) {
+      return f(grid_backward_traits<Cell, Element, half_registers, rows>());
     } else {
-      return f(forward_traits<algorithm, Cell, Operand, Element, half_registers>());
+      return f(partial_sum_traits<algorithm, Cell, true, Element, half_registers, rows,
+                                  TensorCore<Element>::template Gemm>());
     }
   };
-  const auto either = [&](auto algorithm) {
-    return plan.half_registers ? call(algorithm, std::true_type{})
-                               : call(algorithm, std::false_type{});
+  const auto either = [&](auto algorithm, auto rows) {
+    return plan.half_registers ? call(algorithm, std::true_type{}, rows)
+                               : call(algorithm, std::false_type{}, rows);
   };
+  constexpr Constant<8> eight;
   switch (plan.algorithm) {
     case Algorithm::persistent_cta:
-      return call(std::integral_constant<Algorithm, Algorithm::persistent_cta>{},
-                  std::false_type{});
-    case Algorithm::persistent_grid:
-      return either(std::integral_constant<Algorithm, Algorithm::persistent_grid>{});
+      return call(Constant<Algorithm::persistent_cta>{}, std::false_type{}, eight);
+    case Algorithm::persistent_grid: {
+      constexpr Constant<Algorithm::persistent_grid> grid;
+      return plan.tile_rows == 8 ? either(grid, eight) : either(grid, Constant<16>{});
+    }
     case Algorithm::persistent_cluster:
-      return either(std::integral_constant<Algorithm, Algorithm::persistent_cluster>{});
+      return either(Constant<Algorithm::persistent_cluster>{}, eight);
     default:
       return -1;
   }
@@ -93,12 +112,15 @@ template <class Cell, bool kBackward, class F>
 int visit_fma_traits(const LaunchPlan& plan, const F& f) {
   constexpr Algorithm cta = Algorithm::persistent_cta, grid = Algorithm::persistent_grid;
   if (plan.algorithm == cta) {
-    return f(partial_sum_traits<cta, Cell, kBackward, float, false, FmaGemm>());
+    return f(partial_sum_traits<cta, Cell, kBackward, float, false, 8, FmaGemm>());
   }
   if (plan.algorithm != grid) return -1;
-  return plan.half_registers
-             ? f(partial_sum_traits<grid, Cell, kBackward, float, true, FmaGemm>())
-             : f(partial_sum_traits<grid, Cell, kBackward, float, false, FmaGemm>());
+  const auto either = [&](auto rows) {
+    return plan.half_registers
+               ? f(partial_sum_traits<grid, Cell, kBackward, float, true, rows, FmaGemm>())
+               : f(partial_sum_traits<grid, Cell, kBackward, float, false, rows, FmaGemm>());
+  };
+  return plan.tile_rows == 8 ? either(Constant<8>{}) : either(Constant<16>{});
 }
 
 /// Calls f(Type<Kernel>) for a plan's kernel; returns -1 where there is none.

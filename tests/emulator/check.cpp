@@ -295,12 +295,15 @@ PersistentParams common_params(const Problem& p, const LaunchPlan& plan) {
   params.tile_rows = int(plan.tile_rows);
   params.lengths = p.lengths_or_null();
   params.step_offset = p.batch.packed ? p.step_offset.data() : nullptr;
-  params.arrivals = Buffer<uint32_t>(p.D * plan.groups).data();
   return params;
 }
 
-Element* new_exchange(const LaunchPlan& plan, int64_t values) {
-  return Buffer<Element>(2 * plan.groups * plan.tile_rows * values * plan.max_units).data();
+/// A direction's memory for the grid's exchange.
+uint32_t* new_exchange(const LaunchPlan& plan, int64_t values) {
+  const int64_t row_bytes =
+      values * plan.max_units * (plan.half_operands ? 2 : int64_t(sizeof(Element)));
+  return Buffer<uint32_t>(kExchangeSlots * plan.groups * plan.tile_rows * row_bytes / 4, ~0u)
+      .data();
 }
 
 PersistentForwardParams<Element> forward_params(const Problem& p, const Results& r,
