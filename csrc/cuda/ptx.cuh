@@ -308,13 +308,13 @@ FUSEDRNN_DEVICE uint32_t tf32_of(float x) {
 
 // ---- approximations -----------------------------------------------------------------------------
 
-/// 2^x within 2^-22 of its value; subnormal numbers count as zero.
+/// 2^x within 2 units in the last place. Subnormal arguments and results count as zero.
 FUSEDRNN_DEVICE float exp2_approx(float x) {
   float value;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
   return value;
 }
-/// tanh(x) within 2^-11 of its value.
+/// tanh(x) with a relative error up to 2^-11.
 FUSEDRNN_DEVICE float tanh_approx(float x) {
   float value;
   asm("tanh.approx.f32 %0, %1;" : "=f"(value) : "f"(x));

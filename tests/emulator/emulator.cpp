@@ -5,11 +5,13 @@
 //   - Shared memory begins as NaN, ends at a page that can't be touched, and is unmapped with its
 //   CTA.
 //   - No more CTAs run together than a launch asks for.
+//   - Stores to other CTAs arrive late and out of order.
 //   - A launch that can't go on ends by reporting its waiting threads.
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -17,6 +19,7 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../../csrc/cuda/ptx.cuh"
@@ -37,6 +40,8 @@ __attribute__((weak)) void __tsan_acquire(void*);
 __attribute__((weak)) void __tsan_release(void*);
 __attribute__((weak)) void __tsan_read8(void*);
 __attribute__((weak)) void __tsan_write_range(void*, unsigned long);
+__attribute__((weak)) void __tsan_ignore_thread_begin();
+__attribute__((weak)) void __tsan_ignore_thread_end();
 }
 
 namespace fusedrnn::emulator {
@@ -49,6 +54,16 @@ void acquire(void* p) {
 void release(void* p) {
   if (has_tsan) __tsan_release(p);
 }
+
+/// Hides the emulator's own memory from ThreadSanitizer, which sees calls of memcpy and free.
+struct Hidden {
+  Hidden() {
+    if (has_tsan) __tsan_ignore_thread_begin();
+  }
+  ~Hidden() {
+    if (has_tsan) __tsan_ignore_thread_end();
+  }
+};
 
 // ---- switching ----------------------------------------------------------------------------------
 
@@ -176,6 +191,22 @@ struct TxBarrier {
   std::vector<Fiber*> waiting = {};
 };
 
+constexpr unsigned kMostThreads = 1024;
+using ThreadSet = std::bitset<kMostThreads>;
+
+/// A word stored by store_relaxed that has not arrived in memory yet.
+struct RelaxedWord {
+  uint32_t* to = nullptr;
+  uint32_t word = 0;
+  Cta* cta = nullptr;    ///< null if it has left the kernel
+  bool is_held = false;  ///< it waits until nothing else can go on
+  /// The CTA's threads that must see it: its writer, and those that met a thread that must see it
+  /// at a barrier.
+  ThreadSet known = {};
+  size_t place = 0, place_in_cta = 0;  ///< in the lists of words
+};
+using WordList = std::vector<RelaxedWord*>;
+
 constexpr int kNamedBarriers = 16;  ///< number 0 is sync_cta's
 
 struct Cta {
@@ -187,6 +218,7 @@ struct Cta {
   std::vector<Warp> warps;
   std::vector<Fiber*> fibers;
   std::unique_ptr<Guarded> shared;
+  WordList relaxed;  ///< the words of its threads that have not arrived
   unsigned gone = 0;
 };
 
@@ -209,6 +241,84 @@ struct Message {
   unsigned bytes;
 };
 
+/// When the words of store_relaxed arrive.
+enum class Arrival {
+  at_once,
+  random,       ///< soon or late, in any order
+  late,         ///< when nothing else can go on, a few or many at a time
+  clears_late,  ///< the words of all ones after everything else, other words at random
+  cta_late,     ///< the words of one CTA after everything else, other words at random
+  kCount
+};
+
+/// The words that have not arrived yet.
+class RelaxedWords {
+ public:
+  RelaxedWords() = default;
+  RelaxedWords(const RelaxedWords&) = delete;
+  ~RelaxedWords() {
+    for (const WordList& list : lists_) {
+      for (const RelaxedWord* w : list) delete w;
+    }
+  }
+  bool empty() const { return lists_[0].empty() && lists_[1].empty(); }
+  const WordList& list(bool is_held) const { return lists_[is_held]; }
+
+  /// Earlier words for the same place that `thread` must see arrive now, or never.
+  void add(RelaxedWord word, unsigned thread, bool arrives) {
+    while (RelaxedWord* const earlier = find(word.to, word.cta, thread)) {
+      if (arrives) *word.to = earlier->word;
+      word.known |= earlier->known;
+      remove(earlier);
+    }
+    word.known.set(thread);
+    RelaxedWord* const w = new RelaxedWord(word);
+    w->place = lists_[w->is_held].size();
+    lists_[w->is_held].push_back(w);
+    w->place_in_cta = w->cta->relaxed.size();
+    w->cta->relaxed.push_back(w);
+    by_address_[w->to].push_back(w);
+  }
+  void arrive(RelaxedWord* w) {
+    *w->to = w->word;
+    remove(w);
+  }
+  /// The words that a CTA's thread must see arrive; all words of the CTA if `thread` is negative.
+  void arrive(Cta* cta, int thread) {
+    for (size_t i = cta->relaxed.size(); i-- > 0;) {
+      RelaxedWord* const w = cta->relaxed[i];
+      if (thread < 0 || w->known[size_t(thread)]) arrive(w);
+    }
+  }
+  /// The word that a thread must see at p; null: the word in memory.
+  RelaxedWord* find(const uint32_t* p, const Cta* cta, unsigned thread) const {
+    const auto found = by_address_.find(p);
+    if (found == by_address_.end()) return nullptr;
+    for (RelaxedWord* w : found->second) {
+      if (w->cta == cta && w->known[thread]) return w;
+    }
+    return nullptr;
+  }
+
+ private:
+  void remove(RelaxedWord* w) {
+    WordList& list = lists_[w->is_held];
+    (list[w->place] = list.back())->place = w->place;
+    list.pop_back();
+    if (w->cta) {
+      WordList& of_cta = w->cta->relaxed;
+      (of_cta[w->place_in_cta] = of_cta.back())->place_in_cta = w->place_in_cta;
+      of_cta.pop_back();
+    }
+    WordList& same = by_address_[w->to];
+    same.erase(std::find(same.begin(), same.end(), w));
+    delete w;
+  }
+
+  WordList lists_[2];  ///< by is_held
+  std::unordered_map<const uint32_t*, WordList> by_address_;
+};
+
 struct Launch {
   const cuda::Grid& grid;
   unsigned threads;
@@ -225,6 +335,10 @@ struct Launch {
   size_t alive = 0, idle_polls = 0;
   std::vector<Message> in_flight = {};
   bool late_stores = false;  ///< they arrive when nothing else can go on
+  RelaxedWords relaxed = {};
+  Arrival arrival = Arrival::at_once;
+  unsigned late_cta = 0;
+  size_t hurry = 1;          ///< about so many turns pass until a word arrives
   bool clock_moves = false;  ///< since nothing could go on
   uint64_t clock = 0;
   std::string error = {};
@@ -296,6 +410,24 @@ void fail(const std::string& what) {
   for (;;) leave(State::waiting, where);
 }
 
+/// All threads of a barrier have arrived: they must see each other's relaxed words.
+void meet_relaxed(const Barrier& barrier) {
+  const Hidden hidden;
+  const Fiber* const self = active->current;
+  if (&barrier == &self->cta->cluster->barrier) {
+    for (Cta* cta : self->cta->cluster->ctas) {
+      if (cta) active->relaxed.arrive(cta, -1);
+    }
+    return;
+  }
+  ThreadSet threads;
+  threads.set(self->thread);
+  for (const Fiber* f : barrier.waiting) threads.set(f->thread);
+  for (RelaxedWord* w : self->cta->relaxed) {
+    if ((w->known & threads).any()) w->known |= threads;
+  }
+}
+
 void arrive(Barrier& barrier, Where where, bool orders) {
   Fiber* const self = active->current;
   ++counted.waits;
@@ -308,6 +440,7 @@ void arrive(Barrier& barrier, Where where, bool orders) {
     barrier.waiting.push_back(self);
     leave(State::waiting, where);
   } else {
+    if (orders && !active->relaxed.empty()) meet_relaxed(barrier);
     for (Fiber* f : barrier.waiting) put_in(f, State::ready);
     barrier.waiting.clear();
     leave(State::ready, where);  // the last to arrive need not be the first to go on
@@ -522,6 +655,18 @@ void deliver() {
   complete_phase(barrier);
 }
 
+/// Some of the words arrive. `stuck`: nothing else can go on. Held words arrive if no others can.
+void deliver_relaxed(bool stuck) {
+  Launch& l = *active;
+  const bool held = l.relaxed.list(false).empty();
+  if (held && !stuck) return;
+  const Hidden hidden;
+  const WordList& list = l.relaxed.list(held);
+  const size_t count = 1 + l.random() % (1 + (list.size() - 1) / l.hurry);
+  for (size_t i = 0; i < count; ++i) l.relaxed.arrive(list[l.random() % list.size()]);
+  l.idle_polls = 0;
+}
+
 void run_all() {
   Launch& l = *active;
   const uint64_t size = std::max(1u, l.grid.cluster);
@@ -541,7 +686,11 @@ void run_all() {
       }
       waiting.pop_back();
     }
-    if (l.alive == 0 && waiting.empty()) return;
+    if (l.alive == 0 && waiting.empty()) {
+      const Hidden hidden;
+      while (!l.relaxed.empty()) deliver_relaxed(true);
+      return;
+    }
     const bool idle = l.ready.empty() && l.starved.empty();
     if (!l.in_flight.empty() && (idle || (!l.late_stores && l.random() % 2))) {
       deliver();
@@ -549,8 +698,12 @@ void run_all() {
       continue;
     }
     // Every polling thread has polled again, and all other threads wait.
-    const size_t enough = l.clock_moves ? kMostTries : 2;
-    if (idle && l.idle_polls >= enough * l.polling.size()) {
+    const bool stuck = idle && l.idle_polls >= 2 * l.polling.size();
+    if (!l.relaxed.empty() && (stuck || l.random() % 2)) {
+      deliver_relaxed(stuck);
+      if (stuck) continue;
+    }
+    if (stuck && (!l.clock_moves || l.idle_polls >= kMostTries * l.polling.size())) {
       on_deadlock();
       if (!l.error.empty()) return;
       continue;
@@ -564,6 +717,7 @@ void run_all() {
         return fail("a store is in flight to a CTA that has left the kernel");
       }
       acquire(&l);
+      for (RelaxedWord* w : cta->relaxed) w->cta = nullptr;
       l.current = nullptr;
       for (Fiber* f : cta->fibers) give_back(f);
       std::vector<Cta*>& of_cluster = cta->cluster->ctas;
@@ -618,6 +772,9 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
   ++counted.launches;
   l.order = Order(l.random() % uint64_t(Order::kCount));
   l.late_stores = l.random() % 4 == 0;
+  l.arrival = Arrival(l.random() % uint64_t(Arrival::kCount));
+  l.late_cta = unsigned(l.random() % grid.x);
+  l.hurry = size_t(1) << l.random() % 8;
   if (has_tsan) l.main_tsan = __tsan_get_current_fiber();
   gridDim = {grid.x, grid.y, grid.z};
   if (grid.cluster) l.in_flight.reserve(1 << 16);  // as in Barrier::expect
@@ -725,9 +882,36 @@ void fail_wait(const cuda::Waiter& waiter, Where where) {
   for (;;) leave(State::waiting, where);
 }
 
-void store_relaxed(uint32_t word, uint32_t* p, Where) { *p = word; }
-uint32_t load_relaxed(const uint32_t* p) { return *p; }
-void fence_device() {}
+void store_relaxed(uint32_t word, uint32_t* p, Where where) {
+  Launch& l = *active;
+  if (l.arrival == Arrival::at_once) {
+    *p = word;
+    return;
+  }
+  const Fiber* const self = l.current;
+  const bool is_held = l.arrival == Arrival::late ||
+                       (l.arrival == Arrival::clears_late && word == 0xffffffffu) ||
+                       (l.arrival == Arrival::cta_late && self->cta->index.x == l.late_cta);
+  {
+    const Hidden hidden;
+    l.relaxed.add({p, word, self->cta, is_held}, self->thread, l.random() % 2);
+  }
+  if (l.random() % 16 == 0) leave(State::ready, where);
+}
+uint32_t find_relaxed(const uint32_t* p, uint32_t in_memory) {
+  const Fiber* const self = active->current;
+  if (active->relaxed.empty()) return in_memory;
+  const RelaxedWord* const found = active->relaxed.find(p, self->cta, self->thread);
+  return found ? found->word : in_memory;
+}
+void fence_device(Where where) {
+  Launch& l = *active;
+  if (l.relaxed.empty()) return;
+  // Other threads may see a part of the words before.
+  if (l.random() % 2) leave(State::ready, where);
+  const Hidden hidden;
+  l.relaxed.arrive(l.current->cta, int(l.current->thread));
+}
 void check_shared(const void* p, unsigned bytes, Where where) { offset_of(p, bytes, where); }
 
 const unsigned char* exchange(const void* own, unsigned bytes, Where where) {

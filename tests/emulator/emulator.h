@@ -77,9 +77,16 @@ void st_async(const void* data, unsigned bytes, void* to, void* barrier, unsigne
 uint64_t nanoseconds();
 [[noreturn]] void fail_wait(const cuda::Waiter& waiter, Where where);
 
+/// Relaxed words. A word arrives in memory some time later, in any order, even after later words of
+/// the same thread. Before, its writer alone sees it, and threads that met the writer at a barrier
+/// of the CTA. A fence of such a thread lets it arrive, and so does the kernel's end. An earlier
+/// word of such a thread for the same place arrives before it or never.
+///
+/// Plain loads see memory, not a word that has not arrived.
 void store_relaxed(uint32_t word, uint32_t* p, Where where);
-uint32_t load_relaxed(const uint32_t* p);
-void fence_device();
+/// The word that this thread sees at p; `in_memory`: what it has loaded from there.
+uint32_t find_relaxed(const uint32_t* p, uint32_t in_memory);
+void fence_device(Where where);
 /// `bytes` at p must be aligned and in the CTA's shared memory.
 void check_shared(const void* p, unsigned bytes, Where where);
 
@@ -116,9 +123,11 @@ inline void sync_threads(int barrier, int threads, int line = __builtin_LINE()) 
 }
 inline void sync_warp(int line = __builtin_LINE()) { emulator::sync_warp({"sync_warp", line}); }
 inline uint32_t load_acquire(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-inline void fence_device() { emulator::fence_device(); }
-inline void add_release(uint32_t* p, uint32_t value) {
-  emulator::fence_device();
+inline void fence_device(int line = __builtin_LINE()) {
+  emulator::fence_device({"fence_device", line});
+}
+inline void add_release(uint32_t* p, uint32_t value, int line = __builtin_LINE()) {
+  emulator::fence_device({"add_release", line});
   __atomic_fetch_add(p, value, __ATOMIC_RELEASE);
 }
 
@@ -201,18 +210,26 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 inline void store_relaxed(uint32_t word, uint32_t* p, int line = __builtin_LINE()) {
+  __atomic_fetch_or(p, 0u, __ATOMIC_RELAXED);  // ThreadSanitizer sees an atomic store here
   emulator::store_relaxed(word, p, {"store_relaxed", line});
 }
 inline void store_relaxed(const Words& w, void* p, int line = __builtin_LINE()) {
   for (int i = 0; i < 4; ++i) store_relaxed(w.word[i], static_cast<Words*>(p)->word + i, line);
 }
-inline uint32_t load_relaxed(const uint32_t* p) { return emulator::load_relaxed(p); }
+inline uint32_t load_relaxed(const uint32_t* p) {
+  return emulator::find_relaxed(p, __atomic_load_n(p, __ATOMIC_RELAXED));
+}
 inline Words load_relaxed(const void* p) {
   Words w;
   for (int i = 0; i < 4; ++i) w.word[i] = load_relaxed(static_cast<const Words*>(p)->word + i);
   return w;
 }
-inline Words load_cg(const void* p) { return *static_cast<const Words*>(p); }
+inline Words load_cg(const void* p) {
+  const Words* const from = static_cast<const Words*>(p);
+  Words w = *from;
+  for (int i = 0; i < 4; ++i) w.word[i] = emulator::find_relaxed(from->word + i, w.word[i]);
+  return w;
+}
 inline void st_async(const Words& w, void* to, TransactionBarrier* barrier, unsigned cta,
                      int line = __builtin_LINE()) {
   emulator::st_async(w.word, sizeof(w.word), to, barrier, cta, {"st_async", line});
@@ -273,32 +290,43 @@ uint32_t pack(float low, float high) {
   return bits[0].bits | uint32_t(bits[1].bits) << 16;
 }
 
-// The approximations have an error close to the most that the PTX ISA allows. It follows from the
-// argument's bits, so that results are repeatable.
+// The approximations have errors up to those that the PTX ISA allows. They follow from the
+// argument's bits, so that results are repeatable. The results that the PTX ISA lists are exact.
 
-/// `exact` with a relative error up to `bound`; no error where PTX's tables give the result, for
-/// arguments that are zero, infinite or NaN.
-inline float approximate(double exact, float x, double bound) {
-  if (x == 0 || x - x != 0) return float(exact);
+/// From -1 to 1.
+inline double error_of(float x) {
   uint32_t hash = bits_of(x) * 0x9e3779b1u;
   hash = (hash ^ hash >> 15) * 0x85ebca77u;
   hash ^= hash >> 13;
-  const double error = (double(hash & 0xffffffu) / 0x1p23 - 1) * bound;
-  const float value = float(exact * (1 + error));
-  // Rounded to float32 it may be outside.
-  return std::fabs(double(value) - exact) <= bound * std::fabs(exact) ? value : float(exact);
+  return double(hash & 0xffffffu) / double(0x7fffff) - 1;
 }
+inline bool is_finite(double x) { return x - x == 0; }
 /// Subnormal numbers as zeros of the same sign.
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
+inline double last_place(double x) { return std::ldexp(1.0, std::ilogb(x) - 23); }
+
 inline float exp2_approx(float x) {
   x = flushed(x);
-  return flushed(approximate(std::exp2(double(x)), x, 0x1p-22));
+  const float rounded = std::exp2(x);
+  if (x == 0 || !is_finite(x) || !is_finite(rounded) || flushed(rounded) == 0) {
+    return flushed(rounded);
+  }
+  return flushed(float(rounded + double(std::lround(2 * error_of(x))) * last_place(rounded)));
 }
-inline float tanh_approx(float x) { return approximate(std::tanh(double(x)), x, 0x1p-11); }
+inline float tanh_approx(float x) {
+  const double exact = std::tanh(double(x)), bound = 0x1p-11;
+  if (flushed(x) == 0 || !is_finite(x)) return float(exact);
+  const float value = float(exact * (1 + error_of(x) * bound));
+  return std::fabs(double(value) - exact) <= bound * std::fabs(exact) ? value : float(exact);
+}
 inline float reciprocal(float x) {
   x = flushed(x);
-  return flushed(approximate(1 / double(x), x, 0x1p-23));
+  const double exact = 1 / double(x);
+  if (x == 0 || !is_finite(x)) return float(exact);
+  // Rounding adds as much. Only a result that is subnormal is flushed.
+  const float value = float(exact + error_of(x) * last_place(exact) / 2);
+  return std::fabs(exact) < 0x1p-126 ? flushed(value) : flushed(value) == 0 ? float(exact) : value;
 }
 
 /// The value at `place` among those in a fragment's register.
