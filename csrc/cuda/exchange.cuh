@@ -242,15 +242,25 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   /// Which of its units a thread's i-th pair has.
   static constexpr int unit_of_pair(int i) { return kSplits == 1 ? i / 2 % kBlocks : 0; }
 
-  /// weight.row(unit, result): a row of A.
+  /// weight.row(unit, result): a row of A. Transposed: weight.load() as columns for
+  /// load_transposed.
   template <class Weight>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
-    const int first = this->first_unit + group() * kBlocks * 8 + threadIdx.x % kWarp / 4;
-    gemm.load(
-        [&](auto row_group) {
-          return weight.row(first + row_group / kResults * 8, row_group % kResults);
-        },
-        split() * Gemm::kK);
+    const int first = this->first_unit + group() * kBlocks * 8;
+    if constexpr (Weight::kTransposed) {
+      constexpr int kScratch = Gemm::kTransposedBytes / int(sizeof(Traded));
+      static_assert(kThreads / kWarp * kScratch <= 2 * kTraded);
+      gemm.load_transposed(weight, first, split() * Gemm::kK,
+                           traded_ + threadIdx.x / kWarp * kScratch);
+      sync_cta();  // the traded results take the place of the scratch memory
+    } else {
+      const int own = first + threadIdx.x % kWarp / 4;
+      gemm.load(
+          [&](auto row_group) {
+            return weight.row(own + row_group / kResults * 8, row_group % kResults);
+          },
+          split() * Gemm::kK);
+    }
   }
 
  protected:

@@ -238,6 +238,43 @@ class FragmentGemm {
     });
   }
 
+  /// The same where a column's elements are neighbours in memory. columns.load(k, i): 16 bytes from
+  /// row i of column k on. scratch: kTransposedBytes of shared memory for the warp.
+  static constexpr int kTransposedBytes = 512;
+  template <class Columns>
+  FUSEDRNN_DEVICE void load_transposed(const Columns& columns, int first_row, int first_k,
+                                       void* scratch) {
+    static_assert(sizeof(Operand) == sizeof(Element) && kRowGroups % 2 == 0);
+    constexpr int n = kPerWords<Element>, kParts = 8 / n;  // of a column's eight rows
+    constexpr int kAhead = kPairs % 4 == 0 ? 4 : 2;        // loads in flight
+    static_assert(kPairs % kAhead == 0);
+    const int lane = threadIdx.x % kWarp, r = lane / 4, q = lane % 4;
+    Element* const tile = static_cast<Element*>(scratch);  // [kPairK, 8]
+    unroll<kRowGroups>([&](auto group) {
+      unroll<kPairs / kAhead>([&](auto some) {
+        Words words[kAhead];
+        unroll<kAhead>([&](auto i) {
+          const int k = first_k + (some * kAhead + i) * kPairK + lane / kParts;
+          words[i] = columns.load(k, first_row + group * 8 + lane % kParts * n);
+        });
+        unroll<kAhead>([&](auto i) {
+          reinterpret_cast<Words*>(tile)[lane] = words[i];
+          sync_warp();
+          Words w;
+          if constexpr (sizeof(Element) == 2) {
+            // Matrix m's rows are elements 2 m and 2 m + 1 of each lane's eight.
+            const int m = lane / 8, row = lane % 8;
+            load_matrix_trans(w.word, tile + 8 * (row / 2 * 8 + 2 * m + row % 2));
+          } else {
+            unroll<4>([&](auto e) { w.word[e] = tf32_of(tile[(4 * q + e) * 8 + r]); });
+          }
+          set(group, some * kAhead + i, w);
+          sync_warp();
+        });
+      });
+    });
+  }
+
   /// Rounds a value to B's type.
   static FUSEDRNN_DEVICE void set_operand(Operand& to, float value) {
     if constexpr (sizeof(Operand) == 4) {

@@ -24,28 +24,41 @@ struct PersistentBackwardKernel : Traits {
     static constexpr int kRun = Traits::kGateRun ? Traits::kGateRun : Traits::kK / Cell::kGates;
     const Element* weight_hh;
     int H, unit, first_k_unit;
-    FUSEDRNN_DEVICE Element at(int k) const {
+    /// Null: the element is zero.
+    FUSEDRNN_DEVICE const Element* place(int k) const {
       const int gate = k / kRun % Cell::kGates;
       const int k_unit = first_k_unit + k / (kRun * Cell::kGates) * kRun + k % kRun;
-      return unit < H && k_unit < H ? weight_hh[(gate * H + k_unit) * H + unit] : Element{};
+      return unit < H && k_unit < H ? weight_hh + (gate * H + k_unit) * H + unit : nullptr;
+    }
+    FUSEDRNN_DEVICE Element at(int k) const {
+      const Element* const p = place(k);
+      return p ? *p : Element{};
     }
     template <int count>
     FUSEDRNN_DEVICE void load(int k, Element (&to)[count]) const {
-      if constexpr (kRun % count == 0) {
-        const int gate = k / kRun % Cell::kGates;
-        const int first = first_k_unit + k / (kRun * Cell::kGates) * kRun + k % kRun;
-        const Element* const from = weight_hh + (gate * H + first) * H + unit;
-        unroll<count>([&](auto i) { to[i] = unit < H && first + i < H ? from[i * H] : Element{}; });
-      } else {
-        unroll<count>([&](auto i) { to[i] = at(k + i); });
-      }
+      unroll<count>([&](auto i) { to[i] = at(k + i); });
     }
   };
   struct Weight {
+    static constexpr bool kTransposed = true;
     const Element* weight_hh;
     int H, first_k_unit;
     FUSEDRNN_DEVICE WeightColumn row(int unit, int) const {
       return {weight_hh, H, unit, first_k_unit};
+    }
+    /// The elements at k of as many units as fill 16 bytes.
+    FUSEDRNN_DEVICE Words load(int k, int unit) const {
+      constexpr int n = kPerWords<Element>;
+      const bool is_aligned =
+          H % n == 0 && reinterpret_cast<uintptr_t>(weight_hh) % sizeof(Words) == 0;
+      const WeightColumn first = row(unit, 0);
+      if (is_aligned) {
+        const Element* const from = first.place(k);
+        return from ? *reinterpret_cast<const Words*>(from) : Words{};
+      }
+      Element values[n];
+      unroll<n>([&](auto i) { values[i] = row(unit + i, 0).at(k); });
+      return scalar::bit_cast<Words>(values);
     }
   };
 

@@ -21,6 +21,7 @@ struct PersistentForwardKernel : Traits {
 
   /// weight_hh as the GEMM's A.
   struct Weight {
+    static constexpr bool kTransposed = false;
     const Element* weight_hh;
     int H;
     bool is_aligned;

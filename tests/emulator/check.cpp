@@ -561,10 +561,12 @@ std::vector<Case> all_cases() {
       {step, own, 4, 3, 4, 2, "lengths", 8},
       {cta, own, 3, 3, 21, 1, "padded", 8},
       {cta, own, 4, 17, 8, 2, "lengths", 8},
-      // Two or three CTAs a group; tiles of one chunk and of two.
-      {grid, own, 3, 3, 21, 2, "padded", 8},
-      {grid, own, 4, 20, 18, 1, "packed", 2},
+      // Two or three CTAs a group; tiles of 8 rows, and of one chunk or two of 16 rows. With more
+      // steps than slots, words are cleared and stored again.
+      {grid, own, 23, 3, 21, 2, "padded", 8},
+      {grid, own, 12, 20, 18, 1, "packed", 2},
       {grid, own, 4, 20, 18, 1, "lengths", 4},
+      {grid, own, 17, 2, 37, 1, "lengths", 3},
       // Two or three CTAs a cluster; tiles of two chunks where few clusters find room.
       {cluster, tf32, 3, 3, 21, 2, "padded", 8},
       {cluster, tf32, 5, 20, 40, 1, "packed", 2},
@@ -572,7 +574,7 @@ std::vector<Case> all_cases() {
   };
   if (sizeof(Element) == 4) {
     cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8});
-    cases.push_back({grid, tf32, 3, 20, 18, 2, "lengths", 4});
+    cases.push_back({grid, tf32, 11, 20, 18, 2, "lengths", 4});
   }
   return cases;
 }
