@@ -163,9 +163,9 @@ void run_gemm(const LaunchContext& context, const GemmTypes& types, int64_t m, i
 
 }  // namespace
 
-void zero(void* data, int64_t bytes, const LaunchContext& context) {
+void fill(void* data, int value, int64_t bytes, const LaunchContext& context) {
   C10_CUDA_CHECK(
-      cudaMemsetAsync(data, 0, size_t(bytes), static_cast<cudaStream_t>(context.stream)));
+      cudaMemsetAsync(data, value, size_t(bytes), static_cast<cudaStream_t>(context.stream)));
 }
 
 // Not torch's matmul, whose precision follows process-wide settings. It may refuse half types with

@@ -40,8 +40,8 @@ void check(int status);
 /// than it reports, for example beside other processes.
 bool launched(int status);
 
-/// Zeros device memory.
-void zero(void* data, int64_t bytes, const LaunchContext& context);
+/// Sets all bytes to `value`, on the context's stream.
+void fill(void* data, int value, int64_t bytes, const LaunchContext& context);
 
 /// out = a b, or += with add. The context's precision applies to float32; the half types accumulate
 /// in float32. `out` has the operands' type or, for the half types, float32. Its rows are

@@ -224,7 +224,7 @@ struct FragmentTraits {
   using Operand = typename Gemm::Operand;
   static constexpr int kResults = kResults_, kBlocks = kBlocks_, kGroups = kGroups_;
   static constexpr int kSplits = kSplits_, kChunkRows = kChunkRows_;
-  static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false;
+  static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false, kInFragments = true;
   static constexpr int kThreads = kWarp * kGroups * kSplits;
   static constexpr int kUnits = 8 * kBlocks * kGroups;
   static constexpr int kK = kSplits * Gemm::kK;
@@ -234,10 +234,10 @@ struct FragmentTraits {
   static constexpr int kPairs = kFewRows || kFragmentPairs < kSplits ? 1 : kFragmentPairs / kSplits;
   static constexpr int kThreadUnits = kPairs == 1 ? 1 : kBlocks;  ///< that a thread works on
   /// Whether a lane's operands in a row are neighbours in K: all units' gate gradients.
-  static constexpr bool kOperandsAreNeighbours = Gemm::kLoadScratchBytes > 0;
+  static constexpr bool kOperandsAreNeighbours = Gemm::kLoadScratchBytes > 0 && kSplits == 1;
   static_assert(Gemm::kRowGroups == kBlocks * kResults);
   static_assert(kFewRows ? kChunkRows * kBlocks == 4 && kSplits == 1 : kChunkRows % 8 == 0);
-  static_assert(kSplits == 1 || (kBlocks == 1 && kPairs == 1));
+  static_assert(kSplits == 1 || kPairs == 1);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
 
@@ -290,10 +290,8 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
         load_scratch_(at.load_scratch),
         carried_(at.carried) {
     const int lane = threadIdx.x % kWarp;
-    // The rows of B change places so that the first of a lane's pairs is its own.
-    const int first = kSplits == 1 ? 0 : split() / 2 % kRowTiles * 8 + split() % 2;
     unroll<kRowTiles>([&](auto n) {
-      const int row = kFewRows ? lane / 8 % kChunkRows : (8 * n + lane / 4) ^ first;
+      const int row = kFewRows ? lane / 8 % kChunkRows : (8 * n + lane / 4) ^ row_flip();
       b_offset_[n] = kept(Traits::b_offset(row, lane % 4) + split() * Gemm::kK);
     });
     // traded [kGroups, kSplits (to), kSplits (from), kWarp]. from: relative to the owner's number.
@@ -328,15 +326,15 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   template <class Weight>
   FUSEDRNN_DEVICE void load(Gemm& gemm, const Weight& weight) const {
     const int first = this->first_unit + group() * kBlocks * 8;
-    if constexpr (kOperandsAreNeighbours) {
-      static_assert(kSplits == 1);
-      gemm.load(weight, first,
-                memory_ + load_scratch_ + threadIdx.x / kWarp * Gemm::kLoadScratchBytes);
+    if constexpr (Gemm::kLoadScratchBytes > 0) {
+      gemm.load(Part<Weight>{weight, split() * Gemm::kK, block_flip() * 8, weight.is_aligned},
+                first, memory_ + load_scratch_ + threadIdx.x / kWarp * Gemm::kLoadScratchBytes);
     } else {
       const int own = first + threadIdx.x % kWarp / 4;
       gemm.load(
           [&](auto row_group) {
-            return weight.row(own + row_group / kResults * 8, row_group % kResults);
+            return weight.row(own + (row_group / kResults ^ block_flip()) * 8,
+                              row_group % kResults);
           },
           split() * Gemm::kK);
     }
@@ -368,10 +366,25 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }
   static FUSEDRNN_DEVICE int group() { return threadIdx.x / kWarp / kSplits; }
 
-  /// Multiplies a chunk whose operands begin at `rows`.
-  template <class B>
+  /// Warps that share K get their rows of B and blocks of A in other places: bits of their indices
+  /// are flipped, so that the first of a lane's pairs is its own.
+  static FUSEDRNN_DEVICE int row_flip() {
+    return kSplits == 1 ? 0 : split() / 2 / kBlocks % kRowTiles * 8 + split() % 2;
+  }
+  static FUSEDRNN_DEVICE int block_flip() { return kSplits == 1 ? 0 : split() / 2 % kBlocks; }
+
+  /// Multiplies a chunk whose operands begin at `rows` in shared memory.
   FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows,
                                      float (&results)[kPairs][kResults]) {
+    const auto load = [&](auto j, auto n) {
+      return SharedOperand<Operand>::load(rows + b_offset_[n] + j * Gemm::kPairK);
+    };
+    multiply_operand(gemm, EachOperand{load}, results);
+  }
+  /// Multiplies the warp's part of B.
+  template <class B>
+  FUSEDRNN_DEVICE void multiply_operand(const Gemm& gemm, const B& b,
+                                        float (&results)[kPairs][kResults]) {
     float c[kRowTiles][Gemm::kTiles][4] = {};
     const auto each_pair = [&](const auto& f) {
       unroll<kPairs>(
@@ -379,7 +392,7 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
     };
     constexpr bool kStartsFromResults = kSplits == 1 && !kFewRows && !Gemm::kScaled;
     if constexpr (kStartsFromResults) each_pair([](float r, float& sum) { sum = r; });
-    gemm.template accumulate<B>(rows, b_offset_, c);
+    gemm.accumulate(b, c);
     gemm.unscale(c);
     if constexpr (kSplits > 1) trade(c);
     if constexpr (kFewRows && kBlocks == 2) {
@@ -392,6 +405,18 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   }
 
  private:
+  /// A warp's part of K, for TransposedGemm.
+  template <class Weight>
+  struct Part {
+    const Weight& weight;
+    int first_k, unit_flip;
+    bool is_aligned;
+    template <bool kAligned>
+    FUSEDRNN_DEVICE Words words(int unit, int k) const {
+      return weight.template words<kAligned>(unit ^ unit_flip, first_k + k);
+    }
+  };
+
   using Fragments = float[kRowTiles][Gemm::kTiles][4];
   /// Result g of the lane's pair v.
   static FUSEDRNN_DEVICE float& result_at(Fragments& c, int v, int g) {
@@ -435,15 +460,16 @@ struct PartialSumTraits {
   using Operand = Element;
   static constexpr int kResults = Gemm::kTiles;
   static constexpr int kBlocks = kBlocks_, kSplits = kSplits_, kChunkRows = kChunkRows_;
-  static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false;
+  static constexpr bool kOneChunk = kOneChunk_, kOwnUnitsAlone = false, kInFragments = false;
   static constexpr int kBlockUnits = 16;
   static constexpr int kThreads = kWarp * kBlocks * kSplits;
   static constexpr int kUnits = kBlockUnits * kBlocks;
   static constexpr int kK = kSplits * Gemm::kK;
-  static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< per thread and chunk
+  /// Per thread and chunk. With few rows some threads own none.
+  static constexpr int kPairs = (kChunkRows * kUnits + kThreads - 1) / kThreads;
   static constexpr int kThreadUnits = 1;
   static constexpr bool kOperandsAreNeighbours = false;
-  static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
+  static_assert((kPairs == 1 || kChunkRows * kUnits % kThreads == 0) && kThreads % kUnits == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
 
@@ -501,7 +527,7 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
     p.chunk_row = (threadIdx.x + i * kThreads) / kUnits;
     p.tile_row = chunk * kChunkRows + p.chunk_row;
     p.unit = threadIdx.x % kUnits;
-    p.is_owned = true;
+    p.is_owned = p.chunk_row < kChunkRows;
     return p;
   }
 
@@ -517,16 +543,24 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
   }
 
  protected:
-  template <class B>
+  static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }
+  static FUSEDRNN_DEVICE int row_flip() { return 0; }
+
   FUSEDRNN_DEVICE void multiply_rows(const Gemm& gemm, const Operand* rows,
                                      float (&results)[kPairs][kResults]) const {
-    const int warp = threadIdx.x / kWarp, block = warp / kSplits, split = warp % kSplits;
-    gemm.template multiply<kChunkRows>(B{rows + split * Gemm::kK, Traits::kOperandStride},
-                                       partials_ + split * kSplitStride + block * kBlockStride,
+    multiply_operand(
+        gemm, SharedOperand<Operand>{rows + split() * Gemm::kK, Traits::kOperandStride}, results);
+  }
+  template <class B>
+  FUSEDRNN_DEVICE void multiply_operand(const Gemm& gemm, const B& b,
+                                        float (&results)[kPairs][kResults]) const {
+    const int warp = threadIdx.x / kWarp, block = warp / kSplits;
+    gemm.template multiply<kChunkRows>(b, partials_ + split() * kSplitStride + block * kBlockStride,
                                        kRowStride, scratch_ + warp * Gemm::kScratchFloats);
     sync_cta();
     unroll<kPairs>([&](auto i) {
       const Pair p = pair(0, i);
+      if (!p.is_owned) return;
       const float* at = partials_ + p.chunk_row * kRowStride + p.unit / kBlockUnits * kBlockStride +
                         p.unit % kBlockUnits;
       unroll<kResults>([&](auto g) {

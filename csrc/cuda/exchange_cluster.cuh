@@ -58,6 +58,7 @@ class ClusterAllGather;
 template <class WorkTraits>
 struct ClusterAllGatherTraits : WorkTraits, UsesClusters {
   using Exchange = ClusterAllGather<ClusterAllGatherTraits>;
+  static constexpr bool kOneCta = false;
   using Operand = typename WorkTraits::Operand;
   static constexpr int kOperandStride = operand_stride<Operand>(WorkTraits::kK);
   static_assert(WorkTraits::kBlocks == 1 && WorkTraits::kPairs == 1);
@@ -86,8 +87,7 @@ class ClusterAllGather : public Traits::template Work<Traits> {
   using Gemm = typename Traits::Gemm;
   using Operand = typename Traits::Operand;
 
-  FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, typename Traits::Element*,
-                                   unsigned char* memory)
+  FUSEDRNN_DEVICE ClusterAllGather(const PersistentParams& params, uint32_t*, unsigned char* memory)
       : ClusterAllGather(params, memory,
                          typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
 
@@ -127,8 +127,7 @@ class ClusterAllGather : public Traits::template Work<Traits> {
   }
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int chunk,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
-    this->template multiply_rows<SharedOperand<Operand>>(
-        gemm, operands_ + k % 2 * buffer_stride_ + chunk * kChunkStride, results);
+    this->multiply_rows(gemm, operands_ + k % 2 * buffer_stride_ + chunk * kChunkStride, results);
   }
 
  private:
@@ -198,6 +197,7 @@ struct ClusterReduceScatterTraits : UsesClusters {
   using Gemm = Gemm_;
   using Element = typename Gemm::Element;
   using Exchange = ClusterReduceScatter<ClusterReduceScatterTraits>;
+  static constexpr bool kOneCta = false;
   using Operand = Element;
   static constexpr int kThreads = 256, kUnits = kWarp, kChunkRows = kChunkRows_, kPairs = 1;
   static constexpr int kResults = 1, kThreadUnits = 1;
@@ -249,7 +249,7 @@ class ClusterReduceScatter : public Tile<Traits> {
   using Element = typename Traits::Element;
   using Gemm = typename Traits::Gemm;
 
-  FUSEDRNN_DEVICE ClusterReduceScatter(const PersistentParams& params, Element*,
+  FUSEDRNN_DEVICE ClusterReduceScatter(const PersistentParams& params, uint32_t*,
                                        unsigned char* memory)
       : ClusterReduceScatter(
             params, memory, typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
@@ -310,7 +310,8 @@ class ClusterReduceScatter : public Tile<Traits> {
     constexpr int kTogether = Gemm::kTiles < 2 ? 1 : 2;
     unroll<Gemm::kTiles / kTogether>([&](auto pair) {
       float c[1][kTogether][4] = {};
-      gemm.template accumulate_tiles<pair * kTogether>([&](auto j, auto) { return words[j]; }, c);
+      gemm.template accumulate_tiles<pair * kTogether>(
+          EachOperand{[&](auto j, auto) { return words[j]; }}, c);
       constexpr int i = pair * kTogether * Traits::kTileUnits / Traits::kUnits;
       if (!sends || !receiver_[i].exists) return;
       unroll<kTogether>([&](auto m) {

@@ -12,6 +12,7 @@ class CtaExchange;
 template <class WorkTraits>
 struct CtaTraits : WorkTraits {
   using Exchange = CtaExchange<CtaTraits>;
+  static constexpr bool kOneCta = true;
   static constexpr int kOperandStride =
       operand_stride<typename WorkTraits::Operand>(WorkTraits::kK);
   static_assert(WorkTraits::kOneChunk);
@@ -38,8 +39,7 @@ class CtaExchange : public Traits::template Work<Traits> {
   using Gemm = typename Traits::Gemm;
   using Operand = typename Traits::Operand;
 
-  FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, typename Traits::Element*,
-                              unsigned char* memory)
+  FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, uint32_t*, unsigned char* memory)
       : CtaExchange(params, memory,
                     typename Traits::Storage(Tile<Traits>::tile_rows(params), gridDim.x)) {}
 
@@ -65,7 +65,7 @@ class CtaExchange : public Traits::template Work<Traits> {
   FUSEDRNN_DEVICE void wait(int, int) const {}
   FUSEDRNN_DEVICE void multiply(const Gemm& gemm, int k, int,
                                 float (&results)[Traits::kPairs][Traits::kResults]) {
-    this->template multiply_rows<SharedOperand<Operand>>(gemm, buffer(k), results);
+    this->multiply_rows(gemm, buffer(k), results);
   }
 
  private:

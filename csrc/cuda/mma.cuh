@@ -37,13 +37,22 @@ struct SharedOperand {
   }
   static FUSEDRNN_DEVICE Words load(const Element* p) { return *reinterpret_cast<const Words*>(p); }
 };
-template <class Element>
-struct GlobalOperand {
-  const Element* data;
-  int stride;
-  FUSEDRNN_DEVICE Words load(int row, int k) const { return load(data + row * stride + k); }
-  static FUSEDRNN_DEVICE Words load(const Element* p) { return load_cg(p); }
+/// B as what load(j, n) gives: the lane's 16 bytes for the j-th two mma, of rows 8 n to 8 n + 7.
+template <class Load>
+struct EachOperand {
+  Load load;
+  /// Calls f(j, words) for all j < kParts; words: of N rows.
+  template <int kParts, int N, class F>
+  FUSEDRNN_DEVICE void for_each(const F& f) const {
+    unroll<kParts>([&](auto j) {
+      Words words[N];
+      unroll<N>([&](auto n) { words[n] = load(j, n); });
+      f(j, words);
+    });
+  }
 };
+template <class Load>
+EachOperand(Load) -> EachOperand<Load>;
 
 /// The activations behind a GEMM by tensor cores.
 template <class Element>
@@ -258,25 +267,20 @@ class FragmentGemm {
   }
 
   /// c += A B^T. c[n][group / 2][2 (group % 2) + i] is the result for B's row 8 n + 2 q + i.
-  /// b_offset: of the lane's first part of rows 8 n + r. Its next ones are 64 bytes apart.
-  template <class B, int N>
-  FUSEDRNN_DEVICE void accumulate(const Operand* b_rows, const int (&b_offset)[N],
-                                  float (&c)[N][kTiles][4]) const {
-    accumulate_tiles<0>([&](auto j, auto n) { return B::load(b_rows + b_offset[n] + j * kPairK); },
-                        c);
+  /// b: B, as EachOperand.
+  template <int N, class B>
+  FUSEDRNN_DEVICE void accumulate(const B& b, float (&c)[N][kTiles][4]) const {
+    accumulate_tiles<0>(b, c);
   }
 
-  /// The same for some of A's tiles, from kFirst on. b(j, n): the lane's operands for the j-th two
-  /// mma and B's rows 8 n to 8 n + 7.
+  /// The same for some of A's tiles, from kFirst on.
   template <int kFirst, int N, int kCount, class B>
   FUSEDRNN_DEVICE void accumulate_tiles(const B& b, float (&c)[N][kCount][4]) const {
     // An mma waits for the one before it in its chain. Few tiles get two chains each, or four.
     constexpr int kShort = N * kCount >= 3 ? 1 : 2;
     constexpr int kChains = N * kCount == 1 && kPairs >= 8 ? 4 : kShort;
     float other[kChains][N][kCount][4] = {};
-    unroll<kPairs>([&](auto j) {
-      Words words[N];
-      unroll<N>([&](auto n) { words[n] = b(j, n); });
+    b.template for_each<kPairs, N>([&](auto j, const Words(&words)[N]) {
       unroll<2>([&](auto s) {
         constexpr int chain = (2 * j + s) % kChains;
         unroll<kCount>([&](auto m) {

@@ -155,7 +155,6 @@ struct PersistentParams {
   int steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
   const int64_t* lengths = nullptr;      ///< [B], null: all steps
   const int64_t* step_offset = nullptr;  ///< [T + 1] row 0's token; null: padded
-  uint32_t* arrivals = nullptr;          ///< [D, groups], zero on entry; persistent_grid only
 };
 
 template <class Element, class Accum = Accumulator<Element>>
@@ -171,8 +170,9 @@ struct PersistentForwardParams : PersistentParams {
     Element* h_n = nullptr;  ///< [B, H]
     Element* c_n = nullptr;  ///< [B, H], cells with a cell state only
     Accum* saved = nullptr;  ///< [N, A, H], null: not wanted
-    /// [2, groups * tile_rows, max_units], zero on entry; persistent_grid only.
-    Element* exchange = nullptr;
+    /// Operands [kExchangeSlots, groups * tile_rows, max_units], all bits set on entry;
+    /// persistent_grid only.
+    uint32_t* exchange = nullptr;
   } direction[2];
   int64_t h0_stride = 0, c0_stride = 0, y_stride = 0;
 };
@@ -191,8 +191,9 @@ struct PersistentBackwardParams : PersistentParams {
     Element* h_previous = nullptr;  ///< [N, H]
     Element* dh0 = nullptr;         ///< [B, H]
     Element* dc0 = nullptr;         ///< [B, H], cells with a cell state only
-    /// [2, groups * tile_rows, G, max_units], zero on entry; persistent_grid only.
-    Element* exchange = nullptr;
+    /// Operands [kExchangeSlots, groups * tile_rows, max_units * G], all bits set on entry;
+    /// persistent_grid only.
+    uint32_t* exchange = nullptr;
   } direction[2];
   int64_t h0_stride = 0, c0_stride = 0, dy_stride = 0;
 };

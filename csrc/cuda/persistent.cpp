@@ -13,34 +13,27 @@ Tensor upload_step_offset(const Layer& layer, const LaunchContext& context) {
   return t;
 }
 
-/// Global memory through which a grid's CTAs exchange operands, zeroed; empty for other plans.
+/// Global memory through which a grid's CTAs exchange operands, all bits set; empty for other
+/// plans.
 class GridMemory {
  public:
   /// `values`: operands per hidden unit, 1 for h or G for the gate gradients.
   GridMemory(const Layer& layer, const LaunchPlan& plan, const LaunchContext& context,
              int64_t element_bytes, int64_t values) {
     if (plan.algorithm != Algorithm::persistent_grid) return;
-    arrivals_bytes_ = scalar::round_up(layer.D * plan.groups * int64_t(sizeof(uint32_t)), 256);
-    direction_bytes_ = 2 * plan.groups * plan.tile_rows * values * plan.max_units * element_bytes;
-    memory_ = new_tensor<uint8_t>(layer, {arrivals_bytes_ + layer.D * direction_bytes_});
-    zero(memory_.mutable_data_ptr(), memory_.numel(), context);
+    const int64_t bytes = plan.half_operands ? 2 : element_bytes;
+    direction_bytes_ =
+        kExchangeSlots * plan.groups * plan.tile_rows * values * plan.max_units * bytes;
+    memory_ = new_tensor<uint8_t>(layer, {layer.D * direction_bytes_});
+    fill(memory_.mutable_data_ptr(), 0xff, memory_.numel(), context);
   }
-  /// [D, groups]
-  uint32_t* arrivals() const { return at<uint32_t>(0); }
-  /// A direction's operands [2, groups * tile_rows, values * max_units].
-  template <class Element>
-  Element* operands(int64_t d) const {
-    return at<Element>(arrivals_bytes_ + d * direction_bytes_);
+  uint32_t* of_direction(int64_t d) const {
+    return reinterpret_cast<uint32_t*>(data_of<uint8_t>(memory_, d * direction_bytes_));
   }
 
  private:
-  template <class T>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(data_of<uint8_t>(memory_, offset));
-  }
-
-  int64_t arrivals_bytes_ = 0, direction_bytes_ = 0;
-  Tensor memory_;
+  int64_t direction_bytes_ = 0;
+  Tensor memory_;  ///< [D, kExchangeSlots, groups * tile_rows, values * max_units] operands
 };
 
 PersistentParams common_params(const Layer& layer, const LaunchPlan& plan,
@@ -53,7 +46,6 @@ PersistentParams common_params(const Layer& layer, const LaunchPlan& plan,
   params.tile_rows = int(plan.tile_rows);
   params.lengths = const_data_of<int64_t>(layer.lengths);
   params.step_offset = const_data_of<int64_t>(step_offset);
-  params.arrivals = memory.arrivals();
   return params;
 }
 
@@ -91,7 +83,7 @@ bool run_forward_persistent(const Layer& layer, const LaunchPlan& plan,
     if (out.saved.numel() > 0) {
       tensors.saved = data_of<Accum>(out.saved, d * N * layer.cell.saved * H);
     }
-    tensors.exchange = memory.operands<Element>(d);
+    tensors.exchange = memory.of_direction(d);
   }
   return launched(kernels->forward(params, plan, context.stream));
 }
@@ -124,7 +116,7 @@ bool run_backward_persistent(const Layer& layer, const OutputGradients& gradient
     tensors.h_previous = data_of<Element>(out.gates.h_previous, d * N * H);
     tensors.dh0 = data_of<Element>(out.dh0, d * B * H);
     tensors.dc0 = data_of<Element>(out.dc0, d * B * H);
-    tensors.exchange = memory.operands<Element>(d);
+    tensors.exchange = memory.of_direction(d);
   }
   return launched(kernels->backward(params, plan, context.stream));
 }

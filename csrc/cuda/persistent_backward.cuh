@@ -203,7 +203,7 @@ struct PersistentBackwardKernel : Traits {
   FUSEDRNN_DEVICE void add_products(Exchange& e, const typename Traits::Gemm& gemm, int n,
                                     int chunk, float (&dh)[kPairs]) const {
     float products[kPairs][1] = {};
-    if constexpr (Traits::kOneChunk) {
+    if constexpr (Traits::kOneCta) {
       // No branch, so that the instructions before the GEMM fill its waits. The first step reads
       // zeros. k = n + 1 has the same buffer as n - 1.
       e.multiply(gemm, n + 1, chunk, products);

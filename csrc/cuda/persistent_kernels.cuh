@@ -14,108 +14,114 @@ template <class T>
 struct Type {
   using type = T;
 };
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
 
 /// A forward kernel's traits by tensor cores: 8 warps.
 template <Algorithm kAlgorithm, class Cell, class Operand, class Element, bool kHalfRegisters,
-          bool kOneChunk, bool kFewRows = false>
+          int kChunkRows, bool kOneChunk>
 constexpr auto forward_traits() {
   constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Operand));
   constexpr bool is_cta = kAlgorithm == Algorithm::persistent_cta;
-  constexpr int splits = is_cta ? 1 : kAlgorithm == Algorithm::persistent_cluster ? 2 : 4;
+  // In a grid each operand comes to one warp alone: loads through L2 cost more than the trade.
+  constexpr int splits = is_cta ? 1 : kAlgorithm == Algorithm::persistent_cluster ? 2 : 8;
   constexpr int groups = 8 / splits, blocks = shape.cta_units / (8 * groups);
   using Gemm = FragmentGemm<Operand, Element, blocks * Cell::kGates, shape.max_units / splits>;
-  constexpr int rows = kFewRows ? few_rows(shape) : shape.chunk_rows;
-  using Work = FragmentTraits<Gemm, Cell::kGates, blocks, groups, splits, rows, kOneChunk>;
+  using Work = FragmentTraits<Gemm, Cell::kGates, blocks, groups, splits, kChunkRows, kOneChunk>;
   if constexpr (is_cta) {
     return Type<CtaTraits<Work>>{};
   } else if constexpr (kAlgorithm == Algorithm::persistent_cluster) {
     return Type<ClusterAllGatherTraits<Work>>{};
   } else {
-    return Type<GridTraits<Work>>{};
+    return Type<GridTraits<Work, 1>>{};
   }
 }
 
-/// The traits of a kernel whose partial sums go through shared memory. Gemm<kTiles, kK> is
-/// TensorCoreGemm or FmaGemm.
-template <Algorithm kAlgorithm, class Cell, bool kBackward, class Element, bool kHalfRegisters,
-          template <int, int> class Gemm>
-constexpr auto partial_sum_traits() {
+/// A backward kernel's traits by tensor cores: 8 warps.
+template <Algorithm kAlgorithm, class Cell, class Element, bool kHalfRegisters, int kChunkRows,
+          bool kOneChunk>
+constexpr auto backward_traits() {
   constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Element));
+  constexpr int gates = Cell::kGates;
+  if constexpr (kAlgorithm == Algorithm::persistent_cta) {
+    constexpr int blocks = shape.cta_units / (8 * 8);
+    using Gemm = TransposedGemm<Element, blocks, shape.max_units * gates>;
+    return Type<CtaTraits<FragmentTraits<Gemm, 1, blocks, 8, 1, kChunkRows, true>>>{};
+  } else if constexpr (kAlgorithm == Algorithm::persistent_cluster) {
+    constexpr int row_groups = shape.max_units / (8 * 8);  // 8 warps have all units
+    using Gemm = TransposedGemm<Element, row_groups, gates * kWarp>;
+    return Type<ClusterReduceScatterTraits<Gemm, kChunkRows>>{};
+  } else {
+    constexpr int blocks = shape.cta_units / 8;
+    using Gemm = TransposedGemm<Element, blocks, shape.max_units * gates / 8>;
+    using Work = FragmentTraits<Gemm, 1, blocks, 1, 8, kChunkRows, kOneChunk>;
+    return Type<GridTraits<Work, gates>>{};
+  }
+}
+
+/// The traits of a kernel by float32 multiply-adds, whose partial sums go through shared memory.
+template <Algorithm kAlgorithm, class Cell, bool kBackward, bool kHalfRegisters, int kChunkRows>
+constexpr auto fma_traits() {
+  constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(float));
   constexpr int results = kBackward ? 1 : Cell::kGates;
   constexpr int parts = kBackward ? Cell::kGates : 1;  // of K
   if constexpr (kAlgorithm == Algorithm::persistent_cta) {
-    using G = Gemm<results, shape.max_units * parts>;
-    return Type<CtaTraits<PartialSumTraits<G, shape.cta_units / 16, 1, shape.chunk_rows, true>>>{};
+    using Gemm = FmaGemm<results, shape.max_units * parts>;
+    return Type<CtaTraits<PartialSumTraits<Gemm, shape.cta_units / 16, 1, kChunkRows, true>>>{};
   } else {
-    using G = Gemm<results, shape.max_units / 8 * parts>;
-    return Type<GridTraits<PartialSumTraits<G, 1, 8, shape.chunk_rows, false>>>{};
-  }
-}
-
-template <class Element>
-struct TensorCore {
-  template <int kTiles, int kK>
-  using Gemm = TensorCoreGemm<Element, kTiles, kK>;
-};
-
-/// A backward kernel's traits by tensor cores: 8 warps.
-template <Algorithm kAlgorithm, class Cell, class Element, bool kHalfRegisters>
-constexpr auto backward_traits() {
-  constexpr KernelShape shape = kernel_shape(kAlgorithm, kHalfRegisters, sizeof(Element));
-  if constexpr (kAlgorithm == Algorithm::persistent_cta) {
-    constexpr int blocks = shape.cta_units / (8 * 8);
-    using Gemm = TransposedGemm<Element, blocks, shape.max_units * Cell::kGates>;
-    return Type<CtaTraits<FragmentTraits<Gemm, 1, blocks, 8, 1, shape.chunk_rows, true>>>{};
-  } else if constexpr (kAlgorithm == Algorithm::persistent_cluster) {
-    constexpr int row_groups = shape.max_units / (8 * 8);  // 8 warps have all units
-    using Gemm = TransposedGemm<Element, row_groups, Cell::kGates * kWarp>;
-    return Type<ClusterReduceScatterTraits<Gemm, shape.chunk_rows>>{};
-  } else {
-    return partial_sum_traits<kAlgorithm, Cell, true, Element, kHalfRegisters,
-                              TensorCore<Element>::template Gemm>();
+    using Gemm = FmaGemm<results, shape.max_units / 8 * parts>;
+    return Type<GridTraits<PartialSumTraits<Gemm, 1, 8, kChunkRows, false>, parts>>{};
   }
 }
 
 /// Calls f(Type<Traits>) for a plan's kernel by tensor cores; returns -1 where there is none.
 template <class Cell, class Operand, class Element, bool kBackward, class F>
 int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
-  const auto call = [&](auto algorithm, auto half_registers, auto one_chunk, auto few_rows) {
+  const auto call = [&](auto algorithm, auto half_registers, auto rows, auto one_chunk) {
     if constexpr (kBackward) {
-      return f(backward_traits<algorithm, Cell, Element, half_registers>());
+      return f(backward_traits<algorithm, Cell, Element, half_registers, rows, one_chunk>());
     } else {
       return f(
-          forward_traits<algorithm, Cell, Operand, Element, half_registers, one_chunk, few_rows>());
+          forward_traits<algorithm, Cell, Operand, Element, half_registers, rows, one_chunk>());
     }
   };
-  const auto by_chunks = [&](auto algorithm, auto half_registers) {
-    constexpr int chunk_rows = kernel_shape(algorithm, half_registers, sizeof(Operand)).chunk_rows;
-    constexpr std::false_type few_rows;
-    return plan.tile_rows == chunk_rows
-               ? call(algorithm, half_registers, std::true_type{}, few_rows)
-               : call(algorithm, half_registers, std::false_type{}, few_rows);
+  constexpr Constant<8> eight;
+  constexpr Constant<16> sixteen;
+  const auto of_cta = [&](auto half_registers) {
+    constexpr Constant<Algorithm::persistent_cta> cta;
+    constexpr int few = few_rows(kernel_shape(cta, half_registers, sizeof(Operand)));
+    if constexpr (!kBackward) {
+      if (plan.tile_rows <= few)
+        return call(cta, half_registers, Constant<few>{}, std::true_type{});
+    }
+    return call(cta, half_registers, eight, std::true_type{});
   };
-  const auto by_rows = [&](auto half_registers) {
-    constexpr std::integral_constant<Algorithm, Algorithm::persistent_cta> cta;
-    constexpr std::true_type one_chunk;
-    return plan.tile_rows <= few_rows(kernel_shape(cta, half_registers, sizeof(Operand)))
-               ? call(cta, half_registers, one_chunk, std::true_type{})
-               : call(cta, half_registers, one_chunk, std::false_type{});
+  const auto of_cluster = [&](auto half_registers) {
+    constexpr Constant<Algorithm::persistent_cluster> cluster;
+    return plan.tile_rows == 8 ? call(cluster, half_registers, eight, std::true_type{})
+                               : call(cluster, half_registers, eight, std::false_type{});
   };
-  const auto by_registers = [&](auto algorithm) {
-    return plan.half_registers ? by_chunks(algorithm, std::true_type{})
-                               : by_chunks(algorithm, std::false_type{});
+  const auto of_grid = [&](auto half_registers) {
+    constexpr Constant<Algorithm::persistent_grid> grid;
+    return plan.tile_rows == 8    ? call(grid, half_registers, eight, std::true_type{})
+           : plan.tile_rows == 16 ? call(grid, half_registers, sixteen, std::true_type{})
+                                  : call(grid, half_registers, sixteen, std::false_type{});
+  };
+  const auto by_registers = [&](const auto& of) {
+    return plan.half_registers ? of(std::true_type{}) : of(std::false_type{});
   };
   switch (plan.algorithm) {
     case Algorithm::persistent_cta:
       // The half types alone have kernels for fewer units.
       if constexpr (sizeof(Operand) == 2 && !kBackward) {
-        if (plan.half_registers) return by_rows(std::true_type{});
+        return by_registers(of_cta);
+      } else {
+        return of_cta(std::false_type{});
       }
-      return by_rows(std::false_type{});
-    case Algorithm::persistent_grid:
-      return by_registers(std::integral_constant<Algorithm, Algorithm::persistent_grid>{});
     case Algorithm::persistent_cluster:
-      return by_registers(std::integral_constant<Algorithm, Algorithm::persistent_cluster>{});
+      return by_registers(of_cluster);
+    case Algorithm::persistent_grid:
+      return by_registers(of_grid);
     default:
       return -1;
   }
@@ -125,13 +131,13 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
 template <class Cell, bool kBackward, class F>
 int visit_fma_traits(const LaunchPlan& plan, const F& f) {
   constexpr Algorithm cta = Algorithm::persistent_cta, grid = Algorithm::persistent_grid;
-  if (plan.algorithm == cta) {
-    return f(partial_sum_traits<cta, Cell, kBackward, float, false, FmaGemm>());
-  }
+  if (plan.algorithm == cta) return f(fma_traits<cta, Cell, kBackward, false, 8>());
   if (plan.algorithm != grid) return -1;
-  return plan.half_registers
-             ? f(partial_sum_traits<grid, Cell, kBackward, float, true, FmaGemm>())
-             : f(partial_sum_traits<grid, Cell, kBackward, float, false, FmaGemm>());
+  const auto of_grid = [&](auto half_registers) {
+    return plan.tile_rows == 8 ? f(fma_traits<grid, Cell, kBackward, half_registers, 8>())
+                               : f(fma_traits<grid, Cell, kBackward, half_registers, 16>());
+  };
+  return plan.half_registers ? of_grid(std::true_type{}) : of_grid(std::false_type{});
 }
 
 /// Calls f(Type<Kernel>) for a plan's kernel; returns -1 where there is none.

@@ -32,8 +32,8 @@ constexpr int64_t kFewSteps = 4;
 /// Shared memory has room for the operands of as many rows on every device.
 constexpr int64_t kMaxGridTileRows = 128;
 
-/// Whether the kernels' 32-bit counters of steps, rows, tokens and arrivals suffice. gridDim.y is
-/// at most 65,535 tiles, which have at least 8 rows.
+/// Whether the kernels' 32-bit counters of steps, rows and tokens suffice. gridDim.y is at most
+/// 65,535 tiles, which have at least 8 rows.
 bool can_count(const PlanProblem& p) {
   return p.rows > 0 && p.rows <= 65535 * 8 && p.rows * p.steps <= INT32_MAX &&
          p.steps * divide_up(p.hidden_size, 16) <= INT32_MAX;
@@ -66,9 +66,9 @@ LaunchPlan plan_cta(const PlanProblem& p, const LaunchPlan& stepwise, int64_t op
 }
 
 /// Groups of CTAs with 16 units each. All CTAs of the launch must be resident, one on each
-/// multiprocessor. As many groups run as find room; a tile has at least 16 rows.
+/// multiprocessor. As many groups run as find room. A tile has 8 rows, or a multiple of 16.
 /// Example: H = 512, B = 100, one direction, 132 multiprocessors. A group is 32 CTAs. 4 groups fit,
-/// and each gets 25 rows, rounded up to a tile of 32.
+/// and each gets 25 rows, rounded up to a tile of 32. B = 20 is 3 groups with tiles of 8.
 LaunchPlan plan_grid(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes) {
   constexpr Algorithm grid = Algorithm::persistent_grid;
   const bool half = fits_half_registers(grid, p.hidden_size, operand_bytes);
@@ -78,7 +78,9 @@ LaunchPlan plan_grid(const PlanProblem& p, const LaunchPlan& stepwise, int64_t o
   const int64_t max_groups =
       std::min(divide_up(p.rows, shape.chunk_rows), p.multiprocessors / (p.directions * ctas));
   if (max_groups == 0) return {};
-  const int64_t tile_rows = round_up(divide_up(p.rows, max_groups), shape.chunk_rows);
+  const int64_t group_rows = divide_up(p.rows, max_groups);
+  const int64_t tile_rows =
+      round_up(group_rows, int64_t(shape.chunk_rows) * (group_rows > shape.chunk_rows ? 2 : 1));
   if (tile_rows > kMaxGridTileRows) return {};
   LaunchPlan plan = stepwise;
   plan.algorithm = grid;

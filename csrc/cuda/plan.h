@@ -79,8 +79,11 @@ void check_fallback(const LaunchPlan& plan, const PlanProblem& problem);
 struct KernelShape {
   int cta_units;   ///< hidden units per CTA
   int max_units;   ///< of the layer
-  int chunk_rows;  ///< batch rows per GEMM
+  int chunk_rows;  ///< batch rows per GEMM; a grid has kernels for 8 and for 16
 };
+
+/// Steps that the grid's exchange has room for.
+constexpr int kExchangeSlots = 8;
 
 /// A thread's weights fill 128 registers, or 64 with `half_registers`.
 ///
@@ -91,7 +94,7 @@ constexpr KernelShape kernel_shape(Algorithm algorithm, bool half_registers,
   const int units = (operand_bytes == 2 ? 128 : 64) / (half_registers ? 2 : 1);
   if (algorithm == Algorithm::persistent_cta) return {units, units, 8};
   // With few rows a GEMM, more clusters find room, and each is done sooner.
-  return algorithm == Algorithm::persistent_grid ? KernelShape{16, 8 * units, 16}
+  return algorithm == Algorithm::persistent_grid ? KernelShape{16, 8 * units, 8}
                                                  : KernelShape{32, 4 * units, 8};
 }
 

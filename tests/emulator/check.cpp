@@ -337,12 +337,15 @@ PersistentParams common_params(const Problem& p, const LaunchPlan& plan) {
   params.tile_rows = int(plan.tile_rows);
   params.lengths = p.lengths_or_null();
   params.step_offset = p.batch.packed ? p.step_offset.data() : nullptr;
-  params.arrivals = Buffer<uint32_t>(p.D * plan.groups).data();
   return params;
 }
 
-Element* new_exchange(const LaunchPlan& plan, int64_t values) {
-  return Buffer<Element>(2 * plan.groups * plan.tile_rows * values * plan.max_units).data();
+/// A direction's memory for the grid's exchange.
+uint32_t* new_exchange(const LaunchPlan& plan, int64_t values) {
+  const int64_t row_bytes =
+      values * plan.max_units * (plan.half_operands ? 2 : int64_t(sizeof(Element)));
+  return Buffer<uint32_t>(kExchangeSlots * plan.groups * plan.tile_rows * row_bytes / 4, ~0u)
+      .data();
 }
 
 PersistentForwardParams<Element> forward_params(const Problem& p, const Results& r,
@@ -677,10 +680,12 @@ std::vector<Case> all_cases() {
       {cta, own, 3, 3, 21, 1, "padded", 8},
       {cta, own, 4, 17, 8, 2, "lengths", 8},
       {cta, own, 4, 9, 56, 2, "packed", 8},  // the second tile has no rows in the last steps
-      // Two or three CTAs a group; tiles of one chunk and of two.
-      {grid, own, 3, 3, 21, 2, "padded", 8},
-      {grid, own, 4, 20, 18, 1, "packed", 2},
+      // Two or three CTAs a group; tiles of 8 rows, and of one chunk or two of 16 rows. With more
+      // steps than slots, words are cleared and stored again.
+      {grid, own, 23, 3, 21, 2, "padded", 8},
+      {grid, own, 12, 20, 18, 1, "packed", 2},
       {grid, own, 4, 20, 18, 1, "lengths", 4},
+      {grid, own, 17, 2, 37, 1, "lengths", 3},
       // Two or three CTAs a cluster; tiles of two chunks where few clusters find room.
       {cluster, tf32, 3, 3, 21, 2, "padded", 8},
       {cluster, tf32, 5, 20, 40, 1, "packed", 2},
@@ -688,10 +693,10 @@ std::vector<Case> all_cases() {
   };
   if (sizeof(Element) == 4) {
     cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8});
-    cases.push_back({grid, tf32, 3, 20, 18, 2, "lengths", 4});
+    cases.push_back({grid, tf32, 11, 20, 18, 2, "lengths", 4});
     // Float16 operands.
     cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8, false});
-    cases.push_back({grid, tf32, 3, 20, 18, 2, "lengths", 4, false});
+    cases.push_back({grid, tf32, 11, 20, 18, 2, "lengths", 4, false});
     cases.push_back({cluster, tf32, 5, 20, 40, 1, "packed", 2, false});
   }
   return cases;

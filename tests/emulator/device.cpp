@@ -49,9 +49,9 @@ Tensor operand_of(const GemmMatrix& m, int64_t rows, int64_t columns) {
 
 }  // namespace
 
-void zero(void* data, int64_t bytes, const LaunchContext&) {
+void fill(void* data, int value, int64_t bytes, const LaunchContext&) {
   RECORD_FUNCTION("emulated::memset", std::vector<c10::IValue>());
-  std::memset(data, 0, size_t(bytes));
+  std::memset(data, value, size_t(bytes));
 }
 
 void multiply(const LaunchContext&, const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
