@@ -91,7 +91,7 @@ class Tile {
     return rows < Traits::kChunkRows ? rows : Traits::kChunkRows;
   }
   FUSEDRNN_DEVICE bool exists(const Pair& p) const {
-    return p.is_owned && first_row + p.tile_row < params_.rows &&
+    return p.is_owned && p.tile_row < params_.tile_rows && first_row + p.tile_row < params_.rows &&
            first_unit + p.unit < params_.hidden_size;
   }
 

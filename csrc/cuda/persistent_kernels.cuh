@@ -63,6 +63,7 @@ struct TensorCore {
 /// Calls f(Type<Traits>) for a plan's kernel by tensor cores; returns -1 where there is none.
 template <class Cell, class Operand, class Element, bool kBackward, class F>
 int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
+  if (plan.few_rows) return -1;
   const auto call = [&](auto algorithm, auto half_registers) {
     if constexpr (kBackward) {
       return f(partial_sum_traits<algorithm, Cell, true, Element, half_registers,
@@ -77,8 +78,10 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
   };
   switch (plan.algorithm) {
     case Algorithm::persistent_cta:
-      return call(std::integral_constant<Algorithm, Algorithm::persistent_cta>{},
-                  std::false_type{});
+      return plan.half_registers
+                 ? -1
+                 : call(std::integral_constant<Algorithm, Algorithm::persistent_cta>{},
+                        std::false_type{});
     case Algorithm::persistent_grid:
       return either(std::integral_constant<Algorithm, Algorithm::persistent_grid>{});
     case Algorithm::persistent_cluster:
@@ -92,7 +95,8 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
 template <class Cell, bool kBackward, class F>
 int visit_fma_traits(const LaunchPlan& plan, const F& f) {
   constexpr Algorithm cta = Algorithm::persistent_cta, grid = Algorithm::persistent_grid;
-  if (plan.algorithm == cta) {
+  if (plan.few_rows) return -1;
+  if (plan.algorithm == cta && !plan.half_registers) {
     return f(partial_sum_traits<cta, Cell, kBackward, float, false, FmaGemm>());
   }
   if (plan.algorithm != grid) return -1;
@@ -152,12 +156,21 @@ int active_clusters_of(const LaunchPlan& plan) {
   return found > 0 ? found : 0;
 }
 
+template <class Cell, class Element, bool kBackward>
+int shared_bytes_of(const LaunchPlan& plan) {
+  return visit_kernel<Cell, Element, kBackward>(plan, [&](auto type) {
+    using Kernel = typename decltype(type)::type;
+    return int(grid_of<Kernel>(plan, 1).shared);
+  });
+}
+
 template <class Element, class... Cell>
 const PersistentKernels<Element>& persistent_kernels_of(int cell, scalar::CellList<Cell...>) {
   static constexpr PersistentKernels<Element> table[] = {
       {&launch_persistent<Cell, Element, false, PersistentForwardParams<Element>>,
        &launch_persistent<Cell, Element, true, PersistentBackwardParams<Element>>,
-       &active_clusters_of<Cell, Element, false>, &active_clusters_of<Cell, Element, true>}...};
+       &active_clusters_of<Cell, Element, false>, &active_clusters_of<Cell, Element, true>,
+       &shared_bytes_of<Cell, Element, false>, &shared_bytes_of<Cell, Element, true>}...};
   return table[cell];
 }
 
