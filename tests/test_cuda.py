@@ -342,9 +342,12 @@ def test_large_clusters(c: Case) -> None:
 @pytest.mark.parametrize(
     ("regime", "kind", "hidden", "expected"),
     [
-        *(("", kind, 64, "alone") for kind in ("ieee", "tf32", "bfloat16", "float16")),
-        *(("", kind, 128, "alone") for kind in ("bfloat16", "float16")),
-        *(("", kind, 512, "grid") for kind in ("ieee", "tf32", "bfloat16", "float16")),
+        # By default the cheapest; which one depends on the GPU, and may differ in the two passes.
+        ("", "ieee", 64, "alone"),
+        *(("", kind, 64, "alone cluster") for kind in ("tf32", "bfloat16", "float16")),
+        *(("", kind, 128, "alone cluster") for kind in ("bfloat16", "float16")),
+        ("", "ieee", 512, "grid step"),
+        *(("", kind, 512, "cluster grid") for kind in ("tf32", "bfloat16", "float16")),
         ("", "float16", 1024, "grid"),
         ("", "float16", 1040, "step"),
         ("", "ieee", 528, "step"),
@@ -360,7 +363,10 @@ def test_large_clusters(c: Case) -> None:
     ],
 )
 def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) -> None:
-    """Each regime requests an algorithm: that one runs, or the call is an error."""
+    """Each regime requests an algorithm: that one runs, or the call is an error.
+
+    `expected`: regimes of which each may run; None for an error.
+    """
     c, ran = Case("lstm", kind, 6, 3, 8, hidden), set[str]()
     algorithm = torch.ops.fusedrnn._cuda_algorithm
     call = op_of(c, DEVICE, KINDS[kind], after_each=lambda: ran.add(algorithm()))
@@ -371,7 +377,7 @@ def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) ->
                 call()
             return
         call()
-    assert ran == {ALGORITHMS[expected]}
+    assert ran <= {ALGORITHMS[of] for of in expected.split()}
 
 
 # ---- modules against cuDNN ----------------------------------------------------------------------

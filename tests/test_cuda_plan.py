@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plan as table
 from benchmarks.cases import CASES, CUDA_CASES, Case
+from benchmarks.measure import MODES
 from tools import cuda_plan
-from tools.cuda_plan import A100, ALGORITHMS, H100, ROOT, Cost, Device, Library, Plan, Problem
+from tools.cuda_plan import A100, ALGORITHMS, H100, ROOT, Device, Library, Plan, Problem
 
 NO_CLUSTERS = replace(H100, name="H100 that refuses clusters", processing_clusters=())
 # Its answers must not matter: it has no clusters.
@@ -94,21 +96,21 @@ def launches(p: Problem, library: Library) -> Iterator[Plan]:
                     yield plan
 
 
-def check(p: Problem, library: Library) -> tuple[Plan, Cost]:
+def check(p: Problem, library: Library) -> Plan:
     """The plan is valid, and no launch is cheaper."""
-    plan, all_plans = library.plan(p), list(launches(p, library))
-    assert plan in all_plans
-    cost = library.cost(p, plan)
+    chosen, all_plans = library.plan(p), list(launches(p, library))
+    assert chosen in all_plans
+    cost = library.cost(p, chosen)
     cheapest = min(all_plans, key=lambda other: library.cost(p, other).us)
-    assert cost.us == library.cost(p, cheapest).us, f"{plan} for {p}, not {cheapest}"
-    if plan == STEPWISE:
-        return plan, cost
+    assert cost.us == library.cost(p, cheapest).us, f"{chosen} for {p}, not {cheapest}"
+    if chosen == STEPWISE:
+        return chosen
     # Each row is in one tile, and each tile has rows.
-    assert plan.tile_rows * (plan.groups - 1) < p.B <= plan.tile_rows * plan.groups
-    assert plan.max_units >= p.H
-    assert plan.ctas <= 16 or plan.algorithm == "persistent_grid"
+    assert chosen.tile_rows * (chosen.groups - 1) < p.B <= chosen.tile_rows * chosen.groups
+    assert chosen.max_units >= p.H
+    assert chosen.ctas <= 16 or chosen.algorithm == "persistent_grid"
     assert cost.us < library.cost(p, STEPWISE).us
-    return plan, cost
+    return chosen
 
 
 # ---- the cheapest -------------------------------------------------------------------------------
@@ -158,8 +160,8 @@ def test_sweep(library: Library) -> None:
     """All sizes, types, cells, directions, passes and devices."""
     chosen = set()
     for p in random_problems(2000):
-        plan, _ = check(p, library)
-        chosen.add((plan.algorithm, plan.half_registers, plan.few_rows))
+        found = check(p, library)
+        chosen.add((found.algorithm, found.half_registers, found.few_rows))
     # The sweep reaches every kernel of every algorithm.
     expected = {("stepwise", False, False)}
     expected |= {("persistent_cluster", half, False) for half in (False, True)}
@@ -233,7 +235,7 @@ EXPECTED = [
     ("bfloat16 two", 100, 64, 512, H100, "cluster, 4 x 16 CTAs, 16 rows"),
     ("bfloat16 backward", 100, 256, 512, H100, "cluster, 8 x 16 CTAs, 32 rows"),
     # A device without clusters, or that refuses them, or those of 16 CTAs.
-    ("bfloat16", 100, 64, 256, ASKED_IN_VAIN, f"grid, 6 x 16 CTAs, 16 rows, {HALF}"),
+    ("bfloat16", 100, 64, 256, ASKED_IN_VAIN, f"grid, 4 x 16 CTAs, 16 rows, {HALF}"),
     ("bfloat16", 100, 64, 512, NO_CLUSTERS, f"grid, 4 x 32 CTAs, 16 rows, {HALF}"),
     ("bfloat16", 100, 64, 256, NO_CLUSTERS, f"grid, 8 x 16 CTAs, 8 rows, {HALF}, {FEW}"),
     ("bfloat16", 100, 64, 512, SMALL_CLUSTERS, f"grid, 4 x 32 CTAs, 16 rows, {HALF}"),
@@ -317,6 +319,47 @@ def test_compiled_kernels(library: Library) -> None:
         p = replace(p, every_kernel=False)
         plan = library.plan(p)
         assert plan == STEPWISE or 0 < library.shared_bytes(p, plan) <= p.device.shared_limit
+
+
+# ---- modelled ratios ----------------------------------------------------------------------------
+
+
+def test_table(tmp_path: Path) -> None:
+    """Each case has a row for each mode, whose ratio is its own times'."""
+    assert table.main(["--output", str(tmp_path / "table.md")]) == 0
+    text = (tmp_path / "table.md").read_text()
+    before, of_cases = text.split("## The benchmarks' cases")
+    rows = [line.strip("| ").split(" | ") for line in of_cases.splitlines() if line[:1] == "|"][2:]
+    assert [tuple(row[:2]) for row in rows] == [
+        (case.name, mode) for case in CASES + CUDA_CASES for mode in MODES
+    ]
+    with_ratio = [row for row in rows if row[6].strip()]
+    assert len(with_ratio) > len(rows) / 2
+    for row in with_ratio:
+        ours, cudnn, ratio = map(float, row[4:7])
+        assert math.isclose(cudnn / ours, ratio, rel_tol=0.03)
+    lost = [line.split(" | ") for line in before.splitlines() if line.startswith("| B")][1:]
+    assert all(float(row[6]) <= 1 for row in lost)
+
+
+def test_ratios_are_the_cost_functions(library: Library) -> None:
+    """A call's time is its passes' costs, by the function that chooses plans, and the shared."""
+    case = Case("", B=64, T=100, H=256, dtype="bfloat16", layers=2)
+    forward, backward = (problem(f"bfloat16{word}", 100, 64, 256) for word in ("", " backward"))
+    passes = [replace(forward, saves=True), backward]
+    costs = [library.cost(p, library.plan(p)).us for p in passes]
+    shared = [library.shared_us(p, 256) for p in passes]
+    found = table.modelled(case, "training", every_kernel=True)
+    assert math.isclose(found.us, 2 * sum(costs) + 2 * sum(shared) + table.CALL_US["training"])
+    assert found.bound == "chain"
+
+
+def test_cudnn_times() -> None:
+    """The one published time, and times between neighbours."""
+    assert math.isclose(table.cudnn_step_us("float16", 768, 16), 1.96)
+    assert 1.4 < table.cudnn_step_us("float16", 256, 32) < 2.0
+    assert 1.4 < table.cudnn_step_us("float16", 300, 1) < 1.7
+    assert table.cudnn_step_us("tf32", 4096, 4096) == table.cudnn_step_us("tf32", 1024, 256)
 
 
 # ---- mutations ----------------------------------------------------------------------------------

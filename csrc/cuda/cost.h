@@ -53,6 +53,8 @@ constexpr struct Coefficients {
   // ---- persistent kernels: cycles. Index: [half_registers][few_rows] ----
   /// One CTA [M], with half the registers [G].
   ChainCycles cta[2][2] = {{{1140, 0}, {910, 0}}, {{760, 0}, {640, 0}}};
+  /// The same of 4-byte operands: half the units, and half the activations of a thread [G].
+  double cta_four_bytes = 0.8;
   /// For each row of a CTA's tile: its loads and stores [M].
   double cta_row = 20;
   /// A cluster: the first GEMM [M], further ones [G].
@@ -219,7 +221,10 @@ class CostModel {
     const int64_t rows = std::min(plan.tile_rows, p_.rows);
     const double chunks = double(scalar::divide_up(rows, chunk_rows));
     double cycles = chain.first + (chunks - 1) * chain.next;
-    if (is_cta) cycles += k.cta_row * double(rows);
+    if (is_cta) {
+      cycles += k.cta_row * double(rows);
+      if (!plan.half_operands && element_bytes_ == 4) cycles *= k.cta_four_bytes;
+    }
     cycles *= k.without_gates + (1 - k.without_gates) * double(p_.gates) / 4;
     if (element_bytes_ == 4 && plan.precision == Precision::ieee) {
       cycles += chunks * double(chunk_rows) * weight_registers(plan) * k.fma_per_register;
