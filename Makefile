@@ -77,12 +77,12 @@ lint: $(VENV)/lint  ## check formats, types and style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find benchmarks csrc tests $(CPP))
+	$(BIN)/clang-format --dry-run --Werror $$(find benchmarks csrc tests tools $(CPP))
 
 format: $(VENV)/lint  ## rewrite to the project's formats
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find benchmarks csrc tests $(CPP))
+	$(BIN)/clang-format -i $$(find benchmarks csrc tests tools $(CPP))
 
 # No leak detection: the interpreter and torch keep memory on purpose.
 sanitize: $(VENV)/built  ## run the tests under AddressSanitizer and UBSan
