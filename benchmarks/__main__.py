@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from benchmarks import grid
 
 # Each is a module with a function main(arguments).
-SUBCOMMANDS = ("compiled", "latency", "models", "peaks", "profile", "step_cost", "training")
+SUBCOMMANDS = (
+    "compiled",
+    "latency",
+    "models",
+    "peaks",
+    "plan",
+    "profile",
+    "step_cost",
+    "training",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -276,13 +276,21 @@ def every_kernel() -> list[tuple[str, Case]]:
         for cell in CELLS
         for kind in ("tf32", "bfloat16", "float16")
     ]
+    # TF32 from float16 operands, where h starts at zero and is bounded. The backward pass has room
+    # for half the units, so the largest layers run by default.
+    bounded = [
+        (regime, Case(cell, "tf32", 5, 3, 4, hidden, hx=False))
+        for cell in CELLS
+        if cell != "rnn_relu"
+        for regime, hidden in (("alone", 21), ("cluster", 40), ("grid", 21), ("", 258), ("", 528))
+    ]
     projected = [
         ("step", Case(cell, kind, 3, 3, 4, 8, proj_size=P))
         for cell in PROJECTED
         for kind in KINDS
         for P in (3, 4)
     ]
-    return [*small, *wide, *padded, *large, *projected]
+    return [*small, *wide, *padded, *large, *bounded, *projected]
 
 
 @pytest.mark.parametrize(("regime", "c"), list(small_cases()), ids=str)
@@ -353,9 +361,12 @@ def test_large_clusters(c: Case) -> None:
 @pytest.mark.parametrize(
     ("regime", "kind", "hidden", "expected"),
     [
-        *(("", kind, 64, "alone") for kind in ("ieee", "tf32", "bfloat16", "float16")),
-        *(("", kind, 128, "alone") for kind in ("bfloat16", "float16")),
-        *(("", kind, 512, "grid") for kind in ("ieee", "tf32", "bfloat16", "float16")),
+        # By default the cheapest; which one depends on the GPU, and may differ in the two passes.
+        ("", "ieee", 64, "alone"),
+        *(("", kind, 64, "alone cluster") for kind in ("tf32", "bfloat16", "float16")),
+        *(("", kind, 128, "alone cluster") for kind in ("bfloat16", "float16")),
+        ("", "ieee", 512, "grid step"),
+        *(("", kind, 512, "cluster grid") for kind in ("tf32", "bfloat16", "float16")),
         ("", "float16", 1024, "grid"),
         ("", "float16", 1040, "step"),
         ("", "ieee", 528, "step"),
@@ -371,7 +382,10 @@ def test_large_clusters(c: Case) -> None:
     ],
 )
 def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) -> None:
-    """Each regime requests an algorithm: that one runs, or the call is an error."""
+    """Each regime requests an algorithm: that one runs, or the call is an error.
+
+    `expected`: regimes of which each may run; None for an error.
+    """
     c, ran = Case("lstm", kind, 6, 3, 8, hidden), set[str]()
     algorithm = torch.ops.fusedrnn._cuda_algorithm
     call = op_of(c, DEVICE, KINDS[kind], after_each=lambda: ran.add(algorithm()))
@@ -382,7 +396,7 @@ def test_what_runs(regime: str, kind: str, hidden: int, expected: str | None) ->
                 call()
             return
         call()
-    assert ran == {ALGORITHMS[expected]}
+    assert ran <= {ALGORITHMS[of] for of in expected.split()}
 
 
 # ---- modules against cuDNN ----------------------------------------------------------------------

@@ -247,13 +247,14 @@ def test_like_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(dtype=torch.bfloat16, H=128, T=6),
-        Case(dtype=torch.bfloat16, H=129, T=6, B=9, multiprocessors=9),
+        Case(dtype=torch.bfloat16, H=128, T=6, regime="alone"),
+        Case(dtype=torch.bfloat16, H=129, T=6, B=9, regime="grid", multiprocessors=9),
+        Case(dtype=torch.bfloat16, H=100, T=3, B=37, regime="alone"),  # tiles of 5 rows
         Case(cell="gru", dtype=torch.float16, H=530, T=2, B=2, regime="grid", multiprocessors=34),
         Case(cell="gru", dtype=torch.float32, H=64, T=6, B=16),
         Case(cell="rnn_tanh", dtype=torch.float32, H=64, T=6, B=16),
         Case(cell="rnn_relu", dtype=torch.float16, H=129, T=3, B=2, regime="cluster"),
-        Case(dtype=torch.float32, H=65, T=6, B=40, multiprocessors=5),
+        Case(dtype=torch.float32, H=65, T=6, B=40, regime="grid", multiprocessors=5),
         Case(dtype=torch.float32, H=260, T=2, B=2, regime="grid", multiprocessors=17),
         Case(cell="gru", dtype=torch.float32, precision="tf32", H=290, T=2, B=2, regime="grid",
              multiprocessors=19),
@@ -300,17 +301,20 @@ STEPWISE, CTA, CLUSTER, GRID = (
         (Case(), CTA, 3),  # forward, backward, biases
         (Case(bidirectional=True, layout="lengths"), CTA, 5),  # twice biases; the input's padding
         (Case(layout="packed"), CTA, 5),  # the step offsets are uploaded too
-        (Case(dtype=torch.bfloat16, H=128), CTA, 3),
-        (Case(dtype=torch.bfloat16, H=129, multiprocessors=9), GRID, 3),
-        (Case(dtype=torch.bfloat16, H=129, multiprocessors=8), STEPWISE, 12),  # nine CTAs don't fit
-        (Case(H=70, B=129, multiprocessors=9), STEPWISE, 12),  # a tile has 128 rows at most
-        (Case(H=70, B=129, multiprocessors=10), GRID, 3),
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=5), CLUSTER, 3),
+        # Five CTAs don't fit, neither as a cluster nor as a grid.
+        (Case(dtype=torch.bfloat16, H=129, multiprocessors=4), STEPWISE, 12),
+        (Case(precision="tf32", H=100, multiprocessors=4), CLUSTER, 3),
+        (Case(H=70, multiprocessors=5), GRID, 3),  # clusters need tensor cores
+        (Case(H=70, multiprocessors=4), STEPWISE, 12),
+        (Case(H=70, B=129, multiprocessors=10), STEPWISE, 12),  # many rows for two groups
+        (Case(H=70, B=129, multiprocessors=10, regime="grid"), GRID, 3),
         (Case(dtype=torch.float64), STEPWISE, 12),
-        (Case(T=4), STEPWISE, 10),
+        (Case(T=1), STEPWISE, 4),  # one step does not pay for the weights' loads
+        (Case(T=4), CTA, 3),
         (Case(proj_size=3), STEPWISE, 22),
         (Case(regime="step"), STEPWISE, 12),
         (Case(regime="cluster", precision="tf32"), CLUSTER, 3),
-        (Case(regime="cluster", precision="tf32", H=100, multiprocessors=4), CLUSTER, 3),
         (Case(regime="cluster", precision="tf32", H=256, T=1, multiprocessors=16), CLUSTER, 3),
         (Case(B=0), STEPWISE, 1),
         *((Case(B=0, regime=regime), STEPWISE, 1) for regime in test_cuda.REGIMES),
@@ -318,7 +322,7 @@ STEPWISE, CTA, CLUSTER, GRID = (
     ids=str,
 )
 def test_plans(case: Case, algorithm: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel a pass where the weights fit into the device, one or two a step elsewhere."""
+    """The cheapest plan. A pass is a kernel if persistent, else one or two a step."""
     assert launches(case, monkeypatch) == expected
     assert torch.ops.fusedrnn_emulated._cuda_algorithm() == algorithm
 
@@ -414,6 +418,7 @@ def test_device_work(
         Case(regime="alone", dtype=torch.float64),
         Case(regime="grid", proj_size=3),
         Case(regime="grid", H=129, multiprocessors=8),  # nine CTAs don't fit
+        Case(regime="grid", H=70, B=129, multiprocessors=9),  # a tile has 128 rows at most
         Case(regime="cluster"),  # clusters need tensor cores
         Case(regime="cluster", precision="tf32", H=100, multiprocessors=3),  # no room for one
         Case(regime="cluster", precision="tf32", H=257, T=1, multiprocessors=16),

@@ -197,6 +197,14 @@ BUGS = [
         "outside of a buffer|wrong",
     ),
     Bug(
+        "rows of the next tile",
+        EXCHANGE,
+        "p.tile_row < params_.tile_rows && ",
+        "",
+        "data race",
+        sanitizer=True,
+    ),
+    Bug(
         "units past the layer",
         EXCHANGE,
         " &&\n           first_unit + p.unit < params_.hidden_size;",

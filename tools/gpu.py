@@ -237,7 +237,7 @@ def step_cost(results: Path) -> list[Command]:
 
 
 def clusters(results: Path) -> list[Command]:
-    """A separate stage, because clusters are opt-in and a hang must not affect other stages."""
+    """A separate stage, because a hang of the youngest kernels must not affect other stages."""
     measure = [sys.executable, "-m", "benchmarks", "step_cost", "--clusters"]
     of_clusters = [*PYTEST, "-k", "cluster", "tests/test_cuda.py"]
     return [

@@ -27,7 +27,7 @@ int attribute(cudaDeviceAttr attribute, int device) {
 }
 
 struct Attributes {
-  int multiprocessors, major, minor;
+  int multiprocessors, major, minor, shared;
 };
 /// By value: another thread's first call on another device may reallocate `known`.
 Attributes attributes_of(int device) {
@@ -38,7 +38,8 @@ Attributes attributes_of(int device) {
   if (!known[device]) {
     known[device] = {attribute(cudaDevAttrMultiProcessorCount, device),
                      attribute(cudaDevAttrComputeCapabilityMajor, device),
-                     attribute(cudaDevAttrComputeCapabilityMinor, device)};
+                     attribute(cudaDevAttrComputeCapabilityMinor, device),
+                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   }
   return *known[device];
 }
@@ -91,6 +92,8 @@ LaunchContext::LaunchContext(const Tensor& input)
   stream = c10::cuda::getCurrentCUDAStream(device).stream();
   const Attributes attributes = attributes_of(device);
   multiprocessors = attributes.multiprocessors;
+  capability = 10 * attributes.major + attributes.minor;
+  shared_limit = attributes.shared;
   TORCH_CHECK(attributes.major >= 8, "fusedrnn: the CUDA kernels need a GPU of compute capability ",
               "8.0 or later, and ", input.device(), " has ", attributes.major, ".",
               attributes.minor, ": use torch.nn's layers there");
@@ -99,7 +102,7 @@ LaunchContext::~LaunchContext() = default;
 
 void check(int status) { C10_CUDA_CHECK(static_cast<cudaError_t>(status)); }
 bool launched(int status) {
-  if (status == cudaErrorCooperativeLaunchTooLarge) {
+  if (status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorInvalidClusterSize) {
     C10_CUDA_CLEAR_ERROR();
     return false;
   }

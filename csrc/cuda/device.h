@@ -24,6 +24,8 @@ class LaunchContext {
 
   void* stream = nullptr;  ///< the device's current stream
   int64_t multiprocessors = 0;
+  int64_t capability = 0;    ///< compute capability, 10 * major + minor
+  int64_t shared_limit = 0;  ///< bytes of shared memory that a CTA can have
   /// As torch.backends.cudnn.rnn.fp32_precision asks for.
   Precision precision = Precision::ieee;
 
@@ -36,8 +38,8 @@ class LaunchContext {
 
 /// Throws if a function of kernel_table.h returned an error.
 void check(int status);
-/// The same, but false if CTAs that must be resident found no room. A device may have less room
-/// than it reports, for example beside other processes.
+/// The same, but false if CTAs that must be resident, or a cluster's, found no room. A device may
+/// have less room than it reports, for example beside other processes.
 bool launched(int status);
 
 /// Sets all bytes to `value`, on the context's stream.

@@ -43,8 +43,8 @@ class PolledOperand {
   /// row_flip: bits of a lane's rows to flip. rows and row_k: the rows and operands that come.
   /// Other rows are copies of the last, other operands are zero. max_k: a row's operands in the
   /// slot.
-  FUSEDRNN_DEVICE PolledOperand(const Operand* slot, int rows, int row_flip, int first_k,
-                                int row_k, int max_k, const Waiter& waiter)
+  FUSEDRNN_DEVICE PolledOperand(const Operand* slot, int rows, int row_flip, int first_k, int row_k,
+                                int max_k, const Waiter& waiter)
       : slot_(slot),
         rows_(rows),
         row_flip_(row_flip),

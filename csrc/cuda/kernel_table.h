@@ -48,6 +48,9 @@ struct PersistentKernels {
   /// How many of a plan's clusters the device runs at the same time; 0: it can't run one.
   int (*forward_clusters)(const LaunchPlan& plan);
   int (*backward_clusters)(const LaunchPlan& plan);
+  /// A CTA's bytes of shared memory; negative: there is no such kernel.
+  int (*forward_shared)(const LaunchPlan& plan);
+  int (*backward_shared)(const LaunchPlan& plan);
 };
 /// Not for double, which has no persistent kernels.
 template <class Element>

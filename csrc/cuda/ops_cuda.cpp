@@ -13,16 +13,22 @@ namespace {
 
 thread_local const char* last_name = "none";
 
-PlanProblem plan_problem(const Layer& layer, const LaunchContext& context) {
+PlanProblem plan_problem(const Layer& layer, const LaunchContext& context, bool saves) {
   PlanProblem problem;
   problem.steps = layer.T;
   problem.rows = layer.B;
   problem.hidden_size = layer.H;
   problem.directions = layer.D;
+  problem.gates = layer.cell.gates;
+  problem.preacts = layer.cell.preacts;
+  problem.saved = layer.cell.saved;
+  problem.saves = saves;
   problem.has_projection = layer.has_projection;
   problem.is_bounded = layer.cell.is_bounded && !layer.h0.defined();
   problem.precision = context.precision;
   problem.multiprocessors = context.multiprocessors;
+  problem.capability = context.capability;
+  problem.shared_limit = context.shared_limit;
   problem.requested = requested_algorithm();
   return problem;
 }
@@ -44,7 +50,7 @@ template <class Element>
 LayerOutput forward(const Layer& layer, bool save) {
   const LaunchContext context(layer.input);
   LayerOutput out = allocate_output<Element>(layer, save);
-  const PlanProblem problem = plan_problem(layer, context);
+  const PlanProblem problem = plan_problem(layer, context, save);
   const LaunchPlan plan = plan_forward(problem, persistent_kernels_for<Element>(layer));
   last_name = name_of(plan.algorithm);
   if (!run_forward_persistent<Element>(layer, plan, context, out)) {
@@ -122,7 +128,7 @@ template <class Element>
 LayerGradients backward(const Layer& layer, const OutputGradients& gradients) {
   const LaunchContext context(layer.input);
   StepGradients steps = allocate_gradients<Element>(layer);
-  const PlanProblem problem = plan_problem(layer, context);
+  const PlanProblem problem = plan_problem(layer, context, true);
   const LaunchPlan plan = plan_backward(problem, persistent_kernels_for<Element>(layer));
   last_name = name_of(plan.algorithm);
   if (!run_backward_persistent<Element>(layer, gradients, plan, context, steps)) {

@@ -89,10 +89,11 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
   constexpr Constant<16> sixteen;
   const auto of_cta = [&](auto half_registers) {
     constexpr Constant<Algorithm::persistent_cta> cta;
-    constexpr int few = few_rows(kernel_shape(cta, half_registers, sizeof(Operand)));
-    if constexpr (!kBackward) {
-      if (plan.tile_rows <= few)
-        return call(cta, half_registers, Constant<few>{}, std::true_type{});
+    constexpr int few = kernel_shape(cta, half_registers, sizeof(Operand), true).max_rows;
+    if constexpr (kBackward) {
+      if (plan.few_rows) return -1;
+    } else {
+      if (plan.few_rows) return call(cta, half_registers, Constant<few>{}, std::true_type{});
     }
     return call(cta, half_registers, eight, std::true_type{});
   };
@@ -103,9 +104,9 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
   };
   const auto of_grid = [&](auto half_registers) {
     constexpr Constant<Algorithm::persistent_grid> grid;
-    return plan.tile_rows == 8    ? call(grid, half_registers, eight, std::true_type{})
-           : plan.tile_rows == 16 ? call(grid, half_registers, sixteen, std::true_type{})
-                                  : call(grid, half_registers, sixteen, std::false_type{});
+    if (plan.few_rows) return call(grid, half_registers, eight, std::true_type{});
+    return plan.tile_rows == 16 ? call(grid, half_registers, sixteen, std::true_type{})
+                                : call(grid, half_registers, sixteen, std::false_type{});
   };
   const auto by_registers = [&](const auto& of) {
     return plan.half_registers ? of(std::true_type{}) : of(std::false_type{});
@@ -116,7 +117,7 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
       if constexpr (sizeof(Operand) == 2 && !kBackward) {
         return by_registers(of_cta);
       } else {
-        return of_cta(std::false_type{});
+        return plan.half_registers ? -1 : of_cta(std::false_type{});
       }
     case Algorithm::persistent_cluster:
       return by_registers(of_cluster);
@@ -131,11 +132,14 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
 template <class Cell, bool kBackward, class F>
 int visit_fma_traits(const LaunchPlan& plan, const F& f) {
   constexpr Algorithm cta = Algorithm::persistent_cta, grid = Algorithm::persistent_grid;
-  if (plan.algorithm == cta) return f(fma_traits<cta, Cell, kBackward, false, 8>());
+  if (plan.algorithm == cta) {
+    if (plan.half_registers || plan.few_rows) return -1;
+    return f(fma_traits<cta, Cell, kBackward, false, 8>());
+  }
   if (plan.algorithm != grid) return -1;
   const auto of_grid = [&](auto half_registers) {
-    return plan.tile_rows == 8 ? f(fma_traits<grid, Cell, kBackward, half_registers, 8>())
-                               : f(fma_traits<grid, Cell, kBackward, half_registers, 16>());
+    return plan.few_rows ? f(fma_traits<grid, Cell, kBackward, half_registers, 8>())
+                         : f(fma_traits<grid, Cell, kBackward, half_registers, 16>());
   };
   return plan.half_registers ? of_grid(std::true_type{}) : of_grid(std::false_type{});
 }
@@ -191,12 +195,21 @@ int active_clusters_of(const LaunchPlan& plan) {
   return found > 0 ? found : 0;
 }
 
+template <class Cell, class Element, bool kBackward>
+int shared_bytes_of(const LaunchPlan& plan) {
+  return visit_kernel<Cell, Element, kBackward>(plan, [&](auto type) {
+    using Kernel = typename decltype(type)::type;
+    return int(grid_of<Kernel>(plan, 1).shared);
+  });
+}
+
 template <class Element, class... Cell>
 const PersistentKernels<Element>& persistent_kernels_of(int cell, scalar::CellList<Cell...>) {
   static constexpr PersistentKernels<Element> table[] = {
       {&launch_persistent<Cell, Element, false, PersistentForwardParams<Element>>,
        &launch_persistent<Cell, Element, true, PersistentBackwardParams<Element>>,
-       &active_clusters_of<Cell, Element, false>, &active_clusters_of<Cell, Element, true>}...};
+       &active_clusters_of<Cell, Element, false>, &active_clusters_of<Cell, Element, true>,
+       &shared_bytes_of<Cell, Element, false>, &shared_bytes_of<Cell, Element, true>}...};
   return table[cell];
 }
 

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
 #include "../target.h"
+#include "cost.h"
 #include "kernel_table.h"
 
 namespace fusedrnn::cuda {
@@ -25,120 +27,151 @@ constexpr struct {
     {Algorithm::persistent_grid, "persistent_grid", "grid"},
 };
 
-/// A persistent kernel first loads all weights, which does not pay for few steps.
-/// Example: 4 steps run stepwise, 5 persistently. No GPU measurement backs this number yet.
-constexpr int64_t kFewSteps = 4;
+/// gridDim.y is at most as large.
+constexpr int64_t kMaxGroups = 65535;
 
-/// Shared memory has room for the operands of as many rows on every device.
-constexpr int64_t kMaxGridTileRows = 128;
-
-/// Whether the kernels' 32-bit counters of steps, rows and tokens suffice. gridDim.y is at most
-/// 65,535 tiles, which have at least 8 rows.
+/// Whether the kernels' 32-bit counters of steps, rows and tokens suffice.
 bool can_count(const PlanProblem& p) {
-  return p.rows > 0 && p.rows <= 65535 * 8 && p.rows * p.steps <= INT32_MAX &&
+  return p.rows > 0 && p.rows <= INT32_MAX / 8 && p.rows * p.steps <= INT32_MAX &&
          p.steps * divide_up(p.hidden_size, 16) <= INT32_MAX;
 }
 
-/// Whether half the registers hold the layer's weights.
-/// Example: the grid's kernels have room for 1024 bfloat16 units, or 512 with half the registers.
-/// H = 512 takes the latter, whose GEMM has half the K.
-bool fits_half_registers(Algorithm algorithm, int64_t hidden_size, int64_t operand_bytes) {
-  return hidden_size <= kernel_shape(algorithm, true, operand_bytes).max_units;
-}
+/// Finds the cheapest of the plans that this device can run. Of two that cost the same the simpler
+/// one is taken: it comes first.
+template <class Element>
+class Planner {
+ public:
+  using Kernels = PersistentKernels<Element>;
 
-/// One CTA per tile of 8 rows: any number of tiles, no exchange between CTAs.
-/// Example: H = 100, B = 20 in bfloat16 are 3 CTAs; H = 129 does not fit one CTA's registers.
-LaunchPlan plan_cta(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes) {
-  constexpr Algorithm cta = Algorithm::persistent_cta;
-  const bool half = operand_bytes == 2 && stepwise.is_forward &&
-                    fits_half_registers(cta, p.hidden_size, operand_bytes);
-  const KernelShape shape = kernel_shape(cta, half, operand_bytes);
-  if (p.hidden_size > shape.max_units) return {};
-  LaunchPlan plan = stepwise;
-  plan.algorithm = cta;
-  plan.ctas = 1;
-  plan.half_registers = half;
-  plan.tile_rows =
-      std::min<int64_t>(shape.chunk_rows, divide_up(p.rows * p.directions, p.multiprocessors));
-  plan.groups = divide_up(p.rows, plan.tile_rows);
-  plan.max_units = shape.max_units;
-  return plan;
-}
-
-/// Groups of CTAs with 16 units each. All CTAs of the launch must be resident, one on each
-/// multiprocessor. As many groups run as find room. A tile has 8 rows, or a multiple of 16.
-/// Example: H = 512, B = 100, one direction, 132 multiprocessors. A group is 32 CTAs. 4 groups fit,
-/// and each gets 25 rows, rounded up to a tile of 32. B = 20 is 3 groups with tiles of 8.
-LaunchPlan plan_grid(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes) {
-  constexpr Algorithm grid = Algorithm::persistent_grid;
-  const bool half = fits_half_registers(grid, p.hidden_size, operand_bytes);
-  const KernelShape shape = kernel_shape(grid, half, operand_bytes);
-  if (p.hidden_size > shape.max_units) return {};
-  const int64_t ctas = divide_up(p.hidden_size, shape.cta_units);
-  const int64_t max_groups =
-      std::min(divide_up(p.rows, shape.chunk_rows), p.multiprocessors / (p.directions * ctas));
-  if (max_groups == 0) return {};
-  const int64_t group_rows = divide_up(p.rows, max_groups);
-  const int64_t tile_rows =
-      round_up(group_rows, int64_t(shape.chunk_rows) * (group_rows > shape.chunk_rows ? 2 : 1));
-  if (tile_rows > kMaxGridTileRows) return {};
-  LaunchPlan plan = stepwise;
-  plan.algorithm = grid;
-  plan.half_registers = half;
-  plan.ctas = ctas;
-  plan.groups = divide_up(p.rows, tile_rows);
-  plan.tile_rows = tile_rows;
-  plan.max_units = shape.max_units;
-  return plan;
-}
-
-/// Clusters of CTAs with 32 units each. Every device with clusters runs 8 CTAs in one, some run 16.
-/// A tile has as many rows as fit 227 KB of shared memory. The bytes received in a backward pass
-/// grow with the CTAs. Tiles have fewer rows where that lets all clusters that find room work.
-/// Example: H = 256 is 8 CTAs and a tile of up to 64 rows. If 16 clusters are active at once,
-/// B = 70 in one direction is divided into 9 tiles of 8 rows.
-template <class ActiveClusters>
-LaunchPlan plan_cluster(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes,
-                        const ActiveClusters& active_clusters) {
-  constexpr Algorithm cluster = Algorithm::persistent_cluster;
-  const bool half = fits_half_registers(cluster, p.hidden_size, operand_bytes);
-  const KernelShape shape = kernel_shape(cluster, half, operand_bytes);
-  if (p.hidden_size > shape.max_units) return {};
-  // PTX defines st.async only between different CTAs: at least two.
-  const int64_t ctas = std::max<int64_t>(2, divide_up(p.hidden_size, shape.cta_units));
-  const int64_t max_rows = ctas > 8 ? 32 : 64;
-  LaunchPlan plan = stepwise;
-  plan.algorithm = cluster;
-  plan.half_registers = half;
-  plan.ctas = ctas;
-  plan.groups = divide_up(p.rows, max_rows);
-  plan.tile_rows = max_rows;
-  plan.max_units = shape.max_units;
-  const int64_t active = active_clusters(plan);
-  if (active == 0) return {};
-  const int64_t groups = std::max<int64_t>(1, active / p.directions);
-  plan.tile_rows =
-      std::min(max_rows, round_up(divide_up(p.rows, groups), int64_t(shape.chunk_rows)));
-  plan.groups = divide_up(p.rows, plan.tile_rows);
-  return plan;
-}
-
-/// The persistent plan for an algorithm, or for the best; stepwise where there is none.
-///
-/// One CTA is best wherever the weights fit it. Example: H = 64 in float32 runs in one CTA, H = 65
-/// in a grid. Clusters run only on request, until a GPU has shown their gain over the grid.
-template <class ActiveClusters>
-LaunchPlan plan_persistent(const PlanProblem& p, const LaunchPlan& stepwise, int64_t operand_bytes,
-                           const ActiveClusters& active_clusters) {
-  if (p.has_projection || !can_count(p)) return {};
-  if (p.requested == Algorithm::persistent_cta) return plan_cta(p, stepwise, operand_bytes);
-  if (p.requested == Algorithm::persistent_grid) return plan_grid(p, stepwise, operand_bytes);
-  if (p.requested == Algorithm::persistent_cluster) {
-    return plan_cluster(p, stepwise, operand_bytes, active_clusters);
+  Planner(const PlanProblem& problem, Pass pass, const Kernels* kernels)
+      : p_(problem),
+        kernels_(kernels),
+        clusters_of_(!kernels                ? nullptr
+                     : pass == Pass::forward ? kernels->forward_clusters
+                                             : kernels->backward_clusters),
+        shared_of_(!kernels                ? nullptr
+                   : pass == Pass::forward ? kernels->forward_shared
+                                           : kernels->backward_shared),
+        model_(problem, pass, sizeof(Element)) {
+    base_.precision = p_.precision;
+    base_.half_operands = pass == Pass::forward && p_.is_bounded && sizeof(Element) == 4 &&
+                          p_.precision == Precision::tf32;
   }
-  const LaunchPlan plan = plan_cta(p, stepwise, operand_bytes);
-  return plan.algorithm == Algorithm::persistent_cta ? plan : plan_grid(p, stepwise, operand_bytes);
-}
+
+  LaunchPlan best() {
+    if (!p_.requested) consider({});
+    if (kernels_ && !p_.has_projection && can_count(p_)) {
+      if (allows(Algorithm::persistent_cta)) consider_cta();
+      if (allows(Algorithm::persistent_grid)) consider_grids();
+      if (allows(Algorithm::persistent_cluster)) consider_clusters();
+    }
+    return best_;
+  }
+
+ private:
+  bool allows(Algorithm algorithm) const { return !p_.requested || *p_.requested == algorithm; }
+
+  void consider(const LaunchPlan& plan, int64_t active_clusters = 0) {
+    const double us = model_.of(plan, active_clusters).us;
+    if (us < best_us_) best_us_ = us, best_ = plan;
+  }
+
+  KernelShape shape_of(const LaunchPlan& plan) const {
+    return kernel_shape(plan.algorithm, plan.half_registers,
+                        plan.half_operands ? 2 : sizeof(Element), plan.few_rows);
+  }
+
+  /// A kernel of an algorithm, with as many CTAs a group as the units need; none where they don't
+  /// fit its registers.
+  std::optional<LaunchPlan> kernel(Algorithm algorithm, bool half_registers, bool few_rows) const {
+    LaunchPlan plan = base_;
+    plan.algorithm = algorithm;
+    plan.half_registers = half_registers;
+    plan.few_rows = few_rows;
+    const KernelShape shape = shape_of(plan);
+    if (p_.hidden_size > shape.max_units) return std::nullopt;
+    plan.max_units = shape.max_units;
+    plan.ctas = divide_up(p_.hidden_size, shape.cta_units);
+    return plan;
+  }
+
+  /// Divides the rows. Gives false where the device can't run the plan, or there is no such kernel.
+  bool divide(LaunchPlan& plan, int64_t tile_rows) const {
+    plan.tile_rows = tile_rows;
+    plan.groups = divide_up(p_.rows, tile_rows);
+    const int64_t bytes = shared_of_(plan);
+    return plan.groups <= kMaxGroups && bytes >= 0 && bytes <= p_.shared_limit;
+  }
+
+  /// One CTA for each tile: any number of tiles, no exchange between CTAs.
+  /// Example: H = 100, B = 64 in bfloat16, 132 multiprocessors. A row takes a CTA of its own: 64
+  /// CTAs by the kernel for few rows. B = 600 takes tiles of 5 rows, as 120 CTAs.
+  void consider_cta() {
+    for (const bool half : {true, false}) {
+      for (const bool few : {true, false}) {
+        std::optional<LaunchPlan> plan = kernel(Algorithm::persistent_cta, half, few);
+        if (!plan) continue;
+        const int64_t most = std::min<int64_t>(p_.rows, shape_of(*plan).max_rows);
+        for (int64_t rows = 1; rows <= most; ++rows) {
+          if (divide(*plan, rows)) consider(*plan);
+        }
+      }
+    }
+  }
+
+  /// Groups of CTAs with 16 units each. All CTAs of the launch must be resident, one on each
+  /// multiprocessor. As many groups run as find room: a tile of fewer rows costs less.
+  /// Example: H = 512, B = 100, one direction, 132 multiprocessors. A group is 32 CTAs. 4 groups
+  /// fit, and each gets 25 rows, rounded up to a tile of 32.
+  void consider_grids() {
+    for (const bool half : {true, false}) {
+      for (const bool few : {false, true}) {
+        std::optional<LaunchPlan> plan = kernel(Algorithm::persistent_grid, half, few);
+        if (!plan) continue;
+        const int64_t groups = p_.multiprocessors / (p_.directions * plan->ctas);
+        if (groups == 0) continue;
+        const KernelShape shape = shape_of(*plan);
+        const int64_t rows = round_up(divide_up(p_.rows, groups), int64_t(shape.chunk_rows));
+        if (rows <= shape.max_rows && divide(*plan, rows)) consider(*plan);
+      }
+    }
+  }
+
+  /// Clusters of CTAs with 32 units each. The device tells how many run at the same time, for the
+  /// most shared memory that a tile may need. Zero: it refuses them. The first question loads the
+  /// kernel, so none is asked for a plan that loses even with room for all its clusters.
+  /// Example: H = 256 is 8 CTAs. If 16 clusters are active, B = 70 takes 9 tiles of 8 rows in one
+  /// wave, B = 256 takes 16 tiles of 16.
+  void consider_clusters() {
+    if (p_.capability < 90) return;
+    for (const bool half : {true, false}) {
+      std::optional<LaunchPlan> plan = kernel(Algorithm::persistent_cluster, half, false);
+      if (!plan) continue;
+      // PTX defines st.async only between different CTAs: at least two.
+      plan->ctas = std::max<int64_t>(2, plan->ctas);
+      const KernelShape shape = shape_of(*plan);
+      int64_t most = shape.max_rows;
+      while (most > 0 && !divide(*plan, most)) most -= shape.chunk_rows;
+      const LaunchPlan largest = *plan;
+      std::optional<int64_t> active;
+      most = std::min(most, round_up(p_.rows, int64_t(shape.chunk_rows)));
+      for (int64_t rows = shape.chunk_rows; rows <= most; rows += shape.chunk_rows) {
+        if (!divide(*plan, rows)) continue;
+        if (model_.of(*plan, plan->groups * p_.directions).us >= best_us_) continue;
+        if (!active) active = clusters_of_(largest);
+        if (*active > 0) consider(*plan, *active);
+      }
+    }
+  }
+
+  const PlanProblem& p_;
+  const Kernels* const kernels_;
+  int (*const clusters_of_)(const LaunchPlan&);
+  int (*const shared_of_)(const LaunchPlan&);
+  const CostModel model_;
+  LaunchPlan base_, best_;
+  double best_us_ = std::numeric_limits<double>::infinity();
+};
 
 template <class Element>
 std::string name_of_type(Precision precision) {
@@ -159,19 +192,10 @@ template <class Element>
       name_of_type<Element>(p.precision) + (p.has_projection ? " with a projection" : ""));
 }
 
-template <class Element, class ActiveClusters>
-LaunchPlan plan(const PlanProblem& p, const PersistentKernels<Element>* kernels,
-                bool may_have_half_operands, const ActiveClusters& active_clusters) {
+template <class Element>
+LaunchPlan plan(const PlanProblem& p, Pass pass, const PersistentKernels<Element>* kernels) {
   if (p.requested == Algorithm::stepwise || p.rows == 0) return {};
-  if (!p.requested && p.steps <= kFewSteps) return {};
-  LaunchPlan stepwise;
-  stepwise.precision = p.precision;
-  stepwise.is_forward = may_have_half_operands;
-  stepwise.half_operands = may_have_half_operands && p.is_bounded && sizeof(Element) == 4 &&
-                           p.precision == Precision::tf32;
-  const int64_t operand_bytes = stepwise.half_operands ? 2 : sizeof(Element);
-  const LaunchPlan plan =
-      kernels ? plan_persistent(p, stepwise, operand_bytes, active_clusters) : LaunchPlan{};
+  const LaunchPlan plan = Planner<Element>(p, pass, kernels).best();
   if (p.requested && plan.algorithm != *p.requested) refuse<Element>(p);
   return plan;
 }
@@ -193,13 +217,11 @@ std::optional<Algorithm> requested_algorithm() {
 
 template <class Element>
 LaunchPlan plan_forward(const PlanProblem& problem, const PersistentKernels<Element>* kernels) {
-  return plan(problem, kernels, true,
-              [&](const LaunchPlan& p) { return kernels->forward_clusters(p); });
+  return plan(problem, Pass::forward, kernels);
 }
 template <class Element>
 LaunchPlan plan_backward(const PlanProblem& problem, const PersistentKernels<Element>* kernels) {
-  return plan(problem, kernels, false,
-              [&](const LaunchPlan& p) { return kernels->backward_clusters(p); });
+  return plan(problem, Pass::backward, kernels);
 }
 
 template <class Element>

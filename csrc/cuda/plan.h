@@ -1,7 +1,8 @@
 // Which algorithm a layer runs by, and how its launch is shaped: the only heuristic. No torch here.
 //
 // A *persistent* kernel runs all steps in one launch and keeps weight_hh in registers. The stepwise
-// algorithm is a GEMM and a kernel for each step, for any size and type.
+// algorithm is a GEMM and a kernel for each step, for any size and type. The plan with the least
+// modelled cost (cost.h) is taken among all that the device can run.
 #pragma once
 
 #include <cstdint>
@@ -26,24 +27,30 @@ enum class Precision { ieee, tf32 };
 struct LaunchPlan {
   Algorithm algorithm = Algorithm::stepwise;
   Precision precision = Precision::ieee;
-  bool is_forward = true;
   bool half_registers = false;  ///< half the registers hold all weights, so a step is shorter
   bool half_operands = false;   ///< TF32's products from float16 operands (mma.cuh)
+  bool few_rows = false;        ///< a kernel for few rows (kernel_shape)
   int64_t ctas = 0;             ///< per group
   int64_t groups = 0;           ///< per direction
-  int64_t tile_rows = 0;        ///< batch rows per group
+  int64_t tile_rows = 0;        ///< batch rows per group, the last one's may be fewer
   int64_t max_units = 0;        ///< hidden units that the kernel has room for
 };
 
-/// All that a plan depends on.
+/// All that a plan depends on, but the kernels. The device's defaults are an H100's.
 struct PlanProblem {
   int64_t steps = 0, rows = 0, hidden_size = 0, directions = 0;
+  int64_t gates = 4, preacts = 4, saved = 5;  ///< the cell's
+  bool saves = false;                         ///< whether the forward pass stores `saved`
   bool has_projection = false;
   bool is_bounded = false;  ///< |h| is at most 1 in all steps
   Precision precision = Precision::ieee;
   int64_t multiprocessors = 0;
+  int64_t capability = 90;                  ///< compute capability, 10 * major + minor
+  int64_t shared_limit = 227 * 1024;        ///< bytes of shared memory that a CTA can have
   std::optional<Algorithm> requested = {};  ///< by name: it runs or is an error
 };
+
+enum class Pass { forward, backward };
 
 /// FUSEDRNN_CUDA_REGIME=step, alone, cluster or grid requests an algorithm, for tests; empty: none.
 /// Throws std::runtime_error on another value.
@@ -79,26 +86,26 @@ void check_fallback(const LaunchPlan& plan, const PlanProblem& problem);
 struct KernelShape {
   int cta_units;   ///< hidden units per CTA
   int max_units;   ///< of the layer
-  int chunk_rows;  ///< batch rows per GEMM; a grid has kernels for 8 and for 16
+  int chunk_rows;  ///< batch rows per GEMM
+  int max_rows;    ///< per tile
 };
 
 /// Steps that the grid's exchange has room for.
 constexpr int kExchangeSlots = 8;
 
-/// A thread's weights fill 128 registers, or 64 with `half_registers`.
+/// A thread's weights fill 128 registers, or 64 with `half_registers`. The kernels for few rows:
+/// one CTA's for tiles of at most 2 rows, or 4 with 64 units; the grid's with GEMMs of 8 rows.
 ///
 /// Example: an LSTM's 128 bfloat16 units in one CTA have 4 * 128 * 128 weights, 128 KB. Its 256
 /// threads hold 128 registers of 4 bytes each.
-constexpr KernelShape kernel_shape(Algorithm algorithm, bool half_registers,
-                                   int64_t operand_bytes) {
+constexpr KernelShape kernel_shape(Algorithm algorithm, bool half_registers, int64_t operand_bytes,
+                                   bool few_rows = false) {
   const int units = (operand_bytes == 2 ? 128 : 64) / (half_registers ? 2 : 1);
-  if (algorithm == Algorithm::persistent_cta) return {units, units, 8};
+  if (algorithm == Algorithm::persistent_cta) return {units, units, 8, few_rows ? 256 / units : 8};
   // With few rows a GEMM, more clusters find room, and each is done sooner.
-  return algorithm == Algorithm::persistent_grid ? KernelShape{16, 8 * units, 8}
-                                                 : KernelShape{32, 4 * units, 8};
+  return algorithm == Algorithm::persistent_grid
+             ? KernelShape{16, 8 * units, few_rows ? 8 : 16, few_rows ? 8 : 128}
+             : KernelShape{32, 4 * units, 8, 64};
 }
-
-/// One CTA has shorter steps for tiles of so many rows or less.
-constexpr int few_rows(const KernelShape& shape) { return 256 / shape.cta_units; }
 
 }  // namespace fusedrnn::cuda

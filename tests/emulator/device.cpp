@@ -25,7 +25,10 @@ Precision asked_precision() {
 
 struct LaunchContext::State {};
 LaunchContext::LaunchContext(const Tensor&)
-    : multiprocessors(emulator::settings().multiprocessors), precision(asked_precision()) {}
+    : multiprocessors(emulator::settings().multiprocessors),
+      capability(90),
+      shared_limit(227 * 1024),
+      precision(asked_precision()) {}
 LaunchContext::~LaunchContext() = default;
 
 void check(int status) { TORCH_CHECK(status == 0, emulator::last_error()); }

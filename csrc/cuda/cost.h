@@ -1,0 +1,258 @@
+// What a launch plan costs: cycles and bytes, for plan.cpp. No torch and no CUDA here.
+//
+// A CTA's step takes the longest of its chain (the latency from one wait to the next) and of the
+// bytes it moves: through distributed shared memory, L2 and memory. CTAs that find no room wait for
+// the next wave. The call takes launches + waves * (prologue + steps * step).
+//
+// All figures are in kCoefficients and kDevices, each with its source:
+//   [M] modelled from the kernels' machine code, +-30 %
+//   [P] published
+//   [G] guessed
+// No GPU has measured one. A measurement replaces a figure there and nowhere else.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../target.h"
+#include "plan.h"
+
+namespace fusedrnn::cuda {
+
+/// A device's rates. Those of one architecture are taken to be the same.
+struct DeviceRates {
+  int64_t capability;      ///< the least compute capability, 10 * major + minor
+  double clock_ghz;        ///< nominal
+  double l2_bytes_per_ns;  ///< read by all multiprocessors together
+  double memory_bytes_per_ns;
+  double l2_bytes;           ///< capacity
+  double half_flops_per_ns;  ///< cuBLAS's GEMMs by type, far from the peaks
+  double tf32_flops_per_ns;
+  double ieee_flops_per_ns;
+  double double_flops_per_ns;
+};
+
+/// By ascending capability: a device has the rates of the last row that it reaches.
+constexpr DeviceRates kDevices[] = {
+    // A100: clock, memory and capacity [P]; L2 by microbenchmarks [P]; half of the GEMMs' peaks
+    // [G].
+    {80, 1.41, 4500, 1550, 40e6, 150e3, 75e3, 15e3, 9e3},
+    // H100 SXM: the same sources.
+    {90, 1.75, 5500, 3350, 50e6, 450e3, 220e3, 45e3, 45e3},
+    // B200: as two H100s [G].
+    {100, 1.85, 10000, 8000, 126e6, 900e3, 450e3, 60e3, 30e3},
+};
+
+/// A persistent kernel's chain in forward inference, an LSTM's.
+struct ChainCycles {
+  double first;  ///< a tile of one GEMM
+  double next;   ///< each further GEMM of a tile, whose exchange is hidden
+};
+
+constexpr struct Coefficients {
+  // ---- persistent kernels: cycles. Index: [half_registers][few_rows] ----
+  /// One CTA [M], with half the registers [G].
+  ChainCycles cta[2][2] = {{{1140, 0}, {910, 0}}, {{760, 0}, {640, 0}}};
+  /// The same of 4-byte operands: half the units, and half the activations of a thread [G].
+  double cta_four_bytes = 0.8;
+  /// For each row of a CTA's tile: its loads and stores [M].
+  double cta_row = 20;
+  /// A cluster: the first GEMM [M], further ones [G].
+  ChainCycles cluster[2] = {{1090, 700}, {850, 550}};
+  /// The grid: the first GEMM [M], further ones and few rows [G].
+  ChainCycles grid[2][2] = {{{2000, 850}, {1850, 700}}, {{1500, 750}, {1400, 620}}};
+  /// The part of a chain that does not shrink with a cell's gates [G].
+  double without_gates = 0.6;
+  /// Stores of `saved` [M].
+  double training = 1.06;
+  /// A backward step's chain over a forward step's [M].
+  double backward = 1.2;
+  /// float32 multiply-adds: a row of operands by a register of weights in each thread. 256 threads
+  /// on 128 lanes [P], of which four in five issue [G].
+  double fma_per_register = 2 / 0.8;
+  /// The time before the first step besides the weights' bytes, by loads of 16 bytes [G]. Narrow
+  /// loads take 19 to 32 thousand cycles in all [M].
+  double forward_prologue = 4000, backward_prologue = 6000;
+
+  // ---- persistent kernels: bytes ----
+  /// Distributed shared memory moves 11 to 15 bytes in a cycle to each multiprocessor [P].
+  double cluster_bytes_per_cycle = 13;
+  /// L2 to one multiprocessor, in a cycle [P].
+  double l2_bytes_per_cycle = 64;
+  /// A grid's backward pass exchanges G operands a unit [counted in exchange_grid.cuh]. A
+  /// reduce-scatter would exchange a quarter.
+  double grid_backward_operands = 1;
+
+  // ---- launches: microseconds ----
+  /// A launch that waits for the one before it [G].
+  double launch_us = 2.5;
+  /// A stepwise step: its host's calls of cuBLAS and of one kernel [G].
+  double stepwise_us = 6;
+} kCoefficients = {};
+
+/// A call's cost by one plan, without the work that all plans share (shared_us).
+struct Cost {
+  /// What bounds a step.
+  enum Bound { launches, chain, cluster_bytes, l2_bytes, memory_bytes, gemm } bound = launches;
+  double fixed_us = 0;  ///< launches and prologues
+  double step_us = 0;   ///< all waves
+  double us = 0;        ///< all of the call
+};
+
+/// The costs of a problem's plans. The problem must outlive it.
+class CostModel {
+ public:
+  CostModel(const PlanProblem& problem, Pass pass, int64_t element_bytes)
+      : p_(problem), pass_(pass), element_bytes_(element_bytes), device_(kDevices[0]) {
+    for (const DeviceRates& rates : kDevices) {
+      if (p_.capability >= rates.capability) device_ = rates;
+    }
+    const double values = double(p_.rows * p_.directions * p_.hidden_size);
+    streamed_ =
+        is_backward()
+            ? values * double(p_.saved * 4 + element_bytes_ + (p_.preacts + 1) * element_bytes_)
+            : values * double(p_.gates * 4 + element_bytes_ + (p_.saves ? p_.saved * 4 : 0));
+  }
+
+  /// active_clusters: how many of the plan's clusters run at the same time; for clusters alone.
+  Cost of(const LaunchPlan& plan, int64_t active_clusters = 0) const {
+    return plan.algorithm == Algorithm::stepwise ? of_stepwise()
+                                                 : of_persistent(plan, active_clusters);
+  }
+
+  /// What all plans share: the input's GEMM, or the gradients' GEMMs.
+  double shared_us(int64_t input_size) const {
+    const double tokens = double(p_.rows * p_.steps), G = double(p_.gates);
+    const double H = double(p_.hidden_size), I = double(input_size), D = double(p_.directions);
+    // Backward: the gradients of the input, weight_ih, weight_hh and the biases.
+    const double flops = 2 * tokens * D * G * H * (is_backward() ? 2 * I + H : I);
+    const double gemms = is_backward() ? 4 * D : D;
+    return gemms * kCoefficients.launch_us + 1e-3 * flops / flops_per_ns();
+  }
+
+ private:
+  bool is_backward() const { return pass_ == Pass::backward; }
+  double cycles_per_us() const { return 1e3 * device_.clock_ghz; }
+  double flops_per_ns() const {
+    if (element_bytes_ == 8) return device_.double_flops_per_ns;
+    if (element_bytes_ == 2) return device_.half_flops_per_ns;
+    return p_.precision == Precision::tf32 ? device_.tf32_flops_per_ns : device_.ieee_flops_per_ns;
+  }
+  /// Bytes that the whole device reads or writes once in each step: the input's products, saved
+  /// values, outputs. They come from L2 only where a call's fit it.
+  double streamed_us() const {
+    const bool fits = streamed_ * double(p_.steps) <= device_.l2_bytes;
+    return 1e-3 * streamed_ / (fits ? device_.l2_bytes_per_ns : device_.memory_bytes_per_ns);
+  }
+
+  Cost of_stepwise() const {
+    const double D = double(p_.directions), rows = double(p_.rows), H = double(p_.hidden_size);
+    const double G = double(p_.gates), weights = D * G * H * H * double(element_bytes_);
+    // Each step reads all weights. The GEMM's product is written and read, and so is the state.
+    const double products = rows * D * H * (is_backward() ? 1 : G) * 8;
+    const double states = rows * D * H * double(12 + 2 * element_bytes_);
+    const double weights_us =
+        1e-3 * weights /
+        (weights <= device_.l2_bytes ? device_.l2_bytes_per_ns : device_.memory_bytes_per_ns);
+    const double moved_us =
+        weights_us + streamed_us() + 1e-3 * (products + states) / device_.l2_bytes_per_ns;
+    const double gemm_us = 2e-3 * rows * D * G * H * H / flops_per_ns();
+    const double launches_us = D * kCoefficients.stepwise_us;
+    Cost cost;
+    cost.step_us = launches_us + std::max(moved_us, gemm_us);
+    if (std::max(moved_us, gemm_us) > launches_us) {
+      cost.bound = moved_us > gemm_us ? Cost::memory_bytes : Cost::gemm;
+    }
+    cost.us = double(p_.steps) * cost.step_us;
+    return cost;
+  }
+
+  Cost of_persistent(const LaunchPlan& plan, int64_t active_clusters) const {
+    using scalar::divide_up;
+    const Coefficients& k = kCoefficients;
+    const bool is_grid = plan.algorithm == Algorithm::persistent_grid;
+    const bool is_cluster = plan.algorithm == Algorithm::persistent_cluster;
+    const int64_t groups = plan.groups * p_.directions;
+    const int64_t waves =
+        is_grid ? 1 : divide_up(groups, is_cluster ? active_clusters : p_.multiprocessors);
+    Cost cost;
+    cost.bound = Cost::chain;
+    cost.step_us = chain_cycles(plan) / cycles_per_us();
+    const auto bound_by = [&](Cost::Bound bound, double us) {
+      if (us > cost.step_us) cost.bound = bound, cost.step_us = us;
+    };
+    const double operand_bytes = plan.half_operands ? 2 : double(element_bytes_);
+    const double rows = double(plan.tile_rows);
+    if (is_cluster) {
+      // Forward every CTA receives h of all units; backward its 32 units' partial dh of each CTA.
+      const double received = double(plan.ctas) * 32 * std::min(rows, double(p_.rows)) *
+                              (is_backward() ? 4 : operand_bytes);
+      bound_by(Cost::cluster_bytes, received / k.cluster_bytes_per_cycle / cycles_per_us());
+    }
+    if (is_grid) {
+      const double row_bytes = double(plan.max_units) * operand_bytes *
+                               (is_backward() ? double(p_.gates) * k.grid_backward_operands : 1);
+      // Each CTA reads its group's rows, whole GEMMs of them.
+      const double all_rows = double(scalar::round_up(p_.rows, int64_t(shape_of(plan).chunk_rows)));
+      bound_by(Cost::l2_bytes, rows * row_bytes / k.l2_bytes_per_cycle / cycles_per_us());
+      bound_by(Cost::l2_bytes, 1e-3 * all_rows * row_bytes * double(p_.directions * plan.ctas) /
+                                   device_.l2_bytes_per_ns);
+    }
+    cost.step_us *= double(waves);
+    bound_by(Cost::memory_bytes, streamed_us());
+    const double launches = is_grid ? 2 : 1;  // the grid's memory is zeroed first
+    cost.fixed_us = launches * k.launch_us + double(waves) * prologue_us(plan);
+    cost.us = cost.fixed_us + double(p_.steps) * cost.step_us;
+    return cost;
+  }
+
+  KernelShape shape_of(const LaunchPlan& plan) const {
+    return kernel_shape(plan.algorithm, plan.half_registers,
+                        plan.half_operands ? 2 : element_bytes_, plan.few_rows);
+  }
+
+  double chain_cycles(const LaunchPlan& plan) const {
+    const Coefficients& k = kCoefficients;
+    const bool half = plan.half_registers, few = plan.few_rows;
+    const bool is_cta = plan.algorithm == Algorithm::persistent_cta;
+    const ChainCycles chain = is_cta                                         ? k.cta[half][few]
+                              : plan.algorithm == Algorithm::persistent_grid ? k.grid[half][few]
+                                                                             : k.cluster[half];
+    const int64_t chunk_rows = shape_of(plan).chunk_rows;
+    const int64_t rows = std::min(plan.tile_rows, p_.rows);
+    const double chunks = double(scalar::divide_up(rows, chunk_rows));
+    double cycles = chain.first + (chunks - 1) * chain.next;
+    if (is_cta) {
+      cycles += k.cta_row * double(rows);
+      if (!plan.half_operands && element_bytes_ == 4) cycles *= k.cta_four_bytes;
+    }
+    cycles *= k.without_gates + (1 - k.without_gates) * double(p_.gates) / 4;
+    if (element_bytes_ == 4 && plan.precision == Precision::ieee) {
+      cycles += chunks * double(chunk_rows) * weight_registers(plan) * k.fma_per_register;
+    }
+    return cycles * (is_backward() ? k.backward : p_.saves ? k.training : 1);
+  }
+
+  /// Of a thread.
+  double weight_registers(const LaunchPlan& plan) const {
+    return double(plan.half_registers ? 64 : 128) * double(p_.gates) / 4;
+  }
+
+  double prologue_us(const LaunchPlan& plan) const {
+    const Coefficients& k = kCoefficients;
+    // 256 threads load their weights, which float16 operands take from float32.
+    const double bytes = 256 * 4 * weight_registers(plan) * (plan.half_operands ? 2 : 1);
+    const double l2_share = device_.l2_bytes_per_ns / double(p_.multiprocessors);
+    const double cycles = is_backward() ? k.backward_prologue : k.forward_prologue;
+    return cycles / cycles_per_us() +
+           1e-3 * bytes / std::min(l2_share, k.l2_bytes_per_cycle * device_.clock_ghz);
+  }
+
+  const PlanProblem& p_;
+  const Pass pass_;
+  const int64_t element_bytes_;
+  DeviceRates device_;
+  double streamed_;  ///< bytes a step
+};
+
+}  // namespace fusedrnn::cuda
