@@ -205,6 +205,27 @@ def test_a_branch_on_a_predicate_operand_falls_through() -> None:
     assert f.next_of(3) == []
 
 
+def test_a_loop_may_go_through_called_code_that_jumps_back() -> None:
+    f = function_of(
+        """
+      time:
+        CALL.REL.NOINC called
+        EXIT
+      back:
+        HMMA.16816.F32.BF16 R12, R16, R20, RZ
+        BAR.SYNC.DEFER_BLOCKING 0x0
+        @P0 BRA time
+        EXIT
+      called:
+        WARPSYNC 0xffffffff
+        BRA back
+        """
+    )
+    (loop,) = sass.time_loops(f)
+    assert f.blocks[loop.header].first == 0
+    assert {f.block_of[0], f.block_of[2], f.block_of[6]} == loop.blocks
+
+
 # ---- the machine --------------------------------------------------------------------------------
 
 
@@ -885,6 +906,18 @@ def test_tools_are_fetched_from_a_wheel(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "/bin")
     assert disassembler.fetch() == disassembler.find(None) == tmp_path / "fetched"
     assert (tmp_path / "fetched/nvdisasm").read_text() == "second"
+
+
+def test_the_problems() -> None:
+    def types_of(types: Sequence[str], archs: Sequence[str], algorithm: str) -> set[str]:
+        found = cuda_cycles.problems(archs, ["lstm"], types, [8], [1], ["backward"], [algorithm])
+        return {f"{p.arch} {p.type}" for p in found}
+
+    everything = types_of(list(launches.TYPES), cuda_cycles.ARCHS, "default")
+    assert len(everything) == 7
+    assert "sm_80 float16" not in everything
+    assert types_of(["float16"], ["sm_80"], "default") == {"sm_80 float16"}
+    assert types_of(["float16"], cuda_cycles.ARCHS, "persistent_cluster") == {"sm_90a float16"}
 
 
 def test_only_a_whole_run_is_stored(capsys: pytest.CaptureFixture[str]) -> None:

@@ -207,7 +207,10 @@ class Function:
         return {ins.address: i for i, ins in enumerate(self.instructions)}
 
     def next_of(self, i: int) -> list[int]:
-        """The instructions that may run after the i-th. A call is followed by its return."""
+        """The instructions that may run after the i-th: of a call, its target and its return.
+
+        ptxas also calls code that jumps back by itself.
+        """
         ins = self.instructions[i]
         after: list[int] = []
         falls = ins.guard is not None or (ins.name not in ENDS and ins.name not in JUMPS)
@@ -220,20 +223,18 @@ class Function:
             falls = False
         if falls and i + 1 < len(self.instructions):
             after.append(i + 1)
-        if ins.name in JUMPS and ins.target in self.index_of:
+        if ins.name in (*JUMPS, "CALL") and ins.target in self.index_of:
             after.append(self.index_of[ins.target])
         return after
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         starts = {0}
-        for i, ins in enumerate(self.instructions):
+        for i in range(len(self.instructions)):
             after = self.next_of(i)
             if after != [i + 1]:
                 starts.update(after)
                 starts.add(i + 1)
-            if ins.name == "CALL" and ins.target in self.index_of:
-                starts.add(self.index_of[ins.target])
         ordered = sorted(s for s in starts if s < len(self.instructions))
         number = {first: n for n, first in enumerate(ordered)}
         blocks = []
