@@ -164,6 +164,8 @@ struct FragmentTraits {
   static constexpr int kThreadUnits = kSplits == 1 ? kBlocks : 1;  ///< that a thread works on
   /// Whether a lane's operands in a row are neighbours in K: all units' gate gradients.
   static constexpr bool kOperandsAreNeighbours = Gemm::kLoadScratchBytes > 0;
+  /// Whether half of the warps multiply first and half prepare first: nobody waits for other CTAs.
+  static constexpr bool kHalvesTakeTurns = kOperandsAreNeighbours && kOneChunk;
   static_assert(Gemm::kRowGroups == kBlocks * kResults && kChunkRows % 8 == 0);
   static_assert(kSplits == 1 || kBlocks == 1);
 
@@ -362,7 +364,7 @@ struct PartialSumTraits {
   static constexpr int kK = kSplits * Gemm::kK;
   static constexpr int kPairs = kChunkRows * kUnits / kThreads;  ///< per thread and chunk
   static constexpr int kThreadUnits = 1;
-  static constexpr bool kOperandsAreNeighbours = false;
+  static constexpr bool kOperandsAreNeighbours = false, kHalvesTakeTurns = false;
   static_assert(kChunkRows * kUnits % kThreads == 0 && kThreads % kUnits == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
