@@ -235,6 +235,8 @@ struct FragmentTraits {
   static constexpr int kThreadUnits = kPairs == 1 ? 1 : kBlocks;  ///< that a thread works on
   /// Whether a lane's operands in a row are neighbours in K: all units' gate gradients.
   static constexpr bool kOperandsAreNeighbours = Gemm::kLoadScratchBytes > 0 && kSplits == 1;
+  /// Whether half of the warps multiply first and half prepare first: nobody waits for other CTAs.
+  static constexpr bool kHalvesTakeTurns = kOperandsAreNeighbours && kOneChunk;
   static_assert(Gemm::kRowGroups == kBlocks * kResults);
   static_assert(kFewRows ? kChunkRows * kBlocks == 4 && kSplits == 1 : kChunkRows % 8 == 0);
   static_assert(kSplits == 1 || kPairs == 1);
@@ -468,7 +470,7 @@ struct PartialSumTraits {
   /// Per thread and chunk. With few rows some threads own none.
   static constexpr int kPairs = (kChunkRows * kUnits + kThreads - 1) / kThreads;
   static constexpr int kThreadUnits = 1;
-  static constexpr bool kOperandsAreNeighbours = false;
+  static constexpr bool kOperandsAreNeighbours = false, kHalvesTakeTurns = false;
   static_assert((kPairs == 1 || kChunkRows * kUnits % kThreads == 0) && kThreads % kUnits == 0);
 
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;

@@ -58,7 +58,6 @@ class ClusterAllGather;
 template <class WorkTraits>
 struct ClusterAllGatherTraits : WorkTraits, UsesClusters {
   using Exchange = ClusterAllGather<ClusterAllGatherTraits>;
-  static constexpr bool kOneCta = false;
   using Operand = typename WorkTraits::Operand;
   static constexpr int kOperandStride = operand_stride<Operand>(WorkTraits::kK);
   static_assert(WorkTraits::kBlocks == 1 && WorkTraits::kPairs == 1);
@@ -197,11 +196,10 @@ struct ClusterReduceScatterTraits : UsesClusters {
   using Gemm = Gemm_;
   using Element = typename Gemm::Element;
   using Exchange = ClusterReduceScatter<ClusterReduceScatterTraits>;
-  static constexpr bool kOneCta = false;
   using Operand = Element;
   static constexpr int kThreads = 256, kUnits = kWarp, kChunkRows = kChunkRows_, kPairs = 1;
   static constexpr int kResults = 1, kThreadUnits = 1;
-  static constexpr bool kOneChunk = false;
+  static constexpr bool kOneChunk = false, kHalvesTakeTurns = false;
   static constexpr bool kOwnUnitsAlone = true;  ///< K is the CTA's own units' gates
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
   static_assert(kChunkRows == 8 && kChunkRows * kUnits == kThreads * kPairs);

@@ -12,7 +12,6 @@ class CtaExchange;
 template <class WorkTraits>
 struct CtaTraits : WorkTraits {
   using Exchange = CtaExchange<CtaTraits>;
-  static constexpr bool kOneCta = true;
   static constexpr int kOperandStride =
       operand_stride<typename WorkTraits::Operand>(WorkTraits::kK);
   static_assert(WorkTraits::kOneChunk);

@@ -145,7 +145,6 @@ class GridExchange;
 template <class WorkTraits, int kValues_>
 struct GridTraits : WorkTraits {
   using Exchange = GridExchange<GridTraits>;
-  static constexpr bool kOneCta = false;
   static constexpr int kValues = kValues_;
 
   /// The gate and the unit of an operand in K.

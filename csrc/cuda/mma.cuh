@@ -166,20 +166,35 @@ class TensorCoreGemm {
   uint32_t a_[kTiles][kPairs][2][4];
 };
 
-/// Rounds values to nearest, ties to even; half types two at a time.
+/// Values rounded to nearest, ties to even; two of a half type in a register.
 template <class Element, int count>
-FUSEDRNN_DEVICE void round_all(Element (&to)[count], const float (&values)[count]) {
-  if constexpr (sizeof(Element) == 4) {
-    unroll<count>([&](auto i) { to[i] = values[i]; });
-  } else {
-    unroll<count / 2>([&](auto i) {
-      const uint32_t both = pack<Element>(values[2 * i], values[2 * i + 1]);
-      to[2 * i].bits = uint16_t(both);
-      to[2 * i + 1].bits = uint16_t(both >> 16);
+class Rounded {
+ public:
+  FUSEDRNN_DEVICE void set(const float (&values)[count]) {
+    unroll<kWords>([&](auto i) {
+      if constexpr (sizeof(Element) == 4) {
+        word_[i] = scalar::bit_cast<uint32_t>(values[i]);
+      } else if constexpr (2 * i + 1 < count) {
+        word_[i] = pack<Element>(values[2 * i], values[2 * i + 1]);
+      } else {
+        Element last;
+        round_to(last, values[2 * i]);
+        word_[i] = last.bits;
+      }
     });
-    if constexpr (count % 2) round_to(to[count - 1], values[count - 1]);
   }
-}
+  FUSEDRNN_DEVICE Element at(int i) const {
+    if constexpr (sizeof(Element) == 4) {
+      return scalar::bit_cast<Element>(word_[i]);
+    } else {
+      return {uint16_t(word_[i / 2] >> i % 2 * 16)};
+    }
+  }
+
+ private:
+  static constexpr int kWords = sizeof(Element) == 4 ? count : (count + 1) / 2;
+  uint32_t word_[kWords] = {};
+};
 
 /// How a lane reads a row of weights: 16 bytes at a time where all rows are aligned.
 template <class Element>
@@ -479,9 +494,9 @@ FUSEDRNN_DEVICE void store_neighbours(const float (&values)[count], Operand* row
     return rows + (i ? operand_offset<Operand>(row, k + i, stride) : first);
   };
   if constexpr (width == 2) {
-    Operand operands[count];
-    round_all(operands, values);
-    unroll<count>([&](auto i) { *place(i) = operands[i]; });
+    Rounded<Operand, count> rounded;
+    rounded.set(values);
+    unroll<count>([&](auto i) { *place(i) = rounded.at(i); });
   } else {
     struct alignas(width) Store {
       uint32_t word[width / 4];

@@ -77,7 +77,7 @@ struct PersistentBackwardKernel : Traits {
     int t = -1, chunk = 0;
     unsigned token = 0;  ///< the chunk's first
     unsigned length[kPairs] = {};
-    Element dgates[kPairs][kPreacts];
+    Rounded<Element, kPreacts> dgates[kPairs];
   };
 
   /// Where the values of the thread's first pair lie for the direction's first token.
@@ -143,36 +143,58 @@ struct PersistentBackwardKernel : Traits {
       const int chunks = e.chunks();
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        // Other CTAs wait for the commit before, not for these stores.
-        store(e, places, results, Traits::kOneChunk ? in.length : results.length);
-        bool active[kPairs];
-        float prepared[kPairs][Cell::kPrepared], dstate[kPairs], dh[kPairs], h[kPairs];
-        unroll<kPairs>([&](auto m) {
-          if constexpr (Traits::kOneChunk) in.saved[m][Cell::kSavedState] = state_after[m];
-          active[m] = is_active(t, in.length[m]);
-          h[m] = Cell::template output<Activations>(in.saved[m]);
-          Cell::template prepare<Activations>(in.saved[m], in.state[m], prepared[m]);
-          state_after[m] = in.state[m];
-          dstate[m] = carried.at(chunk, m, kDstate);
-          dh[m] = carried.at(chunk, m, kDh);
-          dh[m] = active[m] && places.dy ? dh[m] + value_of(in.dy[m]) : dh[m];
-          results.length[m] = in.length[m];
-          if constexpr (!Traits::kOneChunk) {
-            keep(dstate[m]);
-            keep(dh[m]);
-            unroll<Cell::kPrepared>([&](auto i) { keep(prepared[m][i]); });
-          }
-        });
-        results.t = t;
-        results.chunk = chunk;
-        results.token = token + chunk * Traits::kChunkRows;
-        store_previous(e, places, in.length, h, t, t - back, after, chunk);
         const bool is_last = chunk + 1 == chunks;
         const int next_chunk = is_last ? 0 : chunk + 1, next_t = is_last ? t + back : t;
         const unsigned next_token = is_last ? before : token;
-        load(in, e, places, carried, next_chunk, next_t, back, next_token,
-             is_last ? two_before : before);
-        add_products(e, gemm, n, chunk, dh);
+        bool active[kPairs];
+        float prepared[kPairs][Cell::kPrepared], dstate[kPairs], dh[kPairs];
+        // The part of a step that does not depend on the GEMM.
+        const auto prepare = [&] {
+          // Other CTAs wait for the commit before, not for these stores.
+          store(e, places, results, Traits::kOneChunk ? in.length : results.length);
+          float h[kPairs];
+          unroll<kPairs>([&](auto m) {
+            if constexpr (Traits::kOneChunk) in.saved[m][Cell::kSavedState] = state_after[m];
+            active[m] = is_active(t, in.length[m]);
+            h[m] = Cell::template output<Activations>(in.saved[m]);
+            Cell::template prepare<Activations>(in.saved[m], in.state[m], prepared[m]);
+            state_after[m] = in.state[m];
+            dstate[m] = carried.at(chunk, m, kDstate);
+            dh[m] = carried.at(chunk, m, kDh);
+            dh[m] = active[m] && places.dy ? dh[m] + value_of(in.dy[m]) : dh[m];
+            results.length[m] = in.length[m];
+            // Before the wait for other CTAs, or for the tensor cores.
+            keep(dstate[m]);
+            keep(dh[m]);
+            unroll<Cell::kPrepared>([&](auto i) { keep(prepared[m][i]); });
+          });
+          results.t = t;
+          results.chunk = chunk;
+          results.token = token + chunk * Traits::kChunkRows;
+          store_previous(e, places, in.length, h, t, t - back, after, chunk);
+          load(in, e, places, carried, next_chunk, next_t, back, next_token,
+               is_last ? two_before : before);
+        };
+        float products[kPairs][1] = {};
+        if constexpr (Traits::kHalvesTakeTurns) {
+          // A scheduler's two warps begin with different parts: one has the tensor cores while the
+          // other has the rest. The first step reads zeros, and k = n + 1 has n - 1's buffer.
+          if (threadIdx.x < Traits::kThreads / 2) {
+            prepare();
+            e.multiply(gemm, n + 1, chunk, products);
+          } else {
+            e.multiply(gemm, n + 1, chunk, products);
+            unroll<kPairs>([&](auto m) { keep(products[m][0]); });
+            prepare();
+          }
+        } else {
+          prepare();
+          if (n > 0) {
+            e.wait(n - 1, chunk);
+            e.multiply(gemm, n - 1, chunk, products);
+          }
+        }
+        unroll<kPairs>([&](auto m) { dh[m] += n > 0 ? products[m][0] : 0; });
         float dgates[kPairs][kPreacts], dhidden[kPairs][Cell::kGates];
         unroll<kPairs>([&](auto m) {
           const float dstate_after = dstate[m];
@@ -187,7 +209,7 @@ struct PersistentBackwardKernel : Traits {
         });
         e.store(n, chunk, dhidden);
         e.commit(gemm, n, chunk);
-        unroll<kPairs>([&](auto m) { round_all(results.dgates[m], dgates[m]); });
+        unroll<kPairs>([&](auto m) { results.dgates[m].set(dgates[m]); });
         start_rows(in, e, places, next_chunk, next_t, back, next_token);
       }
       t += back;
@@ -197,22 +219,6 @@ struct PersistentBackwardKernel : Traits {
       two_before = unsigned(e.token(last - n - 3));
     }
     finish(e, carried, tensors);
-  }
-
-  /// Adds the gradients that come through weight_hh from the step after the n-th.
-  FUSEDRNN_DEVICE void add_products(Exchange& e, const typename Traits::Gemm& gemm, int n,
-                                    int chunk, float (&dh)[kPairs]) const {
-    float products[kPairs][1] = {};
-    if constexpr (Traits::kOneCta) {
-      // No branch, so that the instructions before the GEMM fill its waits. The first step reads
-      // zeros. k = n + 1 has the same buffer as n - 1.
-      e.multiply(gemm, n + 1, chunk, products);
-      unroll<kPairs>([&](auto m) { dh[m] += n > 0 ? products[m][0] : 0; });
-    } else if (n > 0) {
-      e.wait(n - 1, chunk);
-      e.multiply(gemm, n - 1, chunk, products);
-      unroll<kPairs>([&](auto m) { dh[m] += products[m][0]; });
-    }
   }
 
   FUSEDRNN_DEVICE Places places_of(const Exchange& e, const Direction& tensors) const {
@@ -316,7 +322,7 @@ struct PersistentBackwardKernel : Traits {
     unroll<kPairs>([&](auto n) {
       const bool active = is_active(results.t, length[n]);
       unroll<kPreacts>(
-          [&](auto k) { store_if(active, value_at(to, n, kPreacts, k), results.dgates[n][k]); });
+          [&](auto k) { store_if(active, value_at(to, n, kPreacts, k), results.dgates[n].at(k)); });
     });
     if (!params.lengths) return;
     unroll<kPairs>([&](auto n) {
