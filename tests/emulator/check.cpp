@@ -79,6 +79,7 @@ struct Case {
   int T, B, H, D;
   const char* layout;  ///< padded, packed or lengths
   int multiprocessors;
+  bool has_nan = false;  ///< in row 0's inputs, with all bits set
 };
 
 /// A case's sequences and the order of their steps.
@@ -151,6 +152,7 @@ struct Problem {
         dc_n(values<float>(D * B * H)) {
     std::copy(batch.row_lengths.begin(), batch.row_lengths.end(), lengths.data());
     std::copy(batch.offsets.begin(), batch.offsets.end(), step_offset.data());
+    if (c.has_nan) h0[0] = dy[0] = scalar::bit_cast<float>(~0u);
   }
   template <class V>
   Buffer<V> values(int64_t n, float scale = 1) {
@@ -359,6 +361,7 @@ std::string run_persistent(const Problem& p, const Results& r) {
   problem.rows = p.B;
   problem.hidden_size = p.H;
   problem.directions = p.D;
+  problem.is_bounded = Cell::kIsBounded && !p.c.has_nan;
   problem.precision = p.c.precision;
   problem.multiprocessors = p.c.multiprocessors;
   problem.requested = p.c.algorithm;
@@ -567,6 +570,7 @@ std::vector<Case> all_cases() {
       {grid, own, 12, 20, 18, 1, "packed", 2},
       {grid, own, 4, 20, 18, 1, "lengths", 4},
       {grid, own, 17, 2, 37, 1, "lengths", 3},
+      {grid, own, 3, 3, 18, 1, "padded", 2, true},
       // Two or three CTAs a cluster; tiles of two chunks where few clusters find room.
       {cluster, tf32, 3, 3, 21, 2, "padded", 8},
       {cluster, tf32, 5, 20, 40, 1, "packed", 2},
@@ -575,6 +579,7 @@ std::vector<Case> all_cases() {
   if (sizeof(Element) == 4) {
     cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8});
     cases.push_back({grid, tf32, 11, 20, 18, 2, "lengths", 4});
+    cases.push_back({grid, tf32, 3, 3, 18, 1, "padded", 2, true});
   }
   return cases;
 }
