@@ -21,8 +21,10 @@ struct GridMemory {
     if (plan.algorithm != Algorithm::persistent_grid) return {};
     const int64_t bytes = plan.half_operands ? 2 : int64_t(sizeof(Element));
     const int64_t row_words = values * plan.max_units * bytes / 4;
-    return {at::full({layer.D, kExchangeSlots, plan.groups * plan.tile_rows, row_words}, -1,
-                     layer.options().dtype(at::kInt))};
+    const Tensor words =
+        at::empty({layer.D, kExchangeSlots, plan.groups * plan.tile_rows, row_words},
+                  layer.options().dtype(at::kInt));
+    return {words.fill_(-1)};
   }
   uint32_t* of_direction(int64_t d) const {
     if (!words.defined()) return nullptr;
