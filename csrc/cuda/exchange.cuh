@@ -11,7 +11,7 @@
 //
 // The first GEMM is k = 0. Stores for k = steps are never read. The exchange is double-buffered by
 // k % 2. Waiting for step k - 1 proves that every CTA has finished reading step k - 2, so its
-// buffer may be overwritten.
+// buffer may be overwritten. A grid's exchange has slots instead (exchange_grid.cuh).
 #pragma once
 
 #include "mma.cuh"

@@ -81,6 +81,7 @@ struct Case {
   int multiprocessors;
   bool hx = true;         ///< false: the initial states are zeros
   bool is_fused = false;  ///< stepwise only: a step's GEMMs are in its kernel
+  bool has_nan = false;   ///< in row 0's inputs, with all bits set
 };
 
 /// A case's sequences and the order of their steps.
@@ -163,6 +164,9 @@ struct Problem {
       for (const Buffer<Element>& state : {h0, c0}) {
         std::fill_n(state.data(), state.size(), Element{});
       }
+    }
+    if (c.has_nan) {
+      for (Element* p : {&h0[0], &dy[0]}) std::memset(p, 0xff, sizeof(Element));
     }
     for (int64_t d = 0; d < D; ++d) {
       for (int64_t token = 0; token < N; ++token) {
@@ -687,6 +691,7 @@ std::vector<Case> all_cases() {
       {grid, own, 12, 20, 18, 1, "packed", 2},
       {grid, own, 4, 20, 18, 1, "lengths", 4},
       {grid, own, 17, 2, 37, 1, "lengths", 3},
+      {grid, own, 3, 3, 18, 1, "padded", 2, true, false, true},
       // Two or three CTAs a cluster; tiles of two chunks where few clusters find room.
       {cluster, tf32, 3, 3, 21, 2, "padded", 8},
       {cluster, tf32, 5, 20, 40, 1, "packed", 2},
@@ -696,6 +701,7 @@ std::vector<Case> all_cases() {
     cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8});
     cases.push_back({cta, tf32, 4, 9, 56, 1, "packed", 8});
     cases.push_back({grid, tf32, 11, 20, 18, 2, "lengths", 4});
+    cases.push_back({grid, tf32, 3, 3, 18, 1, "padded", 2, true, false, true});
     // Float16 operands.
     cases.push_back({cta, tf32, 3, 3, 21, 1, "padded", 8, false});
     cases.push_back({grid, tf32, 11, 20, 18, 2, "lengths", 4, false});
