@@ -91,11 +91,12 @@ class Carried<kPairs, kThreads, true> {
   float values_[kPairs][kCarried];
 };
 
-/// p + count * size, one multiply-add.
+/// p + count * size, one multiply-add if the bytes of `size` are 32 bits wide.
 template <class T>
 FUSEDRNN_DEVICE T* advance(T* p, unsigned count, unsigned size = 1) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t(count) * (size * sizeof(T)));
+  const unsigned bytes = size * unsigned(sizeof(T));
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t(count) * bytes);
 }
 
 /// The element of a thread's first pair in an array of tokens [N, stride].
@@ -479,7 +480,7 @@ struct PartialSumTraits {
   static FUSEDRNN_INLINE constexpr int pair_row(int i) { return i * kThreads / kUnits; }
   static FUSEDRNN_INLINE constexpr int pair_unit(int) { return 0; }
 
-  /// Where store_operands stores.
+  /// The gate and the unit of an operand in K.
   template <int kParts>
   static FUSEDRNN_INLINE constexpr KPlace place_of(int k) {
     return {k / (kK / kParts), k % (kK / kParts)};
@@ -579,14 +580,5 @@ class PartialSumTraits<Gemm_, kBlocks_, kSplits_, kChunkRows_, kOneChunk_>::Work
   float* scratch_;
   float* carried_memory_;
 };
-
-/// Rounds a pair's values to its operands in a row of the exchange. K has kParts equal parts;
-/// values[i] belongs to the i-th. place(k): where the row has operand k.
-template <class Traits, int kParts, class Place>
-FUSEDRNN_DEVICE void store_operands(int unit, const float (&values)[kParts], const Place& place) {
-  unroll<kParts>([&](auto part) {
-    Traits::Gemm::set_operand(*place(part * (Traits::kK / kParts) + unit), values[part]);
-  });
-}
 
 }  // namespace fusedrnn::cuda

@@ -297,8 +297,8 @@ class ClusterReduceScatter : public Tile<Traits> {
       to[i][0] = receiver_[i].partials + buffer(k, chunk) * Traits::kChunkPartials;
       to[i][1] = to[i][0] + second_;
       barrier[i] = receiver_[i].barriers + barriers_.index(k, chunk);
-      unroll<2>([&](auto half) { keep(to[i][half]); });
-      keep(barrier[i]);
+      unroll<2>([&](auto half) { to[i][half] = kept(to[i][half]); });
+      barrier[i] = kept(barrier[i]);
     });
     const Element* const b_lane = operands(k, chunk) + b_offset_;
     sync_cta();
@@ -326,7 +326,7 @@ class ClusterReduceScatter : public Tile<Traits> {
 
   FUSEDRNN_DEVICE void wait(int k, int chunk) {
     received_ = buffer(k, chunk) * Traits::kChunkPartials + received_offset_;
-    keep(received_);
+    received_ = kept(received_);
     barriers_.wait(k, chunk, this->waiter());
   }
 
@@ -355,10 +355,10 @@ class ClusterReduceScatter : public Tile<Traits> {
     b_offset_ = operand_offset<Element>(r, q * kPerWords<Element>, Traits::kOperandStride);
     store_offset_ = operand_offset<Element>(p.chunk_row, p.unit * (Traits::kK / Traits::kUnits),
                                             Traits::kOperandStride);
-    keep(second_);
-    keep(received_offset_);
-    keep(b_offset_);
-    keep(store_offset_);
+    second_ = kept(second_);
+    received_offset_ = kept(received_offset_);
+    b_offset_ = kept(b_offset_);
+    store_offset_ = kept(store_offset_);
     unroll<kReceivers>([&](auto i) {
       const unsigned cta = first_of_tile(i * (Traits::kUnits / Traits::kTileUnits)) / kCtaUnits;
       receiver_[i].exists = cta < gridDim.x;

@@ -88,18 +88,12 @@ struct PersistentBackwardKernel : Traits {
     Element* h_previous;
   };
 
-  /// The place `count` times `values` further on. One instruction, if the product is 32 bits wide.
-  template <class T>
-  static FUSEDRNN_DEVICE T* ahead(T* p, unsigned count, int values) {
-    using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
-    const unsigned bytes = unsigned(values) * unsigned(sizeof(T));
-    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t(count) * bytes);
-  }
   /// From the first pair's place to the n-th pair's i-th value, where a token has `count` times H
   /// values.
   template <class T>
   FUSEDRNN_DEVICE T* value_at(T* first, int n, int count, int i) const {
-    return ahead(first, Traits::pair_row(n) * count + i, params.hidden_size) + Traits::pair_unit(n);
+    return advance(first, Traits::pair_row(n) * count + i, params.hidden_size) +
+           Traits::pair_unit(n);
   }
 
   /// Whether a row is active at time t, which may be one before the first step or behind the last:
@@ -116,9 +110,9 @@ struct PersistentBackwardKernel : Traits {
                         Traits::kOwnUnitsAlone ? e.first_unit : 0));
     start(e, carried, tensors);
     Places places = places_of(e, tensors);
-    keep(places.saved);
-    keep(places.dgates);
-    keep(places.h_previous);
+    places.saved = kept(places.saved);
+    places.dgates = kept(places.dgates);
+    places.h_previous = kept(places.h_previous);
     const int last = params.steps - 1, back = e.direction ? 1 : -1;
     // The tile's first token in a step, in the step after it, and one and two before it.
     unsigned after = 0, token = unsigned(e.token(last)), before = unsigned(e.token(last - 1));
@@ -130,7 +124,7 @@ struct PersistentBackwardKernel : Traits {
     unroll<kPairs>([&](auto m) {
       if constexpr (Traits::kOneChunk) {
         load_if(is_active(t, in.length[m]), state_after[m],
-                value_at(ahead(places.saved, token, kSaved * params.hidden_size), m, kSaved,
+                value_at(advance(places.saved, token, kSaved * params.hidden_size), m, kSaved,
                          Cell::kSavedState));
       }
     });
@@ -164,9 +158,9 @@ struct PersistentBackwardKernel : Traits {
             dh[m] = active[m] && places.dy ? dh[m] + value_of(in.dy[m]) : dh[m];
             results.length[m] = in.length[m];
             // Before the wait for other CTAs, or for the tensor cores.
-            keep(dstate[m]);
-            keep(dh[m]);
-            unroll<Cell::kPrepared>([&](auto i) { keep(prepared[m][i]); });
+            dstate[m] = kept(dstate[m]);
+            dh[m] = kept(dh[m]);
+            unroll<Cell::kPrepared>([&](auto i) { prepared[m][i] = kept(prepared[m][i]); });
           });
           results.t = t;
           results.chunk = chunk;
@@ -184,7 +178,7 @@ struct PersistentBackwardKernel : Traits {
             e.multiply(gemm, n + 1, chunk, products);
           } else {
             e.multiply(gemm, n + 1, chunk, products);
-            unroll<kPairs>([&](auto m) { keep(products[m][0]); });
+            unroll<kPairs>([&](auto m) { products[m][0] = kept(products[m][0]); });
             prepare();
           }
         } else {
@@ -234,9 +228,9 @@ struct PersistentBackwardKernel : Traits {
                             int chunk, int t, int back, unsigned token, unsigned before) const {
     const int H = params.hidden_size, dy_stride = int(params.dy_stride);
     const int row = chunk * Traits::kChunkRows;
-    const float* const saved = ahead(places.saved, token + row, kSaved * H);
-    const float* const saved_before = ahead(places.saved, before + row, kSaved * H);
-    const OutputGradient* const dy = ahead(places.dy, token + row, dy_stride);
+    const float* const saved = advance(places.saved, token + row, kSaved * H);
+    const float* const saved_before = advance(places.saved, before + row, kSaved * H);
+    const OutputGradient* const dy = advance(places.dy, token + row, dy_stride);
     unroll<kPairs>([&](auto n) {
       in.length[n] = scalar::bit_cast<unsigned>(carried.at(chunk, n, kLength));
       const bool active = is_active(t, in.length[n]);
@@ -247,7 +241,7 @@ struct PersistentBackwardKernel : Traits {
       load_if(is_active(t + back, in.length[n]), in.state[n],
               value_at(saved_before, n, kSaved, Cell::kSavedState));
       load_if(active && places.dy, in.dy[n],
-              ahead(dy, Traits::pair_row(n), dy_stride) + Traits::pair_unit(n));
+              advance(dy, Traits::pair_row(n), dy_stride) + Traits::pair_unit(n));
     });
   }
 
@@ -318,7 +312,7 @@ struct PersistentBackwardKernel : Traits {
   FUSEDRNN_DEVICE void store(const Exchange& e, const Places& places, const Results& results,
                              const unsigned (&length)[kPairs]) const {
     const int H = params.hidden_size;
-    Element* const to = ahead(places.dgates, results.token, kPreacts * H);
+    Element* const to = advance(places.dgates, results.token, kPreacts * H);
     unroll<kPairs>([&](auto n) {
       const bool active = is_active(results.t, length[n]);
       unroll<kPreacts>(
@@ -337,7 +331,7 @@ struct PersistentBackwardKernel : Traits {
                                       const unsigned (&length)[kPairs], const float (&h)[kPairs],
                                       int t, int t_after, unsigned token, int chunk) const {
     Element* const to =
-        ahead(places.h_previous, token + chunk * Traits::kChunkRows, params.hidden_size);
+        advance(places.h_previous, token + chunk * Traits::kChunkRows, params.hidden_size);
     unroll<kPairs>([&](auto n) {
       Element rounded;
       round_to(rounded, h[n]);

@@ -190,12 +190,16 @@ FUSEDRNN_DEVICE void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], uint32_t
 
 // ---- registers ----------------------------------------------------------------------------------
 
-/// The same value, which stays in a register. The compiler would compute it again in each step of a
-/// loop that uses it in a branch.
+/// The same value, computed here and once: not behind a wait that follows, and not again in each
+/// step of a loop that uses it in a branch.
 template <class T>
 FUSEDRNN_DEVICE T kept(T value) {
-  static_assert(sizeof(T) == 4 && std::is_integral_v<T>);
-  asm volatile("" : "+r"(value));
+  static_assert(sizeof(T) == 4 && std::is_arithmetic_v<T>);
+  if constexpr (std::is_integral_v<T>) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+f"(value));
+  }
   return value;
 }
 /// For a pointer to global memory.
@@ -277,16 +281,11 @@ FUSEDRNN_DEVICE void st_async(float a, float b, Remote<float> to,
                : "memory");
 }
 
-/// Has x computed here and once: not behind a wait that follows, and not again in each step.
-FUSEDRNN_DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
-FUSEDRNN_DEVICE void keep(float& x) { asm volatile("" : "+f"(x)); }
+/// For an address in another CTA's memory.
 template <class T>
-FUSEDRNN_DEVICE void keep(T*& x) {
-  asm volatile("" : "+l"(x));
-}
-template <class T>
-FUSEDRNN_DEVICE void keep(Remote<T>& x) {
-  asm volatile("" : "+r"(x.address));
+FUSEDRNN_DEVICE Remote<T> kept(Remote<T> to) {
+  asm volatile("" : "+r"(to.address));
+  return to;
 }
 
 /// Loads `to` if the condition holds, without a branch; else `to` is undefined. *p must not change

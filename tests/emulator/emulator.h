@@ -227,8 +227,6 @@ inline void st_async(float a, float b, Remote<float> to, Remote<TransactionBarri
                      int line = __builtin_LINE()) {
   st_async(a, b, to.place, barrier.place, to.cta, line);
 }
-template <class T>
-void keep(T&) {}
 
 /// What a load that does not take place leaves: NaN, so that a use is seen.
 inline void spoil(float& x) { x = std::nanf(""); }
