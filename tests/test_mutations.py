@@ -103,14 +103,6 @@ BUGS = [
         sanitizer=True,
     ),
     Bug(
-        "a matrix of weights overwritten while others read it",
-        GEMM,
-        "          set(group, some * kAhead + i, w);\n          sync_warp();\n",
-        "          set(group, some * kAhead + i, w);\n",
-        "data race",
-        sanitizer=True,
-    ),
-    Bug(
         "no wait for the words of other CTAs",
         GRID,
         "if (largest_of_all == kMissing) {",
@@ -219,7 +211,7 @@ BUGS = [
     Bug(
         "a wait for units that no CTA has, without tensor cores",
         GRID,
-        "      if (first_k_ + k >= row_k_) return w;\n",
+        "    if (first_k_ + k >= row_k_) return w;\n",
         "",
         "a CTA waited 10 s for another CTA",
         ("Gru", "float"),
@@ -234,8 +226,8 @@ BUGS = [
     Bug(
         "the words of another row",
         GRID,
-        "from[n] = at(8 * n + lane / 4, k);",
-        "from[n] = at(8 * n + (lane / 4 ^ 1), k);",
+        "^ row_flip_, k); });",
+        "^ row_flip_ ^ 1, k); });",
         "wrong",
     ),
     Bug(
@@ -249,15 +241,15 @@ BUGS = [
     Bug(
         "a warp's barrier that not all lanes reach",
         GEMM,
-        "        sync_warp();\n        unroll<2>",
-        "        if (lane < 31) sync_warp();\n        unroll<2>",
+        "      sync_warp();\n      unroll<8>([&](auto part) {",
+        "      if (lane < 31) sync_warp();\n      unroll<8>([&](auto part) {",
         "(deadlock|waited 10 s for another CTA).* in sync_warp, line|different places",
     ),
     Bug(
         "a thread leaves while others wait",
         FORWARD,
-        "Inputs in = load(e, carried, 0, 0, e.token(0));",
-        "Inputs in = load(e, carried, 0, 0, e.token(0));\n    if (threadIdx.x == 7) return;",
+        "    load(t, 0, token);\n",
+        "    load(t, 0, token);\n    if (threadIdx.x == 7) return;\n",
         "left the kernel",
     ),
     Bug(
@@ -270,22 +262,22 @@ BUGS = [
     Bug(
         "rows past the batch",
         EXCHANGE,
-        "return p.is_owned && first_row + p.tile_row < params_.rows &&",
-        "return p.is_owned &&",
+        "return p.is_owned && p.tile_row < rows_ && first_unit",
+        "return p.is_owned && first_unit",
         "outside of a buffer|wrong",
     ),
     Bug(
         "rows of the next tile",
         EXCHANGE,
-        "p.tile_row < params_.tile_rows && ",
-        "",
+        "kept(params.rows - first_row < params.tile_rows ? params.rows",
+        "kept(true ? params.rows",
         "data race",
         sanitizer=True,
     ),
     Bug(
         "units past the layer",
         EXCHANGE,
-        " &&\n           first_unit + p.unit < params_.hidden_size;",
+        " && first_unit + p.unit < params_.hidden_size;",
         ";",
         "outside of a buffer|wrong",
     ),
@@ -320,8 +312,8 @@ BUGS = [
     Bug(
         "rows of a fragment that change places",
         GEMM,
-        "const Element* p = tile + (r + i % 2 * 8) * kPairK",
-        "const Element* p = tile + (r + i / 2 * 8) * kPairK",
+        "[group % 2 + i % 2 * 2] = w.word[i];",
+        "[group % 2 * 2 + i % 2] = w.word[i];",
         "wrong",
     ),
     Bug(
@@ -344,8 +336,8 @@ BUGS = [
     Bug(
         "one step too many for rows of some length",
         EXCHANGE,
-        "return int(params_.lengths[row]);",
-        "return int(params_.lengths[row]) + 1;",
+        "length < params_.steps ? int(length) : params_.steps;",
+        "length < params_.steps ? int(length) + 1 : params_.steps;",
         "wrong|outside of a buffer",
     ),
     Bug(
@@ -450,8 +442,8 @@ BUGS = [
     Bug(
         "stores after the last step",
         CLUSTER,
-        "    if (k == this->params_.steps) return;\n    const int lane =",
-        "    const int lane =",
+        "    if (k == this->params_.steps) return;\n    Operand own;",
+        "    Operand own;",
         "left the kernel|more bytes",
     ),
     Bug(
@@ -503,8 +495,8 @@ BUGS = [
     Bug(
         "words of a row that change places",
         CLUSTER,
-        "shuffle(bits, 4 * kPerWord * (4 * part + i) + q)",
-        "shuffle(bits, 4 * kPerWord * (4 * part + (i ^ 1)) + q)",
+        "4 * kPerWord * (4 * part + i) + lane_of_row_",
+        "4 * kPerWord * (4 * part + (i ^ 1)) + lane_of_row_",
         "wrong",
         ("Gru", "float"),
     ),
@@ -525,15 +517,15 @@ BUGS = [
     Bug(
         "padding that the persistent forward kernel does not zero",
         FORWARD,
-        "} else if (p.exists && params.lengths) {",
-        "} else if (false) {",
+        "if (!now_active[n] && e.exists(e.pair(chunk, n))) {",
+        "if (false) {",
         "wrong y",
     ),
     Bug(
         "padding that the persistent backward kernel does not zero",
         BACKWARD,
-        "} else if (i >= 0 && p.exists && params.lengths) {",
-        "} else if (false) {",
+        "if (!is_padding(e, results.t, length[n], results.chunk, n)) return;",
+        "return;",
         "wrong dgates",
     ),
     Bug(
@@ -821,6 +813,49 @@ BUGS = [
         "is_aligned(H % kPerWords<Element> == 0 &&",
         "is_aligned(H > 0 &&",
         "misaligned|wrong|outside",
+    ),
+    Bug(
+        "rows of B in their own places where warps share K",
+        EXCHANGE,
+        "split() / 2 / kBlocks % kRowTiles * 8 + split() % 2;",
+        "0 * (split() / 2 / kBlocks % kRowTiles * 8 + split() % 2);",
+        "wrong",
+    ),
+    Bug(
+        "blocks of A in their own places where warps share K",
+        EXCHANGE,
+        "return kSplits == 1 ? 0 : split() / 2 % kBlocks;",
+        "return 0;",
+        "wrong",
+    ),
+    Bug(
+        "other rows in the columns of B that few rows leave free",
+        EXCHANGE,
+        "lane / 8 % kChunkRows",
+        "lane / 4 % kChunkRows",
+        "wrong",
+    ),
+    Bug(
+        "a lane's scale of a row of which four lanes have a part",
+        GEMM,
+        "unroll<2>([&](auto i) {\n      const float other",
+        "unroll<1>([&](auto i) {\n      const float other",
+        "wrong",
+        ("Lstm", "float"),
+    ),
+    Bug(
+        "inputs in the forward order in both directions",
+        FORWARD,
+        "kept(e.direction ? -1 : 1)",
+        "kept(1)",
+        "wrong|outside of a buffer",
+    ),
+    Bug(
+        "inputs of the step before",
+        FORWARD,
+        "load(t += next_time, 0, next_token);",
+        "load(t += next_time, 0, token);",
+        "wrong",
     ),
 ]
 
