@@ -37,7 +37,7 @@ INPUT_SIZE = 8
 STEPS = (200, 1200)
 
 # The traits in csrc/cuda/exchange_*.cuh, which name a persistent kernel, and their regimes.
-_TRAITS = re.compile(r"\b(Cta|Grid|Cluster)(?:\w*)Traits<(?:\w+::)*\w+Gemm<")
+_TRAITS = re.compile(r"\b(Cta|Grid|Cluster)\w*Traits<(?:(?:\w+::)*\w+Traits<)?(?:\w+::)*\w+Gemm<")
 _REGIME = {"Cta": "alone", "Grid": "grid", "Cluster": "cluster"}
 
 Kernel = tuple[str, int, float]

@@ -917,7 +917,11 @@ def test_a_device_of_its_own(tmp_path: Path) -> None:
     [
         ("run<(anonymous namespace)::ForwardStepKernel<scalar::Lstm, float, 4>>", "step"),
         ("run<(anonymous namespace)::FusedStepKernel<scalar::Lstm, BFloat16, 8>>", "step"),
-        ("run<R<Lstm, cuda::CtaTraits<cuda::TensorCoreGemm<float, 4, 64>, 4, 8> >", "alone"),
+        (
+            "run<R<Lstm, cuda::CtaTraits<cuda::FragmentTraits<cuda::FragmentGemm<float, float, 4, "
+            "64>, 4, 1, 8, 1, 8, true> > > >",
+            "alone",
+        ),
         ("run<R<Gru, GridTraits<FmaGemm<(int)1, (int)192>, (int)8, (int)16>>", "grid"),
         (
             "run<R<Gru, cuda::ClusterAllGatherTraits<a::TensorCoreGemm<float, 3, 64>, 4, 8> >",
