@@ -270,6 +270,93 @@ def test_sizes_where_kernels_change(case: Case, monkeypatch: pytest.MonkeyPatch)
     check(case, monkeypatch)
 
 
+KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32")]
+BOUNDED = ("lstm", "gru", "rnn_tanh")
+
+
+def both(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
+    """A problem's results in float64 on the CPU, and in its own type in the emulator."""
+    c = problem.c
+    monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", c.regime)
+    monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", c.precision)
+    torch.ops.fusedrnn_emulated.set(c.seed, c.multiprocessors)
+    exact = problem.run(torch.ops.fusedrnn, torch.float64)
+    ours = [t.double() for t in problem.run(torch.ops.fusedrnn_emulated, c.dtype)]
+    assert torch.ops.fusedrnn_emulated._cuda_algorithm() == test_cuda.ALGORITHMS[c.regime]
+    return exact, ours
+
+
+@pytest.mark.parametrize("cell", BOUNDED)
+@pytest.mark.parametrize("regime", ["alone", "cluster", "grid"])
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["bfloat16", "float16", "tf32"])
+def test_small_outputs(
+    cell: str, regime: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs far below 1 are as exact, relative to the largest."""
+    c = Case(cell, dtype, precision, regime, T=6, B=3, H=33, bias=False, hx=False)
+    problem = Problem(c)
+    problem.x = (problem.x * 2.0**-9).to(dtype).double()
+    exact, ours = both(problem, monkeypatch)
+    for e, o in zip(exact[:2], ours[:2], strict=True):  # y, h_n
+        largest = e.abs().max().item()
+        assert largest < 0.01
+        assert (o - e).abs().max().item() <= 16 * ROUNDING[dtype, precision] * largest
+
+
+@pytest.mark.parametrize("cell", BOUNDED)
+@pytest.mark.parametrize("regime", ["alone", "cluster", "grid"])
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["bfloat16", "float16", "tf32"])
+@pytest.mark.parametrize("hx", [False, True], ids=["zeros", "hx"])
+def test_whole_range(
+    cell: str,
+    regime: str,
+    dtype: torch.dtype,
+    precision: str,
+    hx: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Saturated gates, large states, weights that are tiny, zero or vary widely within a row."""
+    c = Case(cell, dtype, precision, regime, T=6, B=3, H=33, hx=hx)
+    problem = Problem(c)
+    problem.x[:, 0] *= 30
+    if hx:
+        problem.states[0][:, 1] *= 1e6 if dtype == torch.float32 else 1e3
+    hh = problem.weights[1]
+    hh[0] = 0
+    hh[1] *= 1e-30 if dtype != torch.float16 else 1e-4
+    hh[2, 1:] *= 1e-6
+    hh[3] *= 20
+    problem.x, hh[:] = problem.x.to(dtype).double(), hh.to(dtype).double()
+    exact, ours = both(problem, monkeypatch)
+    for i, (e, o) in enumerate(zip(exact, ours, strict=True)):
+        scale = max(1.0, e.abs().max().item())
+        error = (o - e).abs().max().item()
+        assert error <= 32 * ROUNDING[dtype, precision] * scale, f"tensor {i}"
+
+
+@pytest.mark.parametrize("cell", BOUNDED)
+@pytest.mark.parametrize("regime", ["alone", "cluster", "grid"])
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["bfloat16", "float16", "tf32"])
+def test_no_numbers(
+    cell: str, regime: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinities and NaN in the input and in a weight are what they are on the CPU."""
+    c = Case(cell, dtype, precision, regime, T=4, B=4, H=33, bias=False, hx=False)
+    problem = Problem(c)
+    problem.x[1, 0, 0] = float("inf")
+    problem.x[2, 1, 0] = float("nan")
+    problem.weights[1][5, 3] = float("-inf")
+    exact, ours = both(problem, monkeypatch)
+    states = 2 + (len(problem.states) > 1)
+    assert any(e.isnan().any() for e in exact[:states])
+    for e, o in zip(exact[:states], ours[:states], strict=True):
+        assert torch.equal(e.isnan(), o.isnan())
+        finite = e.isfinite()
+        assert torch.equal(e[~finite & ~e.isnan()], o[~finite & ~e.isnan()])
+        error = (o[finite] - e[finite]).abs().max().item()
+        assert error <= 16 * ROUNDING[dtype, precision] * max(1.0, e[finite].abs().max().item())
+
+
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """test_cuda's cases run every compiled kernel, and agree with the CPU."""
     before = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())

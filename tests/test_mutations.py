@@ -880,14 +880,21 @@ PARTS = {
 }
 
 
-def compile_part(part: str, root: Path, kind: tuple[str, str], sanitizer: bool) -> Path:
-    """One part's object file, from the sources in `root`."""
+# An exchange's file concerns one algorithm. Its kernels alone take a third of the compilation.
+ONLY = {CTA: "persistent_cta", CLUSTER: "persistent_cluster", GRID: "persistent_grid"}
+
+
+def compile_part(
+    part: str, root: Path, kind: tuple[str, str], sanitizer: bool, only: str | None = None
+) -> Path:
+    """One part's object file, from the sources in `root`. only: an algorithm."""
     source, watched, _ = PARTS[part]
     flags = [*emulated.COMMON, "-O1", "-std=c++17", "-fno-tree-loop-distribute-patterns"]
     flags += emulated.ALIGNED
     flags += [f"-I{root / p}" for p in ("csrc/cuda", "csrc", EMULATOR)]
     flags += [f"-DFUSEDRNN_CELL={kind[0]}", f"-DFUSEDRNN_OPERAND={kind[1]}"]
     flags += ["-fsanitize=thread"] if sanitizer and watched else []
+    flags += [f"-DFUSEDRNN_ONLY={only}"] if only else []
     output = Path(tempfile.mkdtemp(dir=root / "build")) / f"{part}.o"
     command = [*emulated.COMPILER, *flags, "-x", "c++", "-c", str(root / source)]
     subprocess.run([*command, "-o", str(output)], check=True)
@@ -927,7 +934,7 @@ class Builder:
     ) -> Path:
         """The program for one cell and type; only `file` differs from the clean sources."""
         objects = [
-            compile_part(part, root, kind, sanitizer)
+            compile_part(part, root, kind, sanitizer, ONLY.get(file))
             if file in depends
             else self.clean_part(part, kind, sanitizer)
             for part, (_, _, depends) in PARTS.items()

@@ -17,6 +17,15 @@ struct Type {
 template <auto kValue>
 using Constant = std::integral_constant<decltype(kValue), kValue>;
 
+/// All algorithms, but in tests of one.
+constexpr bool is_compiled([[maybe_unused]] Algorithm algorithm) {
+#ifdef FUSEDRNN_ONLY
+  return algorithm == Algorithm::FUSEDRNN_ONLY;
+#else
+  return true;
+#endif
+}
+
 /// A forward kernel's traits by tensor cores: 8 warps.
 template <Algorithm kAlgorithm, class Cell, class Operand, class Element, bool kHalfRegisters,
           int kChunkRows, bool kOneChunk>
@@ -78,7 +87,9 @@ constexpr auto fma_traits() {
 template <class Cell, class Operand, class Element, bool kBackward, class F>
 int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
   const auto call = [&](auto algorithm, auto half_registers, auto rows, auto one_chunk) {
-    if constexpr (kBackward) {
+    if constexpr (!is_compiled(algorithm)) {
+      return -1;
+    } else if constexpr (kBackward) {
       return f(backward_traits<algorithm, Cell, Element, half_registers, rows, one_chunk>());
     } else {
       return f(
@@ -131,16 +142,23 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
 /// The same for kernels by float32 multiply-adds. Clusters are for tensor cores.
 template <class Cell, bool kBackward, class F>
 int visit_fma_traits(const LaunchPlan& plan, const F& f) {
-  constexpr Algorithm cta = Algorithm::persistent_cta, grid = Algorithm::persistent_grid;
-  if (plan.algorithm == cta) {
-    if (plan.half_registers || plan.few_rows) return -1;
-    return f(fma_traits<cta, Cell, kBackward, false, 8>());
+  const auto call = [&](auto algorithm, auto half_registers, auto rows) {
+    if constexpr (is_compiled(algorithm)) {
+      return f(fma_traits<algorithm, Cell, kBackward, half_registers, rows>());
+    } else {
+      return -1;
+    }
+  };
+  constexpr Constant<Algorithm::persistent_cta> cta;
+  constexpr Constant<Algorithm::persistent_grid> grid;
+  const auto of_grid = [&](auto half_registers) {
+    return plan.few_rows ? call(grid, half_registers, Constant<8>{})
+                         : call(grid, half_registers, Constant<16>{});
+  };
+  if (plan.algorithm == cta && !plan.half_registers && !plan.few_rows) {
+    return call(cta, std::false_type{}, Constant<8>{});
   }
   if (plan.algorithm != grid) return -1;
-  const auto of_grid = [&](auto half_registers) {
-    return plan.few_rows ? f(fma_traits<grid, Cell, kBackward, half_registers, 8>())
-                         : f(fma_traits<grid, Cell, kBackward, half_registers, 16>());
-  };
   return plan.half_registers ? of_grid(std::true_type{}) : of_grid(std::false_type{});
 }
 
