@@ -8,7 +8,7 @@ namespace fusedrnn::cuda {
 
 /// For operands of ten mantissa bits, float16's and TF32's, whose rounding is a relative 2^-11.
 struct ApproximateActivations {
-  /// Within 2^-21 of its value, also where it is almost 0.
+  /// Within 2^-18 of its value, also where it is almost 0.
   static FUSEDRNN_DEVICE float sigmoid(float x) {
     return reciprocal(1 + exp2_approx(x * -1.44269504f));
   }

@@ -149,7 +149,7 @@ class ClusterAllGather : public Traits::template Work<Traits> {
     ctas_ = kept(int(first < gridDim.x) + int(first + 8 < gridDim.x));
     lane_of_row_ = kept(int(threadIdx.x % 4));
     unroll<2>([&](auto i) {
-      const unsigned cta = first + 8 * i;
+      const unsigned cta = i < ctas_ ? first + 8 * i : blockIdx.x;
       barrier_of_[i] = Remote(barriers, cta);
       unroll<kParts>([&](auto part) {
         const int unit = this->first_unit + p.unit / 8 * 8 + part * kPerWords<Operand>;
@@ -310,6 +310,8 @@ class ClusterReduceScatter : public Tile<Traits> {
       float c[1][kTogether][4] = {};
       gemm.template accumulate_tiles<pair * kTogether>(
           EachOperand{[&](auto j, auto) { return words[j]; }}, c);
+      // All lanes take part in an mma, so it must not move into the branch of those that send.
+      unroll<kTogether>([&](auto m) { unroll<4>([&](auto n) { c[0][m][n] = kept(c[0][m][n]); }); });
       constexpr int i = pair * kTogether * Traits::kTileUnits / Traits::kUnits;
       if (!sends || !receiver_[i].exists) return;
       unroll<kTogether>([&](auto m) {

@@ -120,10 +120,11 @@ int active_clusters(const Grid& grid) {
   int count = 0;
   // PTX for sm_80 that the driver JIT-compiled for this GPU has no cluster code.
   if (cudaFuncGetAttributes(&attributes, run<Kernel>) != cudaSuccess ||
-      attributes.ptxVersion < 90 || c.set(grid) != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&count, run<Kernel>, &c.config) != cudaSuccess) {
+      c.set(grid) != cudaSuccess ||
+      (attributes.ptxVersion >= 90 &&
+       cudaOccupancyMaxActiveClusters(&count, run<Kernel>, &c.config) != cudaSuccess)) {
     cudaGetLastError();
-    count = 0;
+    return 0;  // not cached: the error may pass
   }
   if (answer) answer->store(count + 1);
   return count;

@@ -269,9 +269,9 @@ class FragmentGemm {
       const float other = shuffle_xor(largest, 1 << i);
       largest = other > largest ? other : largest;
     });
-    // Powers of two by their exponents. The largest power is 2^127.
+    // Powers of two by their exponents. At most 2^112: the inverse is a normal number.
     const int exponent = int(scalar::bit_cast<uint32_t>(largest) >> 23);
-    const int of_scale = exponent < 14 ? 254 : 268 - exponent;
+    const int of_scale = exponent < 29 ? 239 : 268 - exponent;
     const float scale = scalar::bit_cast<float>(uint32_t(of_scale) << 23);
     unscale_[group] = 1 / (scale * kOperandScale);
     unroll<kPairs>([&](auto j) {

@@ -147,7 +147,7 @@ class Planner {
     for (const bool half : {true, false}) {
       std::optional<LaunchPlan> plan = kernel(Algorithm::persistent_cluster, half, false);
       if (!plan) continue;
-      // PTX defines st.async only between different CTAs: at least two.
+      // PTX defines st.async only in clusters of two CTAs or more.
       plan->ctas = std::max<int64_t>(2, plan->ctas);
       const KernelShape shape = shape_of(*plan);
       int64_t most = shape.max_rows;
