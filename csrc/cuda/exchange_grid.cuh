@@ -224,12 +224,14 @@ class GridExchange : public Traits::template Work<Traits> {
   static FUSEDRNN_DEVICE uint32_t word_of(float value) {
     Operand own;
     Gemm::set_operand(own, value);
+    uint32_t bits;
     if constexpr (sizeof(Operand) == 2) {
-      return own.bits | shuffle_xor(uint32_t(own.bits), 4) << 16;  // a NaN is 0x7fff
+      bits = own.bits;
+      bits |= shuffle_xor(bits, 4) << 16;
     } else {
-      const uint32_t bits = scalar::bit_cast<uint32_t>(own);
-      return bits < kMissing ? bits : kMissing - 1;  // another NaN
+      bits = scalar::bit_cast<uint32_t>(own);
     }
+    return bits < kMissing ? bits : kMissing - 1;  // NaN stays NaN
   }
 
   Operand* slots_;
