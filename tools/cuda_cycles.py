@@ -212,10 +212,10 @@ def kinds_table(rows: Sequence[Row]) -> str:
 BEFORE_AFTER = """\
 # Cycles of a step, before and after
 
-Written by `python -m tools.cuda_cycles --table-against FILE` from two stored runs. The model and its
-assumptions are those of [cycles.md](cycles.md), and no GPU has run this. Both columns have the kernel
-of the plan: **cycles** a step, as often as the multiprocessors are full of CTAs, **instructions** of
-the warp with the most, **prologue** in cycles. Stepwise, in *italics*, has none.
+Written by `python -m tools.cuda_cycles --table-against FILE` from two stored runs. The model and
+its assumptions are those of [cycles.md](cycles.md), and no GPU has run this. Both sides have the
+plan's kernel: **cycles** a step, as often as the multiprocessors are full of CTAs,
+**instructions** of the warp with the most, **prologue** in cycles. Stepwise has none.
 """
 
 
@@ -223,7 +223,7 @@ def _figures(row: Row | None) -> str:
     if row is None:
         return " | | |"
     if "step" not in row:
-        return f"*{label(row)}* | | |"
+        return f"{label(row)} | | |"
     return f"{label(row)} | {row['instructions']} | {cost_of(row)} | {row['prologue']}"
 
 

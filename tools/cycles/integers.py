@@ -405,8 +405,10 @@ class Integers:
         return run
 
     def _store(self, ins: Instruction) -> Step:
-        """A store to shared memory. What comes from elsewhere is unknown, and so is all after a
-        store to an unknown address."""
+        """A store to shared memory.
+
+        What comes from elsewhere is unknown, and so is everything after an unknown address.
+        """
         memory = next(o for o in ins.operands if o.kind == "mem")
         count = _word_count(ins)
         source = ins.operands[-1]

@@ -46,8 +46,8 @@ CLUSTER_BARRIER = 200.0  # [E]
 # The exchange between CTAs.
 MEMBAR = 500.0  # [E] until earlier writes are visible to the GPU
 FLAG = 500.0  # [E] from a RED or store until another CTA's poll has seen it
-# [E] The same for 16 bytes of data that are their own flag. Each of their words comes by itself, and
-# a load that finds one missing is a whole round trip to L2 too early.
+# [E] The same for 16 bytes of data that are their own flag. Each of their words comes by itself. A
+# load that finds one missing is a whole round trip to L2 too early.
 DATA = FLAG + LATENCIES["LDG"]
 REMOTE = 230.0  # [E] from st.async until the receiver's barrier has counted it
 ARRIVAL = {"barrier": REMOTE, "flag": FLAG, "data": DATA}  # by what a wait polls
