@@ -108,6 +108,8 @@ def test_operands(text: str, expected: tuple[str, int]) -> None:
 def test_addresses_add_registers() -> None:
     operand = sass.parse_operand("[R3+UR5+0x20]")
     assert (operand.base, operand.ubase, operand.number) == (3, 5, 0x20)
+    assert operand.scale == 1
+    assert sass.parse_operand("[R30.X4+0xd400]").scale == 4
     operand = sass.parse_operand("c[0x0][R126+0x210]")
     assert (operand.kind, operand.base, operand.number) == ("const", 126, 0x210)
 
@@ -522,6 +524,8 @@ def test_shared_memory_keeps_what_is_known() -> None:
     for store in ("LDGSTS.E [R4+0x100], desc[UR4][R10.64]", "STAS [R4.64+0x100], R2"):
         cta, _ = run(code.replace("LDS.64 R6", f"{store}\nLDS.64 R6"), 0)
         assert word(cta, 6) == [None] * 32
+    cta, _ = run(code.replace("[R1+0x100], R2", "[R0.X8+0x100], R2"), 0)
+    assert word(cta, 7) == [(i ^ 1) + 100 for i in range(32)]
     # A store to an unknown address may have gone anywhere.
     code = code.replace("LDS.64 R6", "LDG.E R9, desc[UR4][R10.64]\nSTS [R9], R2\nLDS.64 R6")
     assert word(run(code, 0)[0], 7) == [None] * 32

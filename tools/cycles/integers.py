@@ -215,10 +215,12 @@ class Integers:
         """A memory operand's addresses, and which are known."""
         total = np.full(self.n, o.number & (2**64 - 1), np.uint64)
         known = self.true
-        for register, bank, bits in ((o.base, self.R, self.RK), (o.ubase, self.UR, self.URK)):
+        for register, bank, bits, scale in (
+            (o.base, self.R, self.RK, o.scale), (o.ubase, self.UR, self.URK, 1)
+        ):  # fmt: skip
             if register is None:
                 continue
-            total = total + bank[register]
+            total = total + bank[register].astype(np.uint64) * np.uint64(scale)
             known = known & (bits[register] == ALL)
             if o.base_wide and register >= 0:
                 total = total + (bank[register + 1].astype(np.uint64) << np.uint64(32))
