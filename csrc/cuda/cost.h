@@ -80,8 +80,10 @@ constexpr struct Coefficients {
   /// float32 multiply-adds: a row of operands by a register of weights in each thread, forward and
   /// backward, of one CTA and of the grid [M].
   double fma_per_register[2][2] = {{5, 10}, {5.5, 12}};
-  /// Loads of 16 bytes, of which forward each is waited for before the next [M].
-  PrologueCycles forward_prologue = {1900, 80}, backward_prologue = {1000, 32};
+  /// Loads of 16 bytes, of which forward each is waited for before the next [M]. The last are those
+  /// of kernels by multiply-adds, forward and backward.
+  PrologueCycles forward_prologue = {1900, 80}, backward_prologue = {1000, 32},
+                 fma_prologue = {1500, 15};
 
   // ---- persistent kernels: bytes ----
   /// Distributed shared memory moves 11 to 15 bytes in a cycle to each multiprocessor [P].
@@ -223,6 +225,10 @@ class CostModel {
     return cost;
   }
 
+  bool uses_fma(const LaunchPlan& plan) const {
+    return element_bytes_ == 4 && plan.precision == Precision::ieee;
+  }
+
   KernelShape shape_of(const LaunchPlan& plan) const {
     return kernel_shape(plan.algorithm, plan.half_registers,
                         plan.half_operands ? 2 : element_bytes_, plan.few_rows);
@@ -244,7 +250,7 @@ class CostModel {
                     : plan.algorithm == Algorithm::persistent_grid ? of_tile(k.grid[half][few])
                                                                    : of_tile(k.cluster[half]);
     cycles *= k.without_gates + (1 - k.without_gates) * double(p_.gates) / 4;
-    if (element_bytes_ == 4 && plan.precision == Precision::ieee) {
+    if (uses_fma(plan)) {
       cycles += chunks * double(chunk_rows) * weight_registers(plan) *
                 k.fma_per_register[plan.algorithm != Algorithm::persistent_cta][is_backward()];
     }
@@ -260,7 +266,9 @@ class CostModel {
 
   double prologue_us(const LaunchPlan& plan) const {
     const Coefficients& k = kCoefficients;
-    const PrologueCycles c = is_backward() ? k.backward_prologue : k.forward_prologue;
+    const PrologueCycles c = uses_fma(plan)  ? k.fma_prologue
+                             : is_backward() ? k.backward_prologue
+                                             : k.forward_prologue;
     const double registers = weight_registers(plan);
     // 256 threads load their weights, which float16 operands take from float32.
     const double bytes = 256 * 4 * registers * (plan.half_operands ? 2 : 1);
