@@ -108,6 +108,8 @@ def test_operands(text: str, expected: tuple[str, int]) -> None:
 def test_addresses_add_registers() -> None:
     operand = sass.parse_operand("[R3+UR5+0x20]")
     assert (operand.base, operand.ubase, operand.number) == (3, 5, 0x20)
+    assert operand.scale == 1
+    assert sass.parse_operand("[R30.X4+0xd400]").scale == 4
     operand = sass.parse_operand("c[0x0][R126+0x210]")
     assert (operand.kind, operand.base, operand.number) == ("const", 126, 0x210)
 
@@ -257,6 +259,9 @@ def test_predicates_and_the_threads_number() -> None:
         ("PRMT R1, R0, 0x1054, R0", lambda i: i << 16 | i),
         ("PRMT R1, R0, 0x9910, RZ", lambda i: i),
         ("VIMNMX R1, R0, 0x8, PT", lambda i: min(i, 8)),
+        ("VIMNMX.U32 R1, R0, -0x1, PT", lambda i: i),
+        ("VIMNMX3 R1, R0, 0x8, -0x1, !PT", lambda i: max(i, 8)),
+        ("VIMNMX3.U32 R1, R0, 0x8, 0x10, PT", lambda i: min(i, 8)),
         ("IMNMX R1, R0, 0x8, !PT", lambda i: max(i, 8)),
         ("VIADDMNMX R1, R0, 0xfffffffe, RZ, !PT", lambda i: max(i - 2, 0)),
         ("IABS R1, R0", lambda i: i),
@@ -491,6 +496,71 @@ def test_the_grids_poll() -> None:
     assert result.polls == {f.index_of[0x7F50]}
 
 
+def test_shared_memory_keeps_what_is_known() -> None:
+    """A thread finds what itself and others have stored, but not what came from elsewhere."""
+    code = """
+        S2R R0, SR_TID.X
+        IMAD.SHL.U32 R1, R0, 0x8, RZ
+        MOV R2, 0x5
+        IADD3 R3, R0, 0x64, RZ
+        STS.64 [R1+0x100], R2
+        LOP3.LUT R4, R1, 0x8, RZ, 0x3c, !PT
+        LDS.64 R6, [R4+0x100]
+        LDS R8, [R1+0x1000]
+        EXIT
+    """
+    cta, _ = run(code, 0)
+    assert word(cta, 6) == [5] * 32
+    assert word(cta, 7) == [(i ^ 1) + 100 for i in range(32)]
+    assert word(cta, 8) == [None] * 32
+    # Only the odd lanes store again, and what they store is unknown.
+    again = """
+        LOP3.LUT P0, RZ, R0, 0x1, RZ, 0xc0, !PT
+        LDG.E R2, desc[UR4][R10.64]
+        @P0 STS [R1+0x100], R2
+        LDS.64 R6, [R4+0x100]"""
+    cta, _ = run(code.replace("\n        LDS.64 R6, [R4+0x100]", again), 0)
+    assert word(cta, 6) == [5 if i % 2 else None for i in range(32)]
+    for store in ("LDGSTS.E [R4+0x100], desc[UR4][R10.64]", "STAS [R4.64+0x100], R2"):
+        cta, _ = run(code.replace("LDS.64 R6", f"{store}\nLDS.64 R6"), 0)
+        assert word(cta, 6) == [None] * 32
+    cta, _ = run(code.replace("[R1+0x100], R2", "[R0.X8+0x100], R2"), 0)
+    assert word(cta, 7) == [(i ^ 1) + 100 for i in range(32)]
+    # A store to an unknown address may have gone anywhere.
+    code = code.replace("LDS.64 R6", "LDG.E R9, desc[UR4][R10.64]\nSTS [R9], R2\nLDS.64 R6")
+    assert word(run(code, 0)[0], 7) == [None] * 32
+
+
+def test_data_that_are_their_own_flag_have_come() -> None:
+    """The retry of the grid's poll does not run. 0xffffffff is a word that is missing."""
+    code = """
+      time:
+        LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64]
+        VIMNMX.U32 R8, R4, R5, !PT
+        VIMNMX3.U32 R8, R6, R7, R8, !PT
+        ISETP.NE.AND P2, PT, R8, -0x1, PT
+        @P2 BRA done
+      wait:
+        LDG.E.128.STRONG.GPU R4, desc[UR4][R2.64]
+        ISETP.NE.AND P2, PT, R4, -0x1, PT
+        @!P2 BRA wait
+      done:
+        HMMA.16816.F32.BF16 R12, R16, R4, RZ
+        BAR.SYNC.DEFER_BLOCKING 0x0
+        IADD3 R10, R10, 0x1, RZ
+        ISETP.GE.AND P0, PT, R10, 0x3, PT
+        @!P0 BRA time
+        EXIT
+    """
+    _, result = run(code, 0)
+    at = labels_of(code)
+    trace = [i for i, _ in result.traces()[0]]
+    assert trace.count(at["done"]) == 3
+    assert at["wait"] not in trace
+    assert not result.guesses
+    assert result.polls == {at["time"]}
+
+
 def test_named_barriers_of_some_threads() -> None:
     _, result = run(
         """
@@ -686,6 +756,18 @@ def test_a_poll_waits_for_the_signal() -> None:
     assert (seen, sent) == (1000, [0, 500])
 
 
+def test_data_that_are_their_own_flag() -> None:
+    code = "ST.E.STRONG.GPU [R2.64], R4\nLD.E.128.STRONG.GPU R8, [R6.64]\nFADD R9, R8, R8"
+    assert issue(code, polls=[1]) == [[0, 1, 281]]
+    # 500 until a poll has seen them, and the round trip of the load that does.
+    assert issue(code, polls=[1], exchange=True) == [[0, 1, 780]]
+    f = function_of(code)
+    trace = [(i, wave_of(ins)) for i, ins in enumerate(f.instructions)]
+    # They order nothing else: a fence does not wait for them.
+    (times,) = pipeline.Model(f, {1}, [trace]).chain()
+    assert times == [0, 0, 0]
+
+
 def test_the_exchange_of_a_cluster() -> None:
     code = "STAS.128 [R2.64], R4\nSYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R3], R8\n@P0 FADD R1, R2, R3"
     assert issue(code, polls=[1]) == [[0, 1, 26]]
@@ -847,6 +929,37 @@ def test_the_tables() -> None:
         "| tf32 | 64 | 8 | inference | cta | 1000 | 900 | 100 | 500 | 300 | 0 | 5000 | 2 |" in text
     )
     assert "| `K` | inference | 7 | 300 |" in text
+
+
+def test_the_table_against_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepwise = {k: v for k, v in row(B=9, algorithm="stepwise").items() if k != "step"}
+    for name, rows in {
+        "before": [row(step=3000, instructions=700, prologue=9000), stepwise],
+        "cycles": [row(), row(B=9), row(requested="persistent_grid", H=77)],
+    }.items():
+        (tmp_path / f"{name}.json").write_text(cuda_cycles.stored_text(rows, "13.0"))
+    monkeypatch.setattr(cuda_cycles, "STORED", tmp_path / "cycles.json")
+    monkeypatch.setattr(cuda_cycles, "AGAINST", tmp_path / "against.md")
+    assert cuda_cycles.main(["--table-against", str(tmp_path / "before.json")]) == 0
+    text = (tmp_path / "against.md").read_text()
+    assert "## lstm, tf32 on sm_90a" in text
+    assert (
+        "| 64 | 8 | inference | cta | 700 | 6000 | 9000 | cta | 300 | 2000 | 5000 | 3.00 |" in text
+    )
+    assert "| 64 | 9 | inference | stepwise | | | | cta | 300 | 2000 | 5000 |  |" in text
+    assert "77" not in text
+
+
+def test_a_source_is_compiled_again_if_what_it_includes_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/kernel.cu").write_text('#include "kernel.cuh"\n#include <cstdint>\n')
+    (tmp_path / "cuda/kernel.cuh").write_text('#include "../cells.h"\n')
+    states = []
+    for name in ("cells.h", "cells.h", "other.h"):
+        (tmp_path / name).write_text(f"// {len(states)}")
+        states.append(disassembler._state(tmp_path / "cuda/kernel.cu"))
+    assert states[0] != states[1]
+    assert states[1] == states[2]
 
 
 def test_the_stored_run_is_whole() -> None:

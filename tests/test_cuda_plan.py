@@ -54,19 +54,20 @@ def kernels(p: Problem) -> Iterator[tuple[Plan, int, int]]:
     units = 128 if few_bytes else 64
     for half in (False, True):
         room = units // 2 if half else units
-        for few in (False, True)[: 1 + tensor_cores]:
-            if room >= p.H and not (half and not (few_bytes and tensor_cores)):
+        for few in (False, True):
+            is_cta = tensor_cores or not (half or few)
+            if room >= p.H and is_cta and not (half and not few_bytes):
                 yield (
                     Plan("persistent_cta", half, half_operands, few, 1, 0, 0, room),
                     1,
-                    (8, 2)[few],
+                    256 // room if few else 8,
                 )
             if 8 * room >= p.H:
                 ctas, rows = divide_up(p.H, 16), 8 if few else 16
                 yield (
                     Plan("persistent_grid", half, half_operands, few, ctas, 0, 0, 8 * room),
                     rows,
-                    128,
+                    8 if few else 128,
                 )
         if 4 * room >= p.H and tensor_cores and p.device.capability >= 90:
             ctas = max(2, divide_up(p.H, 32))
@@ -227,10 +228,10 @@ EXPECTED = [
     ("bfloat16", 100, 600, 128, H100, "cta, 120 x 1 CTAs, 5 rows"),
     ("bfloat16", 100, 600, 128, A100, "cta, 100 x 1 CTAs, 6 rows"),
     ("bfloat16", 100, 2048, 128, H100, "cta, 256 x 1 CTAs, 8 rows"),  # two waves
-    # Clusters: as many as are active at the same time, then tiles of more rows.
+    # Clusters: as many as are active at the same time, in two waves, or with tiles of more rows.
     ("bfloat16", 100, 64, 128, H100, f"cluster, 8 x 4 CTAs, 8 rows, {HALF}"),
     ("bfloat16", 100, 1, 256, H100, f"cluster, 1 x 8 CTAs, 8 rows, {HALF}"),
-    ("bfloat16", 100, 256, 256, H100, f"cluster, 16 x 8 CTAs, 16 rows, {HALF}"),
+    ("bfloat16", 100, 256, 256, H100, f"cluster, 32 x 8 CTAs, 8 rows, {HALF}"),
     ("bfloat16", 100, 64, 512, H100, "cluster, 8 x 16 CTAs, 8 rows"),
     ("bfloat16 two", 100, 64, 512, H100, "cluster, 4 x 16 CTAs, 16 rows"),
     ("bfloat16 backward", 100, 256, 512, H100, "cluster, 8 x 16 CTAs, 32 rows"),
@@ -253,9 +254,9 @@ EXPECTED = [
     ("tf32 h0", 100, 16, 1024, H100, "stepwise"),
     ("tf32 backward", 100, 16, 1024, H100, "stepwise"),
     ("tf32 h0", 100, 16, 512, NO_CLUSTERS, f"grid, 2 x 32 CTAs, 8 rows, {FEW}"),
-    # IEEE float32: no tensor cores, so neither clusters nor kernels for few rows.
+    # IEEE float32: no tensor cores, so no clusters.
     ("ieee", 100, 16, 64, H100, "cta, 16 x 1 CTAs, 1 rows"),
-    ("ieee", 100, 1, 256, H100, f"grid, 1 x 16 CTAs, 16 rows, {HALF}"),
+    ("ieee", 100, 1, 256, H100, f"grid, 1 x 16 CTAs, 8 rows, {HALF}, {FEW}"),
     ("ieee", 100, 64, 512, H100, "grid, 4 x 32 CTAs, 16 rows"),
     # Few steps don't pay for the weights' loads.
     ("bfloat16", 1, 16, 64, H100, "stepwise"),
@@ -369,8 +370,8 @@ MUTATIONS = [
     ("clusters that the device refuses", PLAN, "if (*active > 0) consider(*plan, *active);",
      "consider(*plan, std::max<int64_t>(*active, 1));"),
     ("clusters on a device without them", PLAN, "if (p_.capability < 90) return;", ""),
-    ("clusters are never taken", COST, "cluster[2] = {{1090, 700}, {850, 550}}",
-     "cluster[2] = {{10900, 700}, {8500, 550}}"),
+    ("clusters are never taken", COST, "of_tile(k.cluster[half])",
+     "10 * of_tile(k.cluster[half])"),
     ("one wave for any number of CTAs", COST, "is_grid ? 1 :", "true ? 1 :"),
     ("bytes through L2 are free", COST, "device_.l2_bytes_per_ns);\n    }",
      "1e9);\n    }"),

@@ -29,6 +29,7 @@ from tools.cycles.integers import Launch
 from tools.cycles.launches import Answer, Problem
 
 STORED = cuda_check.ROOT / "benchmarks" / "results" / "cycles.json"
+AGAINST = STORED.with_name("cycles_before_after.md")
 CACHE = cuda_check.ROOT / "build" / "cycles"
 ARCHS = ("sm_90a", "sm_80")
 CELLS = ("lstm",)
@@ -36,6 +37,8 @@ HIDDEN = (128, 256, 512, 1024)
 ROWS = (1, 16, 64, 256)
 # With all types these are left out: the code is bfloat16's but for the names of its types.
 SAME = {("sm_80", "float16")}
+# As planned, and each one by request.
+ALGORITHMS = ("default", "persistent_cta", "persistent_cluster", "persistent_grid")
 T = 100  # of the problems
 TOLERANCE = 1.03  # a kernel that is dearer by more fails
 MISSING = 2  # the exit status where a tool is missing
@@ -61,7 +64,7 @@ def problems(
             archs, cells, chosen, hidden, rows, modes, algorithms
         )
         if not (len(chosen) == len(launches.TYPES) and (arch, type_) in SAME)
-        and (algorithm != "persistent_cluster" or launches.DEVICES[arch][1])
+        and (algorithm != "persistent_cluster" or launches.DEVICES[arch][1] >= 90)
     ]
 
 
@@ -206,6 +209,48 @@ def kinds_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+BEFORE_AFTER = """\
+# Cycles of a step, before and after
+
+Written by `python -m tools.cuda_cycles --table-against FILE` from two stored runs. The model and
+its assumptions are those of [cycles.md](cycles.md), and no GPU has run this. Both sides have the
+plan's kernel: **cycles** a step, as often as the multiprocessors are full of CTAs,
+**instructions** of the warp with the most, **prologue** in cycles. Stepwise has none.
+"""
+
+
+def _figures(row: Row | None) -> str:
+    if row is None:
+        return " | | |"
+    if "step" not in row:
+        return f"{label(row)} | | |"
+    return f"{label(row)} | {row['instructions']} | {cost_of(row)} | {row['prologue']}"
+
+
+def before_after(before: Sequence[Row], after: Sequence[Row]) -> str:
+    """The text of cycles_before_after.md: a row for each planned problem of the run after."""
+    old = {key_of(row): row for row in before}
+    rows = [row for row in after if row["requested"] == "default"]
+    parts = [BEFORE_AFTER]
+    for arch, cell, type_ in dict.fromkeys((r["arch"], r["cell"], r["type"]) for r in rows):
+        lines = [
+            "| H | B | pass | before | instructions | cycles | prologue "
+            "| after | instructions | cycles | prologue | before / after |",
+            "|---:|---:|---|---|---:|---:|---:|---|---:|---:|---:|---:|",
+        ]
+        for r in rows:
+            if (r["arch"], r["cell"], r["type"]) != (arch, cell, type_):
+                continue
+            was = old.get(key_of(r))
+            a, b = (cost_of(x) if x else None for x in (was, r))
+            ratio = f"{a / b:.2f}" if a and b else ""
+            lines.append(
+                f"| {r['H']} | {r['B']} | {r['mode']} | {_figures(was)} | {_figures(r)} | {ratio} |"
+            )
+        parts.append(f"\n## {cell}, {type_} on {arch}\n\n" + "\n".join(lines) + "\n")
+    return "".join(parts)
+
+
 INTRODUCTION = """\
 # Cycles of a step, modelled
 
@@ -254,13 +299,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--hidden", nargs="+", type=int, default=HIDDEN, help="H, default: %(default)s")
     add("--rows", nargs="+", type=int, default=ROWS, help="B, default: %(default)s")
     add("--modes", nargs="+", default=tuple(launches.MODES), choices=tuple(launches.MODES))
-    add("--algorithm", nargs="+", default=("default", "persistent_cluster"),
+    add("--algorithm", nargs="+", default=ALGORITHMS,
         help="default: %(default)s")  # fmt: skip
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
     add("--compare", action="store_true", help="fail where a kernel is dearer than the stored one")
     add("--store", action="store_true", help=f"write {STORED.name} and its table")
     add("--fetch", action="store_true", help="download cuobjdump and nvdisasm if there are none")
     add("--find", action="store_true", help="only tell whether nvcc and the tools are there")
+    add("--table-against", metavar="FILE", type=Path,
+        help=f"write {AGAINST.name}: another cycles.json and the stored one")  # fmt: skip
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
@@ -291,6 +338,10 @@ def find_tools(fetch: bool) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """1 if a kernel is dearer or has no figures; 2 where a tool is missing."""
     args = parse_arguments(argv)
+    if args.table_against:
+        before, after = (json.loads(p.read_text())["rows"] for p in (args.table_against, STORED))
+        AGAINST.write_text(before_after(before, after))
+        return 0
     start = time.monotonic()
     try:
         version = find_tools(args.fetch)

@@ -43,36 +43,47 @@ constexpr DeviceRates kDevices[] = {
     {100, 1.85, 10000, 8000, 126e6, 900e3, 450e3, 60e3, 30e3},
 };
 
-/// A persistent kernel's chain in forward inference, an LSTM's.
-struct ChainCycles {
-  double first;  ///< a tile of one GEMM
-  double next;   ///< each further GEMM of a tile, whose exchange is hidden
+/// A step's cycles by pass.
+struct StepCycles {
+  double inference, training, backward;
+};
+
+/// A tile's.
+struct TileCycles {
+  StepCycles one;   ///< a tile of one GEMM
+  StepCycles each;  ///< each GEMM of a tile with several, which has its state in shared memory
+};
+
+/// The cycles before the first step: for a CTA's start, and for each register of weights.
+struct PrologueCycles {
+  double start, per_register;
 };
 
 constexpr struct Coefficients {
-  // ---- persistent kernels: cycles. Index: [half_registers][few_rows] ----
-  /// One CTA [M], with half the registers [G].
-  ChainCycles cta[2][2] = {{{1140, 0}, {910, 0}}, {{760, 0}, {640, 0}}};
-  /// The same of 4-byte operands: half the units, and half the activations of a thread [G].
-  double cta_four_bytes = 0.8;
-  /// For each row of a CTA's tile: its loads and stores [M].
-  double cta_row = 20;
-  /// A cluster: the first GEMM [M], further ones [G].
-  ChainCycles cluster[2] = {{1090, 700}, {850, 550}};
-  /// The grid: the first GEMM [M], further ones and few rows [G].
-  ChainCycles grid[2][2] = {{{2000, 850}, {1850, 700}}, {{1500, 750}, {1400, 620}}};
+  // ---- persistent kernels: cycles ----
+  //
+  // An LSTM's in bfloat16, exchanges included. Other types take up to 7 % more [M].
+  //
+  // Index: [half_registers][few_rows].
+  /// One CTA [M]. Its rows don't matter. Backward there is a kernel for all registers and eight
+  /// rows alone, the others are to come [G].
+  StepCycles cta[2][2] = {{{1280, 1390, 1720}, {850, 865, 1300}},
+                          {{720, 750, 1200}, {530, 540, 900}}};
+  /// A cluster [M].
+  TileCycles cluster[2] = {{{1140, 1150, 1405}, {1115, 1170, 1300}},
+                           {{900, 915, 1045}, {1000, 1045, 990}}};
+  /// The grid [M]. With few rows a tile is one GEMM.
+  TileCycles grid[2][2] = {{{{2380, 2400, 3200}, {2150, 2200, 3900}}, {{2000, 2020, 2240}, {}}},
+                           {{{1905, 1915, 2460}, {1700, 1740, 2320}}, {{1710, 1725, 1645}, {}}}};
   /// The part of a chain that does not shrink with a cell's gates [G].
   double without_gates = 0.6;
-  /// Stores of `saved` [M].
-  double training = 1.06;
-  /// A backward step's chain over a forward step's [M].
-  double backward = 1.2;
-  /// float32 multiply-adds: a row of operands by a register of weights in each thread. 256 threads
-  /// on 128 lanes [P], of which four in five issue [G].
-  double fma_per_register = 2 / 0.8;
-  /// The time before the first step besides the weights' bytes, by loads of 16 bytes [G]. Narrow
-  /// loads take 19 to 32 thousand cycles in all [M].
-  double forward_prologue = 4000, backward_prologue = 6000;
+  /// float32 multiply-adds: a row of operands by a register of weights in each thread, forward and
+  /// backward, of one CTA and of the grid [M].
+  double fma_per_register[2][2] = {{5, 10}, {5.5, 12}};
+  /// Loads of 16 bytes, of which forward each is waited for before the next [M]. The last are those
+  /// of kernels by multiply-adds, forward and backward.
+  PrologueCycles forward_prologue = {1900, 80}, backward_prologue = {1000, 32},
+                 fma_prologue = {1500, 15};
 
   // ---- persistent kernels: bytes ----
   /// Distributed shared memory moves 11 to 15 bytes in a cycle to each multiprocessor [P].
@@ -88,6 +99,8 @@ constexpr struct Coefficients {
   double launch_us = 2.5;
   /// A stepwise step: its host's calls of cuBLAS and of one kernel [G].
   double stepwise_us = 6;
+  /// The same of a step that is one kernel [G].
+  double fused_step_us = 3;
 } kCoefficients = {};
 
 /// A call's cost by one plan, without the work that all plans share (shared_us).
@@ -147,17 +160,23 @@ class CostModel {
 
   Cost of_stepwise() const {
     const double D = double(p_.directions), rows = double(p_.rows), H = double(p_.hidden_size);
-    const double G = double(p_.gates), weights = D * G * H * H * double(element_bytes_);
+    const double G = double(p_.gates);
+    // A fused step has the input's weights too, taken to be as many, and no GEMM for the input. It
+    // reads all of them for each 8 rows, from L2 but for the first time.
+    const bool is_fused = !is_backward() && plan_fused_step(p_.rows, p_.has_projection);
+    const double weights = D * G * H * H * double(element_bytes_) * (is_fused ? 2 : 1);
+    const double rereads = is_fused ? double(scalar::divide_up(p_.rows, int64_t(8)) - 1) : 0;
     // Each step reads all weights. The GEMM's product is written and read, and so is the state.
     const double products = rows * D * H * (is_backward() ? 1 : G) * 8;
     const double states = rows * D * H * double(12 + 2 * element_bytes_);
     const double weights_us =
         1e-3 * weights /
         (weights <= device_.l2_bytes ? device_.l2_bytes_per_ns : device_.memory_bytes_per_ns);
-    const double moved_us =
-        weights_us + streamed_us() + 1e-3 * (products + states) / device_.l2_bytes_per_ns;
+    const double moved_us = weights_us + 1e-3 * rereads * weights / device_.l2_bytes_per_ns +
+                            streamed_us() + 1e-3 * (products + states) / device_.l2_bytes_per_ns;
     const double gemm_us = 2e-3 * rows * D * G * H * H / flops_per_ns();
-    const double launches_us = D * kCoefficients.stepwise_us;
+    const double launches_us =
+        D * (is_fused ? kCoefficients.fused_step_us : kCoefficients.stepwise_us);
     Cost cost;
     cost.step_us = launches_us + std::max(moved_us, gemm_us);
     if (std::max(moved_us, gemm_us) > launches_us) {
@@ -206,6 +225,10 @@ class CostModel {
     return cost;
   }
 
+  bool uses_fma(const LaunchPlan& plan) const {
+    return element_bytes_ == 4 && plan.precision == Precision::ieee;
+  }
+
   KernelShape shape_of(const LaunchPlan& plan) const {
     return kernel_shape(plan.algorithm, plan.half_registers,
                         plan.half_operands ? 2 : element_bytes_, plan.few_rows);
@@ -214,38 +237,44 @@ class CostModel {
   double chain_cycles(const LaunchPlan& plan) const {
     const Coefficients& k = kCoefficients;
     const bool half = plan.half_registers, few = plan.few_rows;
-    const bool is_cta = plan.algorithm == Algorithm::persistent_cta;
-    const ChainCycles chain = is_cta                                         ? k.cta[half][few]
-                              : plan.algorithm == Algorithm::persistent_grid ? k.grid[half][few]
-                                                                             : k.cluster[half];
+    const auto of_pass = [&](const StepCycles& c) {
+      return is_backward() ? c.backward : p_.saves ? c.training : c.inference;
+    };
     const int64_t chunk_rows = shape_of(plan).chunk_rows;
     const int64_t rows = std::min(plan.tile_rows, p_.rows);
     const double chunks = double(scalar::divide_up(rows, chunk_rows));
-    double cycles = chain.first + (chunks - 1) * chain.next;
-    if (is_cta) {
-      cycles += k.cta_row * double(rows);
-      if (!plan.half_operands && element_bytes_ == 4) cycles *= k.cta_four_bytes;
-    }
+    const auto of_tile = [&](const TileCycles& c) {
+      return plan.tile_rows <= chunk_rows ? of_pass(c.one) : chunks * of_pass(c.each);
+    };
+    double cycles = plan.algorithm == Algorithm::persistent_cta    ? of_pass(k.cta[half][few])
+                    : plan.algorithm == Algorithm::persistent_grid ? of_tile(k.grid[half][few])
+                                                                   : of_tile(k.cluster[half]);
     cycles *= k.without_gates + (1 - k.without_gates) * double(p_.gates) / 4;
-    if (element_bytes_ == 4 && plan.precision == Precision::ieee) {
-      cycles += chunks * double(chunk_rows) * weight_registers(plan) * k.fma_per_register;
+    if (uses_fma(plan)) {
+      cycles += chunks * double(chunk_rows) * weight_registers(plan) *
+                k.fma_per_register[plan.algorithm != Algorithm::persistent_cta][is_backward()];
     }
-    return cycles * (is_backward() ? k.backward : p_.saves ? k.training : 1);
+    return cycles;
   }
 
-  /// Of a thread.
+  /// Of each of 256 threads.
   double weight_registers(const LaunchPlan& plan) const {
-    return double(plan.half_registers ? 64 : 128) * double(p_.gates) / 4;
+    const KernelShape shape = shape_of(plan);
+    const double bytes = plan.half_operands ? 2 : double(element_bytes_);
+    return double(shape.cta_units * shape.max_units * p_.gates) * bytes / (256 * 4);
   }
 
   double prologue_us(const LaunchPlan& plan) const {
     const Coefficients& k = kCoefficients;
+    const PrologueCycles c = uses_fma(plan)  ? k.fma_prologue
+                             : is_backward() ? k.backward_prologue
+                                             : k.forward_prologue;
+    const double registers = weight_registers(plan);
     // 256 threads load their weights, which float16 operands take from float32.
-    const double bytes = 256 * 4 * weight_registers(plan) * (plan.half_operands ? 2 : 1);
+    const double bytes = 256 * 4 * registers * (plan.half_operands ? 2 : 1);
     const double l2_share = device_.l2_bytes_per_ns / double(p_.multiprocessors);
-    const double cycles = is_backward() ? k.backward_prologue : k.forward_prologue;
-    return cycles / cycles_per_us() +
-           1e-3 * bytes / std::min(l2_share, k.l2_bytes_per_cycle * device_.clock_ghz);
+    return std::max((c.start + c.per_register * registers) / cycles_per_us(),
+                    1e-3 * bytes / std::min(l2_share, k.l2_bytes_per_cycle * device_.clock_ghz));
   }
 
   const PlanProblem& p_;

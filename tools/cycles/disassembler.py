@@ -88,11 +88,18 @@ def disassembled(tools: Path, cubin: Path) -> str:
     return re.sub(r"(?m)^\s*/\* 0x[0-9a-f]+ \*/\n", "", text)
 
 
-def _state() -> bytes:
-    """All on which the machine code depends, but the compiler."""
-    csrc = cuda_check.ROOT / "csrc"
-    files = [p for p in sorted(csrc.rglob("*")) if p.suffix in (".cu", ".cuh", ".h")]
-    return b"".join(str(p.relative_to(csrc)).encode() + p.read_bytes() for p in files)
+def _state(source: Path) -> bytes:
+    """All on which a source's machine code depends, but the compiler: it and what it includes."""
+    seen: dict[Path, bytes] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not path.exists():  # the toolkit has the others
+            continue
+        seen[path] = path.read_bytes()
+        names = re.findall(rb'(?m)^\s*#include "([^"]+)"', seen[path])
+        waiting += [(path.parent / name.decode()).resolve() for name in names]
+    return b"".join(path.name.encode() + seen[path] for path in sorted(seen))
 
 
 def kernels(arch: str, jobs: int, cache: Path) -> dict[str, str]:
@@ -102,11 +109,10 @@ def kernels(arch: str, jobs: int, cache: Path) -> dict[str, str]:
         raise MissingError("there is no nvcc: set CUDA_HOME to a CUDA toolkit's root")
     tools = find(home)
     version = cuda_toolkit.find_version(home)
-    state = _state()
     cache.mkdir(parents=True, exist_ok=True)
 
     def one(source: Path) -> str:
-        key = hashlib.sha256(state + repr((version, cuda_check.FLAGS, arch)).encode())
+        key = hashlib.sha256(_state(source) + repr((version, cuda_check.FLAGS, arch)).encode())
         stored = cache / f"{source.stem}-{arch}-{key.hexdigest()[:16]}.sass"
         if not stored.exists():
             with tempfile.TemporaryDirectory() as folder:

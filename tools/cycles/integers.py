@@ -18,6 +18,7 @@ from tools.cycles.registers import numbers, registers_of
 from tools.cycles.sass import Instruction, Operand
 
 WARP = 32
+SHARED_WORDS = 1 << 16
 ALL = 0xFFFFFFFF
 # The constant bank's offset of a kernel's arguments.
 PARAMS_AT = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380}
@@ -79,6 +80,9 @@ class Integers:
         self.false = np.zeros(n, np.bool_)
         self.active = self.true  # the lanes that run the present instruction
         self.unknown: dict[str, int] = {}  # runs of opcodes without a rule
+        # Shared memory, and which of its bits are known. Row lengths lie there.
+        self.words = np.zeros(SHARED_WORDS, np.uint32)
+        self.words_known = np.zeros(SHARED_WORDS, np.uint32)
         self._immediates: dict[int, Array] = {}
         # The known words of constant bank 0 and the known special registers: `start` fills them.
         offsets = [*range(0, 0x18, 4), *range(self.params_at, self.params_at + params, 4)]
@@ -97,6 +101,7 @@ class Integers:
         self.P[7] = self.UP[7] = True
         self.dirty.clear()
         self.unknown = {}
+        self.words_known[:] = 0
         sizes = (launch.threads, 1, 1, *launch.grid)
         data = launch.params + bytes(-len(launch.params) % 4)
         words = [(4 * i, size) for i, size in enumerate(sizes)]
@@ -210,10 +215,12 @@ class Integers:
         """A memory operand's addresses, and which are known."""
         total = np.full(self.n, o.number & (2**64 - 1), np.uint64)
         known = self.true
-        for register, bank, bits in ((o.base, self.R, self.RK), (o.ubase, self.UR, self.URK)):
+        for register, bank, bits, scale in (
+            (o.base, self.R, self.RK, o.scale), (o.ubase, self.UR, self.URK, 1)
+        ):  # fmt: skip
             if register is None:
                 continue
-            total = total + bank[register]
+            total = total + bank[register].astype(np.uint64) * np.uint64(scale)
             known = known & (bits[register] == ALL)
             if o.base_wide and register >= 0:
                 total = total + (bank[register + 1].astype(np.uint64) << np.uint64(32))
@@ -255,6 +262,8 @@ class Integers:
 
     def step(self, ins: Instruction) -> Step:
         """Runs an instruction on the lanes of a mask."""
+        if ins.name in _TO_SHARED:
+            return self._store(ins)
         compute = self._compute(ins)
         if compute is None:
             return self._unknown(ins)
@@ -357,6 +366,74 @@ class Integers:
                 for number, known in rows:
                     known[mask] = 0
                     self.dirty.add(number)
+
+        return step
+
+    # ---- shared memory --------------------------------------------------------------------------
+
+    def _words_at(self, memory: Operand, count: int) -> tuple[npt.NDArray[np.int64], Mask]:
+        """Each lane's first word, and whether `count` words from there are known to be meant."""
+        at, known = self._address(memory)
+        # A CTA's window in the cluster's shared memory begins at a multiple of 2^24.
+        index = ((at & np.uint64(0xFFFFFF)) >> np.uint64(2)).astype(np.int64)
+        sure = known & (at % np.uint64(4) == 0) & (index + count <= SHARED_WORDS)
+        return np.where(sure, index, 0), sure
+
+    def _op_ldg(self, ins: Instruction, ops: Sequence[Operand]) -> Compute | None:
+        """Other CTAs' data that is its own flag has come: no word of it is 0xffffffff."""
+        if not is_data_poll(ins) or ops[0].number < 0:
+            return None
+        words = [Operand("R", ops[0].number + i) for i in range(_word_count(ins))]
+        return lambda: [(o, (self.zeros, self.ones)) for o in words]
+
+    _op_ld = _op_ldg
+
+    def _op_lds(self, ins: Instruction, ops: Sequence[Operand]) -> Compute | None:
+        to, memory = ops[0], ops[-1]
+        if ins.modifiers & _NARROW or to.number < 0 or memory.kind != "mem":
+            return None
+        count = _word_count(ins)
+
+        def run() -> Results:
+            index, sure = self._words_at(memory, count)
+            return [
+                (
+                    Operand("R", to.number + i),
+                    (self.words[index + i], np.where(sure, self.words_known[index + i], 0)),
+                )
+                for i in range(count)
+            ]
+
+        return run
+
+    def _store(self, ins: Instruction) -> Step:
+        """A store to shared memory.
+
+        What comes from elsewhere is unknown, and so is everything after an unknown address.
+        """
+        memory = next(o for o in ins.operands if o.kind == "mem")
+        count = _word_count(ins)
+        source = ins.operands[-1]
+        plain = ins.name == "STS" and not ins.modifiers & _NARROW and source.kind in ("R", "UR")
+        reads = [
+            self._word(Operand(source.kind, source.number + i if source.number >= 0 else -1))
+            for i in range(count if plain else 0)
+        ]
+
+        def step(active: Mask) -> None:
+            mask, sure = self.guard(ins, active)
+            index, known = self._words_at(memory, count)
+            if not known[mask].all() or ins.name == "STSM":
+                self.words_known[:] = 0
+                return
+            to = index[mask]
+            for i in range(count):
+                if plain:
+                    v, k = reads[i]()
+                    self.words[to + i] = v[mask]
+                    self.words_known[to + i] = np.where(sure, k, np.uint32(0))[mask]
+                else:
+                    self.words_known[to + i] = 0
 
         return step
 
@@ -794,19 +871,26 @@ class Integers:
         return run
 
     def _op_imnmx(self, ins: Instruction, ops: Sequence[Operand]) -> Compute | None:
-        a, b, p = self._word(ops[1]), self._word(ops[2]), self._truth(ops[3])
+        """Of two words, or three (VIMNMX3); the last operand tells whether the least is wanted."""
+        words = [self._word(o) for o in ops[1:-1]]
+        p = self._truth(ops[-1])
         kind = np.uint32 if "U32" in ins.modifiers else np.int32
 
         def run() -> Results:
-            (av, ak), (bv, bk), (least, pk) = a(), b(), p()
-            ai, bi = av.view(kind), bv.view(kind)
-            v = np.where(least, np.minimum(ai, bi), np.maximum(ai, bi)).view(np.uint32)
-            known = ((ak & bk) == ALL) & pk
-            return [(ops[0], (v, np.where(known, self.ones, self.zeros)))]
+            least, pk = p()
+            found, known = words[0]()
+            for word in words[1:]:
+                v, k = word()
+                x, y = found.view(kind), v.view(kind)
+                found = np.where(least, np.minimum(x, y), np.maximum(x, y)).view(np.uint32)
+                known = known & k
+            sure = (known == ALL) & pk
+            return [(ops[0], (found, np.where(sure, self.ones, self.zeros)))]
 
         return run
 
     _op_vimnmx = _op_imnmx
+    _op_vimnmx3 = _op_imnmx
 
     def _op_viaddmnmx(self, ins: Instruction, ops: Sequence[Operand]) -> Compute | None:
         a, b, c = (self._word(o) for o in ops[1:4])
@@ -1008,20 +1092,23 @@ class Integers:
         return run
 
     def _op_p2r(self, ins: Instruction, ops: Sequence[Operand]) -> Compute | None:
-        if ops[1].text != "PR" or ins.modifiers:
+        if ops[1].text not in ("PR", "UPR") or ins.modifiers:
             return None
         source, table = self._word(ops[2]), ops[3].number
+        bank, known = (self.P, self.PK) if ops[1].text == "PR" else (self.UP, self.UPK)
 
         def run() -> Results:
             v, k = source()
             v, k = v & np.uint32(~table & ALL), k | np.uint32(table)
             for i in range(7):
                 if table >> i & 1:
-                    v = v | self.P[i].astype(np.uint32) << np.uint32(i)
-                    k = np.where(self.PK[i], k, k & np.uint32(~(1 << i) & ALL))
+                    v = v | bank[i].astype(np.uint32) << np.uint32(i)
+                    k = np.where(known[i], k, k & np.uint32(~(1 << i) & ALL))
             return [(ops[0], (v, k))]
 
         return run
+
+    _op_p2ur = _op_p2r  # UP2UR
 
     def _op_vote(self, ins: Instruction, ops: Sequence[Operand]) -> Compute | None:
         """VOTEU.ANY of true: the mask of the active lanes. Other votes are unknown."""
@@ -1082,6 +1169,23 @@ _FLOATS = {
     "FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "MUFU", "HMMA", "F2F", "F2FP", "HADD2",
     "HFMA2", "HMUL2", "FSET", "I2F", "F2I", "FCHK", "HGMMA", "FRND", "I2FP", "HSETP2", "HMNMX2",
 }  # fmt: skip
+
+
+_TO_SHARED = {"STS", "STSM", "STAS", "LDGSTS", "ATOMS"}
+_NARROW = {"U8", "S8", "U16", "S16", "8", "16"}
+
+
+def is_data_poll(ins: Instruction) -> bool:
+    """Whether an instruction loads data that other CTAs send and that are their own flag.
+
+    It has 16 bytes. A flag is a word.
+    """
+    strong = bool(ins.modifiers & {"STRONG", "VOLATILE"})
+    return ins.name in ("LDG", "LD") and strong and "128" in ins.modifiers
+
+
+def _word_count(ins: Instruction) -> int:
+    return 4 if "128" in ins.modifiers else 2 if "64" in ins.modifiers else 1
 
 
 def _product(a: Array, b: Array, signed: bool) -> Wide:

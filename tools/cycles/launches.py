@@ -19,8 +19,8 @@ HOST = Path(__file__).parent / "host"
 CSRC = cuda_check.ROOT / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = ("-std=c++17", "-O1", "-w", f"-I{HOST}", f"-I{CSRC}")
-# Multiprocessors, and whether there are clusters.
-DEVICES = {"sm_80": (108, False), "sm_90a": (132, True), "sm_100": (148, True)}
+# Multiprocessors, compute capability, KiB of shared memory in a CTA.
+DEVICES = {"sm_80": (108, 80, 163), "sm_90a": (132, 90, 227), "sm_100": (148, 100, 227)}
 TYPES = {
     "bfloat16": ("bfloat16", "ieee"),
     "float16": ("float16", "ieee"),
@@ -40,7 +40,7 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer of one direction without lengths, and the algorithm asked for."""
+    """A layer of one direction without lengths and h0, and the algorithm asked for."""
 
     arch: str
     cell: str
@@ -51,9 +51,8 @@ class Problem:
     algorithm: str = "default"
 
     def line(self, planned: int, steps: int) -> str:
-        multiprocessors, clusters = DEVICES[self.arch]
         words = (self.cell, *TYPES[self.type], *MODES[self.mode], self.H, self.B, planned, steps,
-                 self.algorithm, multiprocessors, int(clusters))  # fmt: skip
+                 self.algorithm, *DEVICES[self.arch])  # fmt: skip
         return " ".join(map(str, words))
 
 

@@ -2,10 +2,10 @@
 
 All threads of a CTA run on numpy vectors, each with its own program counter. The lowest counter
 goes first, so that lanes which took different ways meet again. A value is known bit by bit. Floats,
-and all that is loaded from memory, are unknown. Three rules decide where values do not:
+and all that is loaded from global memory, are unknown. Three rules decide where values do not:
 
-1. Every wait succeeds at once, and no time passes: a transaction barrier's phase is complete, and a
-   clock stands at 0.
+1. Every wait succeeds at once, and no time passes: a transaction barrier's phase is complete, data
+   that is its own flag has come, and a clock stands at 0.
 2. A branch on an unknown value leaves a loop that polls, and does not enter one.
 3. Other branches on unknown values do not leave the loop over time for an end of the kernel;
    between two ways that stay, the branch falls through.
@@ -22,7 +22,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tools.cycles.integers import ALL, WARP, Integers, Launch, Mask, UnsupportedError, Wide, joined
+from tools.cycles.integers import (
+    ALL,
+    WARP,
+    Integers,
+    Launch,
+    Mask,
+    UnsupportedError,
+    Wide,
+    is_data_poll,
+    joined,
+)
 from tools.cycles.pipeline import BARRIER_CODE
 from tools.cycles.policy import Policy
 from tools.cycles.sass import Function, Instruction, Operand
@@ -240,8 +250,11 @@ class Machine(Integers):
             return branch
         step = self.step(ins)
         if ins.name in SHARED or ins.name in GLOBAL:
+            polls = is_data_poll(ins)
 
             def access(active: Mask, warps: tuple[int, ...]) -> int | None:
+                if polls:
+                    self.result.polls.add(i)
                 mask, _ = self.guard(ins, active)
                 waves = self._memory(ins, mask)
                 self.result.events.append((i, warps, tuple(waves[w] for w in warps)))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tools.cycles.integers import is_data_poll
 from tools.cycles.registers import CONTROL, STATE, numbers, registers_of
 from tools.cycles.sass import Function, Instruction
 
@@ -45,7 +46,11 @@ CLUSTER_BARRIER = 200.0  # [E]
 # The exchange between CTAs.
 MEMBAR = 500.0  # [E] until earlier writes are visible to the GPU
 FLAG = 500.0  # [E] from a RED or store until another CTA's poll has seen it
+# [E] The same for 16 bytes of data that are their own flag. Each of their words comes by itself. A
+# load that finds one missing is a whole round trip to L2 too early.
+DATA = FLAG + LATENCIES["LDG"]
 REMOTE = 230.0  # [E] from st.async until the receiver's barrier has counted it
+ARRIVAL = {"barrier": REMOTE, "flag": FLAG, "data": DATA}  # by what a wait polls
 
 KINDS = {
     "FFMA": "FMA", "FADD": "FMA", "FMUL": "FMA", "HMMA": "HMMA", "HGMMA": "HMMA", "MUFU": "MUFU",
@@ -88,8 +93,15 @@ class Timing:
     name: str
     arrives: bool = False  # BAR.ARV
     signals: bool = False
-    polls: str = ""  # barrier or flag
+    polls: str = ""  # a key of ARRIVAL
     fence: bool = False
+
+
+def _polled(ins: Instruction) -> str:
+    """What an instruction that waits for other CTAs polls."""
+    if ins.name == "SYNCS":
+        return "barrier"
+    return "data" if is_data_poll(ins) else "flag"
 
 
 def timing_of(ins: Instruction, polls: bool) -> Timing:
@@ -118,7 +130,7 @@ def timing_of(ins: Instruction, polls: bool) -> Timing:
         pipe, occupies, latency, numbers(read), numbers(written), name,
         arrives=name == "BAR" and "ARV" in ins.modifiers,
         signals=name == "STAS" or (name in _GLOBAL_WRITES and strong),
-        polls=("barrier" if name == "SYNCS" else "flag") if polls else "",
+        polls=_polled(ins) if polls else "",
         fence=name == "MEMBAR" and strong,
     )  # fmt: skip
 
@@ -277,7 +289,7 @@ class _Issue(_Exchange):
                 if sent == math.inf:
                     blocked.append(w)
                     continue
-                arrives = sent + (REMOTE if t.polls == "barrier" else FLAG)
+                arrives = sent + ARRIVAL[t.polls]
             issued[w].append(e)
             scheduler[s] = ready[w] = e + 1
             if t.pipe == "lsu":
@@ -335,8 +347,8 @@ class _Issue(_Exchange):
 class _Chain(_Exchange):
     """The longest dependent path: as many pipes as wanted, and no order within a warp but this.
 
-    An access to memory follows the warp's last wait: a barrier, a poll or a fence. A barrier
-    follows the warp's accesses before it.
+    An access to memory follows the warp's last wait: a barrier, a poll or a fence. Data that are
+    their own flag order nothing but their readers. A barrier follows the warp's accesses before it.
     """
 
     def run(self) -> list[list[float]]:
@@ -358,7 +370,8 @@ class _Chain(_Exchange):
                 index, wave = trace[at[w]]
                 t = timings[index]
                 start = max((state[r] for r in t.reads), default=0.0)
-                orders = t.pipe == "lsu" and t.name not in ("LDC", "SHFL")
+                is_data = t.polls == "data"
+                orders = t.pipe == "lsu" and t.name not in ("LDC", "SHFL") and not is_data
                 fences = t.fence and wave != 0
                 if orders or fences:
                     start = max(start, waited[w])
@@ -368,7 +381,8 @@ class _Chain(_Exchange):
                     if sent == math.inf:
                         break
                     polls[w] += 1
-                    done = waited[w] = max(done, sent + (REMOTE if t.polls == "barrier" else FLAG))
+                    done = max(done, sent + ARRIVAL[t.polls])
+                    waited[w] = waited[w] if is_data else done
                 waits[w].append(waited[w])
                 if t.name == "BAR" and wave:
                     here = max(start, waited[w], accessed[w])

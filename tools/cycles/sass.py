@@ -31,6 +31,7 @@ class Operand:
     base: int | None = None
     ubase: int | None = None
     base_wide: bool = False
+    scale: int = 1  # of `base`
     bank: int = 0
     text: str = ""
 
@@ -99,11 +100,11 @@ def parse_operand(text: str) -> Operand:
     if register := _register(text):
         return made(register[0], register[1])
     if found := re.fullmatch(r"c\[(?:0x)?([0-9a-f]+)\]\[(.*)\]", text):
-        base, ubase, _, offset = _sum_of(found[2])
+        base, ubase, _, _, offset = _sum_of(found[2])
         return made("const", offset, base=base, ubase=ubase, bank=int(found[1], 16))
     if found := re.fullmatch(r"(?:g?desc\[(UR\d+|URZ)\])?\[(.*)\](?:\.64)?", text):
-        base, ubase, base_wide, offset = _sum_of(found[2])
-        return made("mem", offset, base=base, ubase=ubase, base_wide=base_wide)
+        base, ubase, base_wide, scale, offset = _sum_of(found[2])
+        return made("mem", offset, base=base, ubase=ubase, base_wide=base_wide, scale=scale)
     if re.fullmatch(r"0x[0-9a-f]+", text):
         return made("imm", int(text, 16))
     if re.fullmatch(r"\d+", text):
@@ -117,10 +118,10 @@ def parse_operand(text: str) -> Operand:
     return made("label")
 
 
-def _sum_of(text: str) -> tuple[int | None, int | None, bool, int]:
-    """The register, uniform register, whether they are pairs and the number in an address."""
+def _sum_of(text: str) -> tuple[int | None, int | None, bool, int, int]:
+    """The registers in an address, whether they are pairs, the first one's factor, the number."""
     base = ubase = None
-    wide, offset = False, 0
+    wide, scale, offset = False, 1, 0
     for term in re.findall(r"[-+]?[^-+]+", text):
         sign = -1 if term[0] == "-" else 1
         term = term.lstrip("+-")
@@ -129,11 +130,12 @@ def _sum_of(text: str) -> tuple[int | None, int | None, bool, int]:
             wide |= "64" in modifiers
             if register[0] == "R":
                 base = register[1]
+                scale = next((int(m[1:]) for m in modifiers if m[0] == "X"), 1)
             else:
                 ubase = register[1]
         elif term:
             offset += sign * int(term, 16)
-    return base, ubase, wide, offset
+    return base, ubase, wide, scale, offset
 
 
 def parse_instruction(address: int, text: str) -> Instruction:

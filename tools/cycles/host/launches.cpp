@@ -1,11 +1,11 @@
 // The launches of persistent kernels for problems read from the standard input, a line each:
 //
 //   lstm float32 tf32 forward|backward inference|training H B T steps algorithm \
-//     multiprocessors clusters
+//     multiprocessors capability shared
 //
 // T decides the plan, `steps` is the kernel's. `algorithm` is an algorithm's name or "default";
-// `clusters` is 1 on a device with clusters, else 0. A line of JSON answers each. The plan, the
-// kernel, its grid and its arguments are the library's own. Pointers are made up: nothing runs.
+// `shared` is the KiB that a CTA can have. A line of JSON answers each. The plan, the kernel, its
+// grid and its arguments are the library's own. Pointers are made up: nothing runs.
 #include <cstdint>
 #include <cstdio>
 #include <iostream>
@@ -27,8 +27,7 @@ struct Problem {
   std::string cell, type, precision, pass, mode;
   int64_t H = 0, B = 0, T = 0, steps = 0;
   std::string algorithm;
-  int64_t multiprocessors = 0;
-  bool clusters = false;
+  int64_t multiprocessors = 0, capability = 0, shared = 0;
 };
 
 int cluster_multiprocessors = 0;
@@ -49,7 +48,6 @@ void set_common(PersistentParams& params, const Problem& p, const LaunchPlan& pl
   params.hidden_size = int(p.H);
   params.directions = 1;
   params.tile_rows = int(plan.tile_rows);
-  if (plan.algorithm == Algorithm::persistent_grid) params.arrivals = made_up<uint32_t>();
 }
 
 template <class Element>
@@ -66,9 +64,9 @@ int launch_forward(const Problem& p, bool has_cell_state, const LaunchPlan& plan
   tensors.x_product = made_up<Accum>();
   tensors.y = made_up<Element>();
   tensors.h_n = made_up<Element>();
-  if (has_cell_state) tensors.c_n = made_up<Accum>();
+  if (has_cell_state) tensors.c_n = made_up<Element>();
   if (p.mode == "training") tensors.saved = made_up<Accum>();
-  if (plan.algorithm == Algorithm::persistent_grid) tensors.exchange = made_up<Element>();
+  if (plan.algorithm == Algorithm::persistent_grid) tensors.exchange = made_up<uint32_t>();
   return kernels.forward(params, plan, nullptr);
 }
 
@@ -82,12 +80,12 @@ int launch_backward(const Problem& p, bool has_cell_state, const LaunchPlan& pla
   auto& tensors = params.direction[0];
   tensors.weight_hh = made_up<Element>();
   tensors.saved = made_up<Accum>();
-  tensors.dy = made_up<Accum>();
+  tensors.dy = made_up<Element>();
   tensors.dgates = made_up<Element>();
   tensors.h_previous = made_up<Element>();
-  tensors.dh0 = made_up<Accum>();
-  if (has_cell_state) tensors.dc0 = made_up<Accum>();
-  if (plan.algorithm == Algorithm::persistent_grid) tensors.exchange = made_up<Element>();
+  tensors.dh0 = made_up<Element>();
+  if (has_cell_state) tensors.dc0 = made_up<Element>();
+  if (plan.algorithm == Algorithm::persistent_grid) tensors.exchange = made_up<uint32_t>();
   return kernels.backward(params, plan, nullptr);
 }
 
@@ -102,7 +100,17 @@ std::optional<Algorithm> algorithm_of(const std::string& name) {
 
 template <class Element>
 std::string answer(const Problem& p, int cell, bool has_cell_state) {
+  const bool is_forward = p.pass == "forward";
   PlanProblem problem;
+  scalar::Cells::visit(cell, [&](auto of) {
+    problem.gates = of.kGates;
+    problem.preacts = of.kPreacts;
+    problem.saved = of.kSaved;
+    problem.is_bounded = of.kIsBounded;
+  });
+  problem.saves = is_forward && p.mode == "training";
+  problem.capability = p.capability;
+  problem.shared_limit = 1024 * p.shared;
   problem.steps = p.T;
   problem.rows = p.B;
   problem.hidden_size = p.H;
@@ -111,7 +119,6 @@ std::string answer(const Problem& p, int cell, bool has_cell_state) {
   problem.multiprocessors = p.multiprocessors;
   problem.requested = algorithm_of(p.algorithm);
   const auto& kernels = persistent_kernels<Element>(cell);
-  const bool is_forward = p.pass == "forward";
   const LaunchPlan plan = is_forward ? plan_forward<Element>(problem, &kernels)
                                      : plan_backward<Element>(problem, &kernels);
   recorded.clear();
@@ -142,7 +149,7 @@ Names find_cell(const std::string& name, scalar::CellList<Cell...>) {
 
 std::string answer(const Problem& p) {
   if (p.pass != "forward" && p.pass != "backward") throw std::runtime_error("no pass " + p.pass);
-  cluster_multiprocessors = p.clusters ? int(p.multiprocessors) : 0;
+  cluster_multiprocessors = p.capability >= 90 ? int(p.multiprocessors) : 0;
   const Names cell = find_cell(p.cell, scalar::Cells());
   if (p.type == "float32") return answer<float>(p, cell.index, cell.has_cell_state);
   if (p.type == "bfloat16") return answer<BFloat16>(p, cell.index, cell.has_cell_state);
@@ -192,9 +199,9 @@ int main() {
     std::istringstream words(line);
     Problem p;
     words >> p.cell >> p.type >> p.precision >> p.pass >> p.mode >> p.H >> p.B >> p.T >> p.steps >>
-        p.algorithm >> p.multiprocessors >> p.clusters;
+        p.algorithm >> p.multiprocessors >> p.capability >> p.shared;
     try {
-      if (!words) throw std::runtime_error("a problem has 12 words, not: " + line);
+      if (!words) throw std::runtime_error("a problem has 13 words, not: " + line);
       const std::string found = answer(p);
       std::cout << "{" << found << "}\n";
     } catch (const std::exception& error) {
