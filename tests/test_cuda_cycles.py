@@ -954,7 +954,7 @@ def test_a_source_is_compiled_again_if_what_it_includes_has_changed(tmp_path: Pa
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda/kernel.cu").write_text('#include "kernel.cuh"\n#include <cstdint>\n')
     (tmp_path / "cuda/kernel.cuh").write_text('#include "../cells.h"\n')
-    states = []
+    states: list[bytes] = []
     for name in ("cells.h", "cells.h", "other.h"):
         (tmp_path / name).write_text(f"// {len(states)}")
         states.append(disassembler._state(tmp_path / "cuda/kernel.cu"))

@@ -247,6 +247,8 @@ EXPECTED = [
     ("bfloat16", 100, 8, 1024, H100, f"grid, 1 x 64 CTAs, 8 rows, {FEW}"),
     ("bfloat16", 100, 64, 1024, H100, "grid, 2 x 64 CTAs, 32 rows"),
     ("bfloat16", 100, 256, 1024, H100, "grid, 2 x 64 CTAs, 128 rows"),
+    ("bfloat16 backward", 100, 64, 1024, H100, "grid, 2 x 64 CTAs, 32 rows"),
+    ("bfloat16 backward", 100, 128, 1024, H100, "stepwise"),  # bytes through L2
     ("bfloat16", 100, 16, 1040, H100, "stepwise"),
     ("float64", 100, 16, 64, H100, "stepwise"),
     # TF32: float16 operands have twice the room, if h is bounded.
