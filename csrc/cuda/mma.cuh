@@ -107,8 +107,9 @@ class WeightRow {
   FUSEDRNN_DEVICE WeightRow(const Element* row, int end, bool is_aligned)
       : row_(row), end_(row ? end : 0), is_aligned_(is_aligned) {}
 
-  /// Elements [k, k + count), zeros past the end. is_aligned implies an end divisible by
-  /// kPerWords.
+  FUSEDRNN_DEVICE bool is_aligned() const { return is_aligned_; }
+
+  /// Elements [k, k + count), zeros past the end. An aligned row's end is divisible by kPerWords.
   template <int count>
   FUSEDRNN_DEVICE void load(int k, Element (&to)[count]) const {
     constexpr int n = kPerWords<Element>;
@@ -123,6 +124,9 @@ class WeightRow {
       unroll<count>([&](auto i) { to[i] = k + i < end_ ? row_[k + i] : Element{}; });
     }
   }
+
+  /// The same for 16 bytes of an aligned row.
+  FUSEDRNN_DEVICE Words words(int k) const { return load_words_if(k < end_, row_ + k); }
 
  private:
   const Element* row_;
@@ -153,6 +157,9 @@ class FragmentGemm {
   /// row(group): the lane's row as a WeightRow. first_k: of the warp.
   template <class Row>
   FUSEDRNN_DEVICE void load(const Row& row, int first_k) {
+    if constexpr (sizeof(Element) == 2 && sizeof(a_) <= 256) {
+      if (row(std::integral_constant<int, 0>{}).is_aligned()) return load_aligned(row, first_k);
+    }
     const int q = threadIdx.x % 4;
     unroll<2 * kTiles>([&](auto group) {
       if constexpr (group < kRowGroups) {
@@ -172,6 +179,22 @@ class FragmentGemm {
       } else {
         unroll<kPairs>([&](auto j) { set(group, j, Words{}); });
       }
+    });
+  }
+
+  /// load() without branches: all loads are on their way at once. Where weights fill 128 registers
+  /// the compiler would spill some.
+  template <class Row>
+  FUSEDRNN_DEVICE void load_aligned(const Row& row, int first_k) {
+    const int k = first_k + threadIdx.x % 4 * kPerWords<Element>;
+    unroll<2 * kTiles>([&](auto group) {
+      unroll<kPairs>([&](auto j) {
+        if constexpr (group < kRowGroups) {
+          set(group, j, row(group).words(k + j * kPairK));
+        } else {
+          set(group, j, Words{});
+        }
+      });
     });
   }
 
