@@ -712,6 +712,12 @@ std::vector<Case> all_cases() {
 
 }  // namespace
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool kHasTsan = true;
+#else
+constexpr bool kHasTsan = false;
+#endif
+
 int main(int argc, char** argv) {
   const int seeds = argc > 1 ? std::atoi(argv[1]) : 1;
   const std::string left_out = argc > 2 ? argv[2] : "";
@@ -722,7 +728,8 @@ int main(int argc, char** argv) {
       if (name_of(c.algorithm) == left_out) continue;
       if (c.algorithm != Algorithm::stepwise && !is_compiled(c.algorithm)) continue;
       std::string wrong = run(c, unsigned(seed));
-      if (wrong.empty() && seed == 0 && std::string_view(c.layout) == "lengths") {
+      // ThreadSanitizer takes the report of a launch that ends early for the kernel's own work.
+      if (wrong.empty() && seed == 0 && !kHasTsan && std::string_view(c.layout) == "lengths") {
         wrong = run_lengths_out_of_range(c);
       }
       if (wrong.empty()) continue;
