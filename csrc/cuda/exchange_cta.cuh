@@ -73,7 +73,7 @@ class CtaExchange : public Traits::template Work<Traits> {
   FUSEDRNN_DEVICE CtaExchange(const PersistentParams& params, unsigned char* memory,
                               const typename Traits::Storage& at)
       : Base(params, memory, at), operands_(reinterpret_cast<Operand*>(memory + at.operands)) {
-    // Padding of K must be zero.
+    // The backward pass's first GEMM reads zeros. All other operands are stored before.
     constexpr int words = 2 * kBuffer / kPerWords<Operand>;
     for (int i = threadIdx.x; i < words; i += Traits::kThreads) {
       reinterpret_cast<Words*>(operands_)[i] = Words{};
