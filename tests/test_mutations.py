@@ -458,14 +458,6 @@ BUGS = [
         sanitizer=True,
     ),
     Bug(
-        "partial sums where weights are still being loaded",
-        EXCHANGE,
-        "sync_cta();  // the partial sums",
-        "// the partial sums",
-        "data race",
-        sanitizer=True,
-    ),
-    Bug(
         "two rows' partial dh that change places",
         CLUSTER,
         "is_swapped ? odd : even, is_swapped ? even : odd",
