@@ -457,10 +457,10 @@ WORK = [
         for dtype in (torch.float32, torch.float64, BF16)
         for rows in (1, 16)
     ),
-    (Case(dtype=BF16, T=1), work(kernel=1), work(kernel=3, gemm=4)),
-    (Case(dtype=BF16, T=1, layout="lengths"), work(kernel=1), work(kernel=4, gemm=4)),
+    (Case(dtype=BF16, T=1), work(kernel=1), work(kernel=2, gemm=3)),
+    (Case(dtype=BF16, T=1, layout="lengths"), work(kernel=1), work(kernel=3, gemm=3)),
     (Case(dtype=BF16, T=1, B=17, **PLAIN), work(kernel=1, gemm=1), work(kernel=2, gemm=3)),
-    (Case(dtype=BF16, T=1, B=17), work(kernel=1, gemm=2), work(kernel=3, gemm=4)),
+    (Case(dtype=BF16, T=1, B=17), work(kernel=1, gemm=1), work(kernel=2, gemm=3)),
     # T = 5 steps one by one: 16 rows have a kernel a step, more a GEMM too.
     *(
         (Case(dtype=dtype, regime="step", B=rows),
@@ -529,7 +529,8 @@ def test_no_room(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ops.counts()[0]
     ops.set(0, 8, 2)
     results = problem.run(ops, torch.float32)
-    assert ops.counts()[0] - before == 14  # two uploads; a launch a step; dh0 and dc0; biases
+    # An upload by the backward pass, whose grid is refused; a launch a step; dh0 and dc0; biases.
+    assert ops.counts()[0] - before == 13
     assert ops._cuda_algorithm() == STEPWISE
     for ours, e in zip(results, exact, strict=True):
         torch.testing.assert_close(ours.double(), e, rtol=1e-5, atol=1e-5)
