@@ -43,12 +43,7 @@ class Budget:
 
 DEFAULT = Budget()
 # Exceptions by name, with or without template arguments. Each needs a comment with its reason.
-BUDGETS: dict[str, Budget] = {
-    # A thread's 128 float32 weights, four pairs' inputs and their results fill the registers.
-    "PersistentBackwardKernel<Lstm, CtaTraits<PartialSumTraits<FmaGemm<1, 256>, 4, 1, 8, true>>>": (
-        Budget(spill=20)
-    ),
-}
+BUDGETS: dict[str, Budget] = {}
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,7 @@ struct ClusterReduceScatterTraits : UsesClusters {
   static constexpr int kThreads = 256, kUnits = kWarp, kChunkRows = kChunkRows_, kPairs = 1;
   static constexpr int kResults = 1, kThreadUnits = 1;
   static constexpr bool kOneChunk = false, kHalvesTakeTurns = false;
+  static constexpr bool kInFragments = true;
   static constexpr bool kOwnUnitsAlone = true;  ///< K is the CTA's own units' gates
   using Carried = cuda::Carried<kPairs, kThreads, kOneChunk>;
   static_assert(kChunkRows == 8 && kChunkRows * kUnits == kThreads * kPairs);

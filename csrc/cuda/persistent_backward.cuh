@@ -110,7 +110,7 @@ struct PersistentBackwardKernel : Traits {
                         Traits::kOwnUnitsAlone ? e.first_unit : 0));
     start(e, carried, tensors);
     Places places = places_of(e, tensors);
-    places.saved = kept(places.saved);
+    if constexpr (Traits::kInFragments) places.saved = kept(places.saved);
     places.dgates = kept(places.dgates);
     places.h_previous = kept(places.h_previous);
     const int last = params.steps - 1, back = e.direction ? 1 : -1;
@@ -158,9 +158,12 @@ struct PersistentBackwardKernel : Traits {
             dh[m] = active[m] && places.dy ? dh[m] + value_of(in.dy[m]) : dh[m];
             results.length[m] = in.length[m];
             // Before the wait for other CTAs, or for the tensor cores.
+            // Without tensor cores the weights leave no registers for all of that.
             dstate[m] = kept(dstate[m]);
             dh[m] = kept(dh[m]);
-            unroll<Cell::kPrepared>([&](auto i) { prepared[m][i] = kept(prepared[m][i]); });
+            if constexpr (Traits::kInFragments) {
+              unroll<Cell::kPrepared>([&](auto i) { prepared[m][i] = kept(prepared[m][i]); });
+            }
           });
           results.t = t;
           results.chunk = chunk;
