@@ -685,6 +685,9 @@ std::vector<Case> all_cases() {
       {cta, own, 4, 17, 8, 2, "lengths", 8},
       // The second tile has no rows in the last steps. All warps but one or two have units.
       {cta, own, 4, 9, sizeof(Element) == 2 ? 104 : 56, 2, "packed", 8},
+      // Tiles of two rows, by the kernels for few rows.
+      {cta, own, 3, 16, 40, 1, "padded", 8},
+      {cta, own, 3, 16, sizeof(Element) == 2 ? 104 : 56, 1, "lengths", 8},
       // Two or three CTAs a group; tiles of 8 rows, and of one chunk or two of 16 rows. With more
       // steps than slots, words are cleared and stored again.
       {grid, own, 23, 3, 21, 2, "padded", 8},
