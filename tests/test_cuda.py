@@ -232,8 +232,52 @@ def small_cases() -> Iterator[tuple[str, Case]]:
             yield regime, dataclasses.replace(case, bias=i % 3 > 0, hx=i % 4 > 0, strided=i % 7 > 4)
 
 
-def every_kernel() -> list[tuple[str, Case]]:
-    """Each regime, cell, kind and layout, in both directions; odd sizes; two tiles of rows."""
+def device_multiprocessors() -> int:
+    """This GPU's; an H100's without one."""
+    if not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties("cuda").multi_processor_count)
+
+
+def full_tiles(multiprocessors: int | None) -> Iterator[tuple[int, str, Case]]:
+    """So many rows that tiles must be large: the kernels for them, by each regime.
+
+    The row counts come from plan.cpp's: one more than tiles of the size before have room for.
+
+    Args:
+        multiprocessors: the device's. None: as many as one group of CTAs needs.
+
+    Yields:
+        A group's CTAs, the regime and the case.
+    """
+    kinds = [(kind, True) for kind in KINDS if kind != "float64"] + [("tf32", False)]
+    for cell, (kind, hx) in itertools.product(CELLS, kinds):
+        is_half = KINDS[kind] != torch.float32 or not hx  # the forward pass's operands
+        # Regime, hidden units, units a CTA, rows for which tiles must not be full.
+        sizes = [("grid", hidden, 16, rows)
+                 for hidden in ((512, 528) if is_half else (256, 272))
+                 for rows in (8, 16)]  # fmt: skip
+        if kind != "ieee":
+            sizes += [("alone", 21, 21, 4), ("cluster", 40, 32, 8)]
+            sizes += [("cluster", 258 if is_half else 130, 32, 8)]
+        if is_half:
+            sizes += [("alone", 72, 72, 1), ("alone", 72, 72, 2)]
+        if cell == "rnn_relu" and not hx:
+            continue  # is not bounded
+        for regime, hidden, units, rows in sizes:
+            ctas = -(-hidden // units)
+            groups = multiprocessors // ctas if multiprocessors else 1
+            c = Case(cell, kind, 2, rows * groups + 1, 4, hidden, hx=hx)
+            # The backward pass of TF32 has room for half the units.
+            yield ctas, regime if runs_in(regime, kind, hidden) else "", c
+
+
+def every_kernel(multiprocessors: int | None) -> list[tuple[str, Case]]:
+    """Each regime, cell, kind and layout, in both directions; odd sizes; two tiles of rows.
+
+    Args:
+        multiprocessors: the device's, for full tiles. None: without them.
+    """
     modes = itertools.product(REGIMES, CELLS, KINDS, LAYOUTS)
     small = [
         (
@@ -290,7 +334,8 @@ def every_kernel() -> list[tuple[str, Case]]:
         for kind in KINDS
         for P in (3, 4)
     ]
-    return [*small, *wide, *padded, *large, *bounded, *projected]
+    full = [(regime, c) for _, regime, c in full_tiles(multiprocessors)] if multiprocessors else []
+    return [*small, *wide, *padded, *large, *bounded, *projected, *full]
 
 
 @pytest.mark.parametrize(("regime", "c"), list(small_cases()), ids=str)
@@ -666,7 +711,7 @@ def test_same_bits_twice(regime: str, cell: str, layout: str, dtype: torch.dtype
             torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize(("regime", "c"), every_kernel(), ids=str)
+@pytest.mark.parametrize(("regime", "c"), every_kernel(device_multiprocessors()), ids=str)
 def test_same_bits_in_a_hundred_runs(regime: str, c: Case) -> None:
     """Each kernel, one run after the other without a wait."""
     call = op_of(c, DEVICE, KINDS[c.kind])

@@ -362,8 +362,9 @@ def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """test_cuda's cases run every compiled kernel, and agree with the CPU."""
     before = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
     monkeypatch.setattr(test_cuda, "DEVICE", "cpu")
-    torch.ops.fusedrnn_emulated.set(0, 64)
-    for regime, c in test_cuda.every_kernel():
+    cases = [(64, regime, c) for regime, c in test_cuda.every_kernel(None)]
+    for multiprocessors, regime, c in [*cases, *test_cuda.full_tiles(None)]:
+        torch.ops.fusedrnn_emulated.set(0, multiprocessors)
         monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
         monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", "tf32" if c.kind == "tf32" else "ieee")
         test_cuda.compare(c, torch.ops.fusedrnn_emulated)

@@ -14,15 +14,27 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from test_cuda import KINDS, REGIMES, every_kernel, lacks_clusters, run_op, running
+from test_cuda import (
+    KINDS,
+    REGIMES,
+    device_multiprocessors,
+    every_kernel,
+    lacks_clusters,
+    run_op,
+    running,
+)
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("needs a GPU")
         return 1
-    regimes = [r for r in sys.argv[1:] or REGIMES if not lacks_clusters(r)]
-    cases = [(regime, case) for regime, case in every_kernel() if regime in regimes]
+    regimes = [r for r in sys.argv[1:] or [*REGIMES, ""] if not lacks_clusters(r)]
+    cases = [
+        (regime, case)
+        for regime, case in every_kernel(device_multiprocessors())
+        if regime in regimes
+    ]
     for regime, case in cases:
         with running(regime, case.kind):
             found = run_op(case, "cuda", KINDS[case.kind])
