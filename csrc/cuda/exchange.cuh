@@ -344,26 +344,33 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   }
 
  protected:
+  /// The part of K with a thread's operands.
+  template <int kParts>
+  FUSEDRNN_DEVICE int first_k() const {
+    const int k = k_of<kParts>(group(), threadIdx.x % kWarp / 4);
+    return kFewRows ? k + pair(0, 0).unit / 8 % kBlocks * kParts : k;
+  }
   /// Where a thread's first operand lies from the beginning of a chunk's.
-  static FUSEDRNN_DEVICE int first_offset(int stride) {
-    constexpr int parts = kK / kUnits;
-    return operand_offset<Operand>(threadIdx.x % 4 * 2,
-                                   k_of<parts>(group(), threadIdx.x % kWarp / 4), stride);
+  FUSEDRNN_DEVICE int first_offset(int stride) const {
+    return operand_offset<Operand>(pair(0, 0).chunk_row, first_k<kK / kUnits>(), stride);
   }
   /// Stores a chunk's operands, whose rows begin at `rows`. first: first_offset().
   template <int kParts>
   FUSEDRNN_DEVICE void store_rows(const float (&values)[kPairs][kParts], Operand* rows, int stride,
                                   int first) const {
-    static_assert(kPairs == 2 * kBlocks);
-    const int chunk_row = pair(0, 0).chunk_row;
-    const int k = k_of<kParts>(group(), threadIdx.x % kWarp / 4);
-    unroll<2>([&](auto row) {
-      float of_row[kBlocks * kParts];
-      unroll<kBlocks * kParts>(
-          [&](auto i) { of_row[i] = values[i / kParts * 2 + row][i % kParts]; });
-      // Two neighbours from an even row on place their parts alike.
-      store_neighbours(of_row, rows + row * stride, chunk_row, k, stride, first);
-    });
+    const int chunk_row = pair(0, 0).chunk_row, k = first_k<kParts>();
+    if constexpr (kFewRows) {
+      store_neighbours(values[0], rows, chunk_row, k, stride, first);
+    } else {
+      static_assert(kPairs == 2 * kBlocks);
+      unroll<2>([&](auto row) {
+        float of_row[kBlocks * kParts];
+        unroll<kBlocks * kParts>(
+            [&](auto i) { of_row[i] = values[i / kParts * 2 + row][i % kParts]; });
+        // Two neighbours from an even row on place their parts alike.
+        store_neighbours(of_row, rows + row * stride, chunk_row, k, stride, first);
+      });
+    }
   }
 
   static FUSEDRNN_DEVICE int split() { return threadIdx.x / kWarp % kSplits; }

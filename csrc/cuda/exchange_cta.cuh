@@ -79,7 +79,7 @@ class CtaExchange : public Traits::template Work<Traits> {
       reinterpret_cast<Words*>(operands_)[i] = Words{};
     }
     if constexpr (Traits::kOperandsAreNeighbours) {
-      store_offset_ = kept(Base::first_offset(Traits::kOperandStride));
+      store_offset_ = kept(this->first_offset(Traits::kOperandStride));
     } else {
       unroll<Traits::kPairs>([&](auto i) {
         const Pair p = this->pair(0, i);

@@ -109,26 +109,40 @@ class WeightRow {
 
   FUSEDRNN_DEVICE bool is_aligned() const { return is_aligned_; }
 
-  /// Elements [k, k + count), zeros past the end. An aligned row's end is divisible by kPerWords.
+  /// Elements [k, k + count), zeros past the end.
   template <int count>
   FUSEDRNN_DEVICE void load(int k, Element (&to)[count]) const {
-    constexpr int n = kPerWords<Element>;
-    static_assert(count % n == 0);
-    if (is_aligned_) {
-      unroll<count / n>([&](auto i) {
-        const Words w =
-            k + i * n < end_ ? *reinterpret_cast<const Words*>(row_ + k + i * n) : Words{};
-        __builtin_memcpy(&to[i * n], &w, sizeof(w));
-      });
+    is_aligned_ ? load_as<true>(k, to) : load_as<false>(k, to);
+  }
+
+  /// 16 bytes from element k on, zeros past the end, which is a multiple of 16 bytes in an aligned
+  /// row.
+  template <bool kAligned>
+  FUSEDRNN_DEVICE Words words(int k) const {
+    if constexpr (kAligned) {
+      return load_words_if(k < end_, row_ + k);
     } else {
-      unroll<count>([&](auto i) { to[i] = k + i < end_ ? row_[k + i] : Element{}; });
+      Element values[kPerWords<Element>];
+      unroll<kPerWords<Element>>(
+          [&](auto i) { values[i] = k + i < end_ ? row_[k + i] : Element{}; });
+      Words w = scalar::bit_cast<Words>(values);
+      // Packed here, or a kernel's registers would hold all weights unpacked until both ways meet.
+      unroll<4>([&](auto i) { w.word[i] = kept(w.word[i]); });
+      return w;
     }
   }
 
-  /// The same for 16 bytes of an aligned row.
-  FUSEDRNN_DEVICE Words words(int k) const { return load_words_if(k < end_, row_ + k); }
-
  private:
+  template <bool kAligned, int count>
+  FUSEDRNN_DEVICE void load_as(int k, Element (&to)[count]) const {
+    constexpr int n = kPerWords<Element>;
+    static_assert(count % n == 0);
+    unroll<count / n>([&](auto i) {
+      const Words w = words<kAligned>(k + i * n);
+      __builtin_memcpy(&to[i * n], &w, sizeof(w));
+    });
+  }
+
   const Element* row_;
   int end_;
   bool is_aligned_;
@@ -157,45 +171,17 @@ class FragmentGemm {
   /// row(group): the lane's row as a WeightRow. first_k: of the warp.
   template <class Row>
   FUSEDRNN_DEVICE void load(const Row& row, int first_k) {
-    if constexpr (sizeof(Element) == 2 && sizeof(a_) <= 256) {
-      if (row(std::integral_constant<int, 0>{}).is_aligned()) return load_aligned(row, first_k);
+    const int k = first_k + threadIdx.x % 4 * kPerWords<Operand>;
+    if constexpr (kScaled) {
+      load_scaled(row, k);
+    } else if (row(std::integral_constant<int, 0>{}).is_aligned()) {
+      load_as<true>(row, k);
+    } else {
+      load_as<false>(row, k);
     }
-    const int q = threadIdx.x % 4;
-    unroll<2 * kTiles>([&](auto group) {
-      if constexpr (group < kRowGroups) {
-        const WeightRow<Element> weights = row(group);
-        if constexpr (kScaled) {
-          load_scaled(weights, first_k, group);
-        } else {
-          unroll<kPairs>([&](auto j) {
-            Element values[kPerWords<Element>];
-            weights.load(first_k + j * kPairK + q * kPerWords<Element>, values);
-            if constexpr (sizeof(Element) == 4) {
-              unroll<4>([&](auto i) { values[i] = scalar::bit_cast<float>(tf32_of(values[i])); });
-            }
-            set(group, j, scalar::bit_cast<Words>(values));
-          });
-        }
-      } else {
-        unroll<kPairs>([&](auto j) { set(group, j, Words{}); });
-      }
-    });
-  }
-
-  /// load() without branches: all loads are on their way at once. Where weights fill 128 registers
-  /// the compiler would spill some.
-  template <class Row>
-  FUSEDRNN_DEVICE void load_aligned(const Row& row, int first_k) {
-    const int k = first_k + threadIdx.x % 4 * kPerWords<Element>;
-    unroll<2 * kTiles>([&](auto group) {
-      unroll<kPairs>([&](auto j) {
-        if constexpr (group < kRowGroups) {
-          set(group, j, row(group).words(k + j * kPairK));
-        } else {
-          set(group, j, Words{});
-        }
-      });
-    });
+    if constexpr (kRowGroups % 2) {
+      unroll<kPairs>([&](auto j) { set(kRowGroups, j, Words{}); });
+    }
   }
 
   /// Rounds a value to B's type.
@@ -274,35 +260,66 @@ class FragmentGemm {
   }
 
  private:
-  static constexpr float kOperandScale = 16384;  ///< 1 is far from float16's smallest and largest
-  static constexpr float kLargest = 3.40282347e38f;  ///< finite
+  /// B's scale, 2^14: 1 is far from float16's smallest and largest then.
+  static constexpr int kOperandExponent = 14;
+  static constexpr float kOperandScale = 1 << kOperandExponent;
 
-  /// Scales the warp's part of a row so that its largest element is from 2^14 to 2^15.
-  FUSEDRNN_DEVICE void load_scaled(const WeightRow<Element>& weights, int first_k, int group) {
-    const int q = threadIdx.x % 4;
-    float values[kPairs][8], largest = 0;
-    unroll<kPairs>([&](auto j) {
-      weights.load(first_k + j * kPairK + q * 8, values[j]);
-      unroll<8>([&](auto i) {
-        const float v = values[j][i], size = v < 0 ? -v : v;
-        largest = size > largest && size <= kLargest ? size : largest;
+  /// Without branches where rows are aligned: many loads are on their way at once.
+  template <bool kAligned, class Row>
+  FUSEDRNN_DEVICE void load_as(const Row& row, int k) {
+    unroll<kRowGroups>([&](auto group) {
+      unroll<kPairs>([&](auto j) {
+        Words w = row(group).template words<kAligned>(k + j * kPairK);
+        if constexpr (sizeof(Element) == 4) {
+          unroll<4>([&](auto i) { w.word[i] = tf32_of(scalar::bit_cast<float>(w.word[i])); });
+        }
+        set(group, j, w);
       });
     });
-    unroll<2>([&](auto i) {
-      const float other = shuffle_xor(largest, 1 << i);
-      largest = other > largest ? other : largest;
-    });
-    // Powers of two by their exponents. At most 2^112: the inverse is a normal number.
-    const int exponent = int(scalar::bit_cast<uint32_t>(largest) >> 23);
-    const int of_scale = exponent < 29 ? 239 : 268 - exponent;
-    const float scale = scalar::bit_cast<float>(uint32_t(of_scale) << 23);
-    unscale_[group] = 1 / (scale * kOperandScale);
-    unroll<kPairs>([&](auto j) {
-      Words w;
-      unroll<4>([&](auto i) {
-        w.word[i] = pack<Operand>(values[j][2 * i] * scale, values[j][2 * i + 1] * scale);
+  }
+
+  /// Scales the warp's part of each row so that its largest element is from 2^14 to 2^15. The next
+  /// row is on its way meanwhile.
+  template <class Row>
+  FUSEDRNN_DEVICE void load_scaled(const Row& row, int k) {
+    constexpr int kLoads = 2 * kPairs;
+    Words next[kLoads], now[kLoads];
+    const auto load = [&](auto group, auto is_aligned) {
+      unroll<kLoads>([&](auto i) {
+        next[i] = row(group).template words<is_aligned>(k + i / 2 * kPairK + i % 2 * 4);
       });
-      set(group, j, w);
+    };
+    const auto load_next = [&](auto group) {
+      // A branch for each row: without them the compiler asks for all at once, and spills.
+      if (row(group).is_aligned()) {
+        load(group, std::true_type{});
+      } else {
+        load(group, std::false_type{});
+      }
+    };
+    load_next(std::integral_constant<int, 0>{});
+    unroll<kRowGroups>([&](auto group) {
+      unroll<kLoads>([&](auto i) { now[i] = next[i]; });
+      if constexpr (group + 1 < kRowGroups) load_next(std::integral_constant<int, group + 1>{});
+      const auto value = [&](int i) { return scalar::bit_cast<float>(now[i / 4].word[i % 4]); };
+      float largest[4] = {};
+      unroll<8 * kPairs>([&](auto i) { largest[i % 4] = larger_size(largest[i % 4], value(i)); });
+      unroll<3>([&](auto i) { largest[0] = larger_size(largest[0], largest[i + 1]); });
+      unroll<2>(
+          [&](auto i) { largest[0] = larger_size(largest[0], shuffle_xor(largest[0], 1 << i)); });
+      // Powers of two by their exponents. At most 2^112: the inverse is a normal number. A row with
+      // an infinity needs no scale: its results are not finite.
+      const int exponent = int(scalar::bit_cast<uint32_t>(largest[0]) >> 23);
+      const int of_scale = exponent < 29 ? 239 : 268 - exponent;
+      const float scale = scalar::bit_cast<float>(uint32_t(of_scale) << 23);
+      unscale_[group] = scalar::bit_cast<float>(uint32_t(254 - kOperandExponent - of_scale) << 23);
+      unroll<kPairs>([&](auto j) {
+        Words w;
+        unroll<4>([&](auto i) {
+          w.word[i] = pack<Operand>(value(8 * j + 2 * i) * scale, value(8 * j + 2 * i + 1) * scale);
+        });
+        set(group, j, w);
+      });
     });
   }
 

@@ -101,12 +101,8 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
   const auto of_cta = [&](auto half_registers) {
     constexpr Constant<Algorithm::persistent_cta> cta;
     constexpr int few = kernel_shape(cta, half_registers, sizeof(Operand), true).max_rows;
-    if constexpr (kBackward) {
-      if (plan.few_rows) return -1;
-    } else {
-      if (plan.few_rows) return call(cta, half_registers, Constant<few>{}, std::true_type{});
-    }
-    return call(cta, half_registers, eight, std::true_type{});
+    return plan.few_rows ? call(cta, half_registers, Constant<few>{}, std::true_type{})
+                         : call(cta, half_registers, eight, std::true_type{});
   };
   const auto of_cluster = [&](auto half_registers) {
     constexpr Constant<Algorithm::persistent_cluster> cluster;
@@ -125,7 +121,7 @@ int visit_tensor_core_traits(const LaunchPlan& plan, const F& f) {
   switch (plan.algorithm) {
     case Algorithm::persistent_cta:
       // The half types alone have kernels for fewer units.
-      if constexpr (sizeof(Operand) == 2 && !kBackward) {
+      if constexpr (sizeof(Operand) == 2) {
         return by_registers(of_cta);
       } else {
         return plan.half_registers ? -1 : of_cta(std::false_type{});

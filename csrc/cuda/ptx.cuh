@@ -429,6 +429,9 @@ FUSEDRNN_DEVICE uint32_t tf32_of(float x) {
   return bits;
 }
 
+/// The larger of `size` and |x|; a NaN is not larger.
+FUSEDRNN_DEVICE float larger_size(float size, float x) { return fmaxf(size, fabsf(x)); }
+
 // ---- approximations -----------------------------------------------------------------------------
 
 /// 2^x within 2 units in the last place. Subnormal arguments and results count as zero.

@@ -774,7 +774,8 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
   l.late_stores = l.random() % 4 == 0;
   l.arrival = Arrival(l.random() % uint64_t(Arrival::kCount));
   l.late_cta = unsigned(l.random() % grid.x);
-  l.hurry = size_t(1) << l.random() % 8;
+  // In a large launch each arrival waits for thousands of tries, so more words arrive at a time.
+  l.hurry = size_t(1) << l.random() % (total > 16 ? 3 : 8);
   if (has_tsan) l.main_tsan = __tsan_get_current_fiber();
   gridDim = {grid.x, grid.y, grid.z};
   if (grid.cluster) l.in_flight.reserve(1 << 16);  // as in Barrier::expect

@@ -331,6 +331,8 @@ inline uint32_t tf32_of(float x) {
   return x - x != 0 ? bits : (bits + 0x1000u) & 0xffffe000u;  // infinity and NaN as they are
 }
 
+inline float larger_size(float size, float x) { return std::fmax(size, std::fabs(x)); }
+
 template <class Element>
 uint32_t pack(float low, float high) {
   Element bits[2];

@@ -26,30 +26,35 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
-def text_of(folder: Path) -> bytes:
-    """The contents of all files on which an object file may depend."""
-    return b"".join(
-        p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.suffix in (".cu", ".cuh", ".cpp", ".h")
-    )
+def key_of(command: Sequence[str], dependencies: Path, texts: dict[Path, bytes]) -> str:
+    """Changes with the command, and with the texts of a compiler's list of dependencies."""
+    key = hashlib.sha256(shlex.join(command).encode())
+    if dependencies.exists():
+        words = dependencies.read_text().replace("\\\n", " ").split()
+        for path in sorted({Path(os.path.normpath(p)) for p in words[1:]}):
+            key.update(texts.get(path, b""))
+    return key.hexdigest()[:16]
 
 
 def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], output: Path) -> list[Path]:
     """Compiles sources, each with its own flags; reuses up-to-date object files."""
     output.mkdir(parents=True, exist_ok=True)
-    state = text_of(ROOT / "csrc") + text_of(EMULATOR)
+    # As they are before the compiler reads them.
+    texts = {p: p.read_bytes() for f in (ROOT / "csrc", EMULATOR) for p in f.rglob("*.*")}
 
     def one(source: Path, flags: Sequence[str]) -> Path:
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         command = [*COMPILER, *COMMON, *flags, *language, "-c", str(source)]
-        key = hashlib.sha256(state + shlex.join(command).encode()).hexdigest()[:16]
-        target = output / f"{source.stem}-{key}.o"
+        dependencies = output / f"{source.stem}.d"
+        target = output / f"{source.stem}-{key_of(command, dependencies, texts)}.o"
         if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, "-o", str(partial)], check=True)
+            partial = output / f"{source.stem}.{os.getpid()}"
+            listed = ["-MMD", "-MF", f"{partial}.d"]
+            subprocess.run([*command, *listed, "-o", str(partial)], check=True)
             for old in output.glob(f"{source.stem}-*.o"):
                 old.unlink(missing_ok=True)
+            Path(f"{partial}.d").rename(dependencies)
+            target = output / f"{source.stem}-{key_of(command, dependencies, texts)}.o"
             partial.rename(target)
         return target
 
