@@ -130,7 +130,7 @@ class Modelled:
         return max(parts, key=lambda part: parts[part])
 
 
-def modelled(case: Case, mode: str, every_kernel: bool) -> Modelled:
+def modelled(case: Case, mode: str) -> Modelled:
     """A case's call on an H100."""
     library, passes = cuda_plan.library(), []
     P = case.proj_size or case.H
@@ -146,7 +146,6 @@ def modelled(case: Case, mode: str, every_kernel: bool) -> Modelled:
         has_projection=case.proj_size > 0,
         starts_at_zero=case.T > 1,
         device=H100,
-        every_kernel=every_kernel,
     )
     problems = [forward]
     if mode == "training":
@@ -203,11 +202,9 @@ def _mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def text(every_kernel: bool) -> str:
+def text() -> str:
     """The tables, in Markdown."""
-    of_grid = [
-        (case, mode, modelled(case, mode, every_kernel)) for case in grid() for mode in MODES
-    ]
+    of_grid = [(case, mode, modelled(case, mode)) for case in grid() for mode in MODES]
     ratios: dict[str, list[float]] = {}
     for case, mode, m in of_grid:
         sizes = (f"T{case.T}", f"B{case.B}", f"H{case.H}")
@@ -216,20 +213,13 @@ def text(every_kernel: bool) -> str:
     means = {group: _mean(found) for group, found in sorted(ratios.items(), key=_order)}
     lost = [(c, mode, m) for c, mode, m in of_grid if (m.ratio or 0.0) < 1]
     cases = [
-        _row(case, mode, modelled(case, mode, every_kernel))
-        for case in pick_cases([], "cuda")
-        for mode in MODES
+        _row(case, mode, modelled(case, mode)) for case in pick_cases([], "cuda") for mode in MODES
     ]
-    kernels = (
-        "With all kernels that the plan knows, compiled or not."
-        if every_kernel
-        else "With the kernels that are compiled."
-    )
     return "\n".join(
         [
             "# Modelled times on an H100",
             "",
-            f"{' '.join((__doc__ or '').split(chr(10) * 2)[1].split())} {kernels}",
+            " ".join((__doc__ or "").split("\n\n")[1].split()),
             "",
             f"Geometric mean over {len(of_grid)} calls of LSTMs, H {GRID_H[0]} to {GRID_H[-1]}, "
             f"B {GRID_B[0]} to {GRID_B[-1]}, T {GRID_T[0]} to {GRID_T[-1]}, three types, both "
@@ -255,8 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the tables; gives the exit status."""
     parser = report.parser("plan", __doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
-    parser.add_argument("--compiled", action="store_true", help="only kernels that are compiled")
     args = parser.parse_args(argv)
-    args.output.write_text(text(not args.compiled))
+    args.output.write_text(text())
     print(args.output)
     return 0

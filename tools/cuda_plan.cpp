@@ -16,7 +16,6 @@ struct Request {
   int64_t cell, element_bytes, is_bfloat16, is_backward, requested;  ///< requested: -1, none
   int64_t steps, rows, hidden_size, directions, saves, has_projection, is_bounded, is_tf32;
   int64_t multiprocessors, capability, shared_limit;
-  int64_t every_kernel;         ///< whether kernels count that are not compiled yet
   int64_t active_clusters[17];  ///< by size
 };
 /// cuda_plan.Plan.
@@ -34,20 +33,6 @@ namespace {
 
 thread_local const Request* request;
 thread_local std::string error;
-
-template <class Cell, class Element, bool kBackward>
-int shared_bytes(LaunchPlan plan) {
-  const int bytes = shared_bytes_of<Cell, Element, kBackward>(plan);
-  if (bytes >= 0 || !request->every_kernel) return bytes;
-  // A kernel to come takes as much as its sibling.
-  const bool has_tensor_cores = sizeof(Element) == 2 || plan.precision == Precision::tf32;
-  const bool has_half_operands = sizeof(Element) == 2 || plan.half_operands;
-  const bool is_cta = plan.algorithm == Algorithm::persistent_cta;
-  if (!has_tensor_cores || (is_cta && plan.half_registers && !has_half_operands)) return -1;
-  plan.few_rows = false;
-  if (is_cta) plan.half_registers = false;
-  return shared_bytes_of<Cell, Element, kBackward>(plan);
-}
 
 int active_clusters_of_size(const LaunchPlan& plan) {
   return plan.ctas <= 16 ? int(request->active_clusters[plan.ctas]) : 0;
@@ -81,8 +66,8 @@ constexpr PersistentKernels<Element> kernels_of() {
           nullptr,
           active_clusters_of_size,
           active_clusters_of_size,
-          [](const LaunchPlan& p) { return shared_bytes<Cell, Element, false>(p); },
-          [](const LaunchPlan& p) { return shared_bytes<Cell, Element, true>(p); }};
+          shared_bytes_of<Cell, Element, false>,
+          shared_bytes_of<Cell, Element, true>};
 }
 
 /// Calls f(element, kernels) for the request's type; the kernels are null for double.

@@ -61,7 +61,6 @@ class Problem:
         saves: whether the forward pass stores values for a backward pass.
         starts_at_zero: whether the layer gets no h0.
         requested: an algorithm, or none.
-        every_kernel: whether kernels count that the plan knows and that are not compiled.
     """
 
     T: int
@@ -76,7 +75,6 @@ class Problem:
     starts_at_zero: bool = True
     device: Device = H100
     requested: str = ""
-    every_kernel: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class _Request(ctypes.Structure):
         *((name, ctypes.c_int64) for name in (
             "cell", "element_bytes", "is_bfloat16", "is_backward", "requested",
             "steps", "rows", "hidden_size", "directions", "saves", "has_projection", "is_bounded",
-            "is_tf32", "multiprocessors", "capability", "shared_limit", "every_kernel",
+            "is_tf32", "multiprocessors", "capability", "shared_limit",
         )),
         ("active_clusters", ctypes.c_int64 * 17),
     )  # fmt: skip
@@ -225,7 +223,6 @@ def _request(p: Problem) -> _Request:
         device.multiprocessors,
         device.capability,
         device.shared_limit,
-        p.every_kernel,
         (ctypes.c_int64 * 17)(*clusters),
     )
 
@@ -272,7 +269,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-H", type=int, default=256)
     parser.add_argument("--directions", type=int, choices=(1, 2), default=1)
     parser.add_argument("--device", choices=("A100", "H100"), default="H100")
-    parser.add_argument("--compiled", action="store_true", help="only kernels that are compiled")
     args = parser.parse_args(argv)
     forward = Problem(
         args.T,
@@ -282,7 +278,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.cell,
         args.directions,
         device={"A100": A100, "H100": H100}[args.device],
-        every_kernel=not args.compiled,
     )
     passes = {
         "inference": forward,

@@ -65,10 +65,9 @@ constexpr struct Coefficients {
   // An LSTM's in bfloat16, exchanges included. Other types take up to 7 % more [M].
   //
   // Index: [half_registers][few_rows].
-  /// One CTA [M]. Its rows don't matter. Backward there is a kernel for all registers and eight
-  /// rows alone, the others are to come [G].
-  StepCycles cta[2][2] = {{{1280, 1390, 1720}, {850, 865, 1300}},
-                          {{720, 750, 1200}, {530, 540, 900}}};
+  /// One CTA [M]. Its rows don't matter.
+  StepCycles cta[2][2] = {{{1280, 1390, 1720}, {850, 865, 1270}},
+                          {{720, 750, 1140}, {530, 540, 750}}};
   /// A cluster [M].
   TileCycles cluster[2] = {{{1140, 1150, 1405}, {1115, 1170, 1300}},
                            {{900, 915, 1045}, {1000, 1045, 990}}};
