@@ -167,18 +167,45 @@ class FragmentGemm {
   static constexpr int kTiles = (kRowGroups + 1) / 2;
   static constexpr int kLoadScratchBytes = 0;  ///< per warp, for load()
   static constexpr bool kScaled = sizeof(Element) == 4 && sizeof(Operand) == 2;
+  static constexpr int kPerPair = kScaled ? 2 : 1;  ///< 16 bytes of memory for two mma
 
   /// row(group): the lane's row as a WeightRow. first_k: of the warp.
+  ///
+  /// A batch of 8 loads or more is on its way while the one before it is set. There is a branch in
+  /// each: without them the compiler asks for all at once, and spills.
   template <class Row>
   FUSEDRNN_DEVICE void load(const Row& row, int first_k) {
+    constexpr int kLoads = kPairs * kPerPair, kRows = kLoads < 8 ? 8 / kLoads : 1;
     const int k = first_k + threadIdx.x % 4 * kPerWords<Operand>;
-    if constexpr (kScaled) {
-      load_scaled(row, k);
-    } else if (row(std::integral_constant<int, 0>{}).is_aligned()) {
-      load_as<true>(row, k);
-    } else {
-      load_as<false>(row, k);
-    }
+    Words next[kRows][kLoads], now[kRows][kLoads];
+    const auto each = [](auto batch, const auto& f) {
+      unroll<kRows>([&](auto i) {
+        if constexpr (batch * kRows + i < kRowGroups) {
+          f(std::integral_constant<int, batch * kRows + i>{}, i);
+        }
+      });
+    };
+    const auto load_as = [&](auto batch, auto is_aligned) {
+      each(batch, [&](auto group, auto i) {
+        unroll<kLoads>([&](auto j) {
+          constexpr int more = j / kPerPair * kPairK + j % kPerPair * kPerWords<Element>;
+          next[i][j] = row(group).template words<is_aligned>(k + more);
+        });
+      });
+    };
+    const auto load_batch = [&](auto batch) {
+      if (row(std::integral_constant<int, 0>{}).is_aligned()) {
+        load_as(batch, std::true_type{});
+      } else {
+        load_as(batch, std::false_type{});
+      }
+    };
+    load_batch(std::integral_constant<int, 0>{});
+    unroll<(kRowGroups + kRows - 1) / kRows>([&](auto batch) {
+      each(batch, [&](auto, auto i) { unroll<kLoads>([&](auto j) { now[i][j] = next[i][j]; }); });
+      load_batch(std::integral_constant<int, batch + 1>{});
+      each(batch, [&](auto group, auto i) { set_row(group, now[i]); });
+    });
     if constexpr (kRowGroups % 2) {
       unroll<kPairs>([&](auto j) { set(kRowGroups, j, Words{}); });
     }
@@ -264,55 +291,22 @@ class FragmentGemm {
   static constexpr int kOperandExponent = 14;
   static constexpr float kOperandScale = 1 << kOperandExponent;
 
-  /// Without branches where rows are aligned: many loads are on their way at once.
-  template <bool kAligned, class Row>
-  FUSEDRNN_DEVICE void load_as(const Row& row, int k) {
-    unroll<kRowGroups>([&](auto group) {
+  /// Sets the lane's part of a row, from its 16 bytes in memory.
+  template <int kLoads>
+  FUSEDRNN_DEVICE void set_row(int group, const Words (&words)[kLoads]) {
+    const auto value = [&](int i) { return scalar::bit_cast<float>(words[i / 4].word[i % 4]); };
+    if constexpr (!kScaled) {
       unroll<kPairs>([&](auto j) {
-        Words w = row(group).template words<kAligned>(k + j * kPairK);
+        Words w = words[j];
         if constexpr (sizeof(Element) == 4) {
-          unroll<4>([&](auto i) { w.word[i] = tf32_of(scalar::bit_cast<float>(w.word[i])); });
+          unroll<4>([&](auto i) { w.word[i] = tf32_of(value(4 * j + i)); });
         }
         set(group, j, w);
       });
-    });
-  }
-
-  /// Scales the warp's part of each row so that its largest element is from 2^14 to 2^15. The next
-  /// row is on its way meanwhile.
-  template <class Row>
-  FUSEDRNN_DEVICE void load_scaled(const Row& row, int k) {
-    constexpr int kLoads = 2 * kPairs;
-    Words next[kLoads], now[kLoads];
-    const auto load = [&](auto group, auto is_aligned) {
-      unroll<kLoads>([&](auto i) {
-        next[i] = row(group).template words<is_aligned>(k + i / 2 * kPairK + i % 2 * 4);
-      });
-    };
-    const auto load_next = [&](auto group) {
-      // A branch for each row: without them the compiler asks for all at once, and spills.
-      if (row(group).is_aligned()) {
-        load(group, std::true_type{});
-      } else {
-        load(group, std::false_type{});
-      }
-    };
-    load_next(std::integral_constant<int, 0>{});
-    unroll<kRowGroups>([&](auto group) {
-      unroll<kLoads>([&](auto i) { now[i] = next[i]; });
-      if constexpr (group + 1 < kRowGroups) load_next(std::integral_constant<int, group + 1>{});
-      const auto value = [&](int i) { return scalar::bit_cast<float>(now[i / 4].word[i % 4]); };
-      float largest[4] = {};
-      unroll<8 * kPairs>([&](auto i) { largest[i % 4] = larger_size(largest[i % 4], value(i)); });
-      unroll<3>([&](auto i) { largest[0] = larger_size(largest[0], largest[i + 1]); });
-      unroll<2>(
-          [&](auto i) { largest[0] = larger_size(largest[0], shuffle_xor(largest[0], 1 << i)); });
-      // Powers of two by their exponents. At most 2^112: the inverse is a normal number. A row with
-      // an infinity needs no scale: its results are not finite.
-      const int exponent = int(scalar::bit_cast<uint32_t>(largest[0]) >> 23);
-      const int of_scale = exponent < 29 ? 239 : 268 - exponent;
-      const float scale = scalar::bit_cast<float>(uint32_t(of_scale) << 23);
-      unscale_[group] = scalar::bit_cast<float>(uint32_t(254 - kOperandExponent - of_scale) << 23);
+    } else {
+      const float scale = row_scale<8 * kPairs>(value);
+      unscale_[group] = scalar::bit_cast<float>(((254u - kOperandExponent) << 23) -
+                                                scalar::bit_cast<uint32_t>(scale));
       unroll<kPairs>([&](auto j) {
         Words w;
         unroll<4>([&](auto i) {
@@ -320,7 +314,21 @@ class FragmentGemm {
         });
         set(group, j, w);
       });
-    });
+    }
+  }
+
+  /// The power of two that brings the largest of a row's elements, of which four lanes have `count`
+  /// each, to 2^14 or more and less than 2^15. At most 2^112: its inverse, and that of B's scale
+  /// too, are normal numbers. An infinity needs no scale: the row's results are not finite.
+  template <int count, class Value>
+  static FUSEDRNN_DEVICE float row_scale(const Value& value) {
+    float largest[4] = {};
+    unroll<count>([&](auto i) { largest[i % 4] = larger_size(largest[i % 4], value(i)); });
+    unroll<3>([&](auto i) { largest[0] = larger_size(largest[0], largest[i + 1]); });
+    unroll<2>(
+        [&](auto i) { largest[0] = larger_size(largest[0], shuffle_xor(largest[0], 1 << i)); });
+    const int exponent = int(scalar::bit_cast<uint32_t>(largest[0]) >> 23);
+    return scalar::bit_cast<float>(uint32_t(exponent < 29 ? 239 : 268 - exponent) << 23);
   }
 
   uint32_t a_[kTiles][kPairs][2][4];
