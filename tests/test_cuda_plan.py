@@ -229,7 +229,7 @@ EXPECTED = [
     ("bfloat16", 100, 600, 128, A100, "cta, 100 x 1 CTAs, 6 rows"),
     ("bfloat16", 100, 2048, 128, H100, "cta, 256 x 1 CTAs, 8 rows"),  # two waves
     # Clusters: as many as are active at the same time, in two waves, or with tiles of more rows.
-    ("bfloat16", 100, 64, 128, H100, f"cluster, 8 x 4 CTAs, 8 rows, {HALF}"),
+    ("bfloat16", 100, 64, 129, H100, f"cluster, 8 x 5 CTAs, 8 rows, {HALF}"),
     ("bfloat16", 100, 1, 256, H100, f"cluster, 1 x 8 CTAs, 8 rows, {HALF}"),
     ("bfloat16", 100, 256, 256, H100, f"cluster, 32 x 8 CTAs, 8 rows, {HALF}"),
     ("bfloat16", 100, 64, 512, H100, "cluster, 8 x 16 CTAs, 8 rows"),

@@ -79,10 +79,8 @@ constexpr struct Coefficients {
   /// float32 multiply-adds: a row of operands by a register of weights in each thread, forward and
   /// backward, of one CTA and of the grid [M].
   double fma_per_register[2][2] = {{5, 10}, {5.5, 12}};
-  /// Loads of 16 bytes, of which forward each is waited for before the next [M]. The last are those
-  /// of kernels by multiply-adds, forward and backward.
-  PrologueCycles forward_prologue = {1900, 80}, backward_prologue = {1000, 32},
-                 fma_prologue = {1500, 15};
+  /// Loads of 16 bytes, 8 to 16 of them on their way [M]. Kernels by multiply-adds: [M].
+  PrologueCycles prologue = {1000, 32}, fma_prologue = {1500, 15};
 
   // ---- persistent kernels: bytes ----
   /// Distributed shared memory moves 11 to 15 bytes in a cycle to each multiprocessor [P].
@@ -265,9 +263,7 @@ class CostModel {
 
   double prologue_us(const LaunchPlan& plan) const {
     const Coefficients& k = kCoefficients;
-    const PrologueCycles c = uses_fma(plan)  ? k.fma_prologue
-                             : is_backward() ? k.backward_prologue
-                                             : k.forward_prologue;
+    const PrologueCycles c = uses_fma(plan) ? k.fma_prologue : k.prologue;
     const double registers = weight_registers(plan);
     // 256 threads load their weights, which float16 operands take from float32.
     const double bytes = 256 * 4 * registers * (plan.half_operands ? 2 : 1);
