@@ -253,7 +253,7 @@ def full_tiles(multiprocessors: int | None) -> Iterator[tuple[int, str, Case]]:
     kinds = [(kind, True) for kind in KINDS if kind != "float64"] + [("tf32", False)]
     for cell, (kind, hx) in itertools.product(CELLS, kinds):
         is_half = KINDS[kind] != torch.float32 or not hx  # the forward pass's operands
-        # Regime, hidden units, units a CTA, rows for which tiles must not be full.
+        # Regime, hidden units, units a CTA, the tile size that must not suffice.
         sizes = [("grid", hidden, 16, rows)
                  for hidden in ((512, 528) if is_half else (256, 272))
                  for rows in (8, 16)]  # fmt: skip

@@ -228,6 +228,9 @@ EXPECTED = [
     ("bfloat16", 100, 600, 128, H100, "cta, 120 x 1 CTAs, 5 rows"),
     ("bfloat16", 100, 600, 128, A100, "cta, 100 x 1 CTAs, 6 rows"),
     ("bfloat16", 100, 2048, 128, H100, "cta, 256 x 1 CTAs, 8 rows"),  # two waves
+    ("bfloat16 backward", 100, 64, 64, H100, f"cta, 64 x 1 CTAs, 1 rows, {HALF}, {FEW}"),
+    ("bfloat16 backward", 100, 1000, 64, H100, f"cta, 125 x 1 CTAs, 8 rows, {HALF}"),
+    ("bfloat16 backward", 100, 64, 128, A100, f"cta, 64 x 1 CTAs, 1 rows, {FEW}"),
     # Clusters: as many as are active at the same time, in two waves, or with tiles of more rows.
     ("bfloat16", 100, 64, 129, H100, f"cluster, 8 x 5 CTAs, 8 rows, {HALF}"),
     ("bfloat16", 100, 1, 256, H100, f"cluster, 1 x 8 CTAs, 8 rows, {HALF}"),

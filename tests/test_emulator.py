@@ -342,11 +342,20 @@ def test_whole_range(
 def test_no_numbers(
     cell: str, regime: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Infinities and NaN in the input are what they are on the CPU."""
+    """Infinities and NaN in the input or in weights are what they are on the CPU."""
     c = Case(cell, dtype, precision, regime, T=4, B=4, H=33, bias=False, hx=False)
     problem = Problem(c)
     problem.x[1, 0, 0] = float("inf")
     problem.x[2, 1, 0] = float("nan")
+    compare_no_numbers(problem, dtype, precision, monkeypatch)
+    problem = Problem(c)
+    problem.weights[1][7, 5] = float("inf")
+    compare_no_numbers(problem, dtype, precision, monkeypatch)
+
+
+def compare_no_numbers(
+    problem: Problem, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact, ours = both(problem, monkeypatch)
     states = 2 + (len(problem.states) > 1)
     assert any(e.isnan().any() for e in exact[:states])

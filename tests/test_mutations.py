@@ -809,6 +809,27 @@ BUGS = [
         "wrong",
     ),
     Bug(
+        "aligned weights past a row's end",
+        GEMM,
+        "load_words_if(k < end_, row_ + k)",
+        "load_words_if(k <= end_, row_ + k)",
+        "wrong|outside",
+    ),
+    Bug(
+        "weights past a row's end",
+        GEMM,
+        "values[i] = k + i < end_ ?",
+        "values[i] = k + i <= end_ ?",
+        "wrong|outside",
+    ),
+    Bug(
+        "unaligned weights by wide loads",
+        FORWARD,
+        "is_aligned(H % kPerWords<Element> == 0 &&",
+        "is_aligned(H > 0 &&",
+        "misaligned|wrong|outside",
+    ),
+    Bug(
         "other rows in the columns of B that few rows leave free",
         EXCHANGE,
         "lane / 8 % kChunkRows",
@@ -816,7 +837,7 @@ BUGS = [
         "wrong",
     ),
     Bug(
-        "gate gradients of few rows in their unit's place",
+        "gate gradients of few rows in another unit's place",
         EXCHANGE,
         "pair(0, 0).unit / 8 % kBlocks * kParts",
         "pair(0, 0).unit / 8 % kBlocks * 0",

@@ -204,7 +204,7 @@ def sanitize(results: Path) -> list[Command]:
         # The program tests launches that must fail.
         api = ["--report-api-errors", "no"] if tool == "memcheck" else []
         commands.append(Command(f"{tool}, primitives", [*check, *api, str(PRIMITIVES)], share=0.3))
-    return [*commands, *sanitized(sanitizer, "step", "alone", "grid")]
+    return [*commands, *sanitized(sanitizer, "step", "alone", "grid", "")]
 
 
 def sanitized(sanitizer: str, *regimes: str) -> list[Command]:

@@ -79,7 +79,8 @@ constexpr struct Coefficients {
   /// float32 multiply-adds: a row of operands by a register of weights in each thread, forward and
   /// backward, of one CTA and of the grid [M].
   double fma_per_register[2][2] = {{5, 10}, {5.5, 12}};
-  /// Loads of 16 bytes, 8 to 16 of them on their way [M]. Kernels by multiply-adds: [M].
+  /// Loads of 16 bytes, in batches of 8 or more [M]. Weights that become float16 take a fifth
+  /// longer. Then kernels by multiply-adds [M].
   PrologueCycles prologue = {1000, 32}, fma_prologue = {1500, 15};
 
   // ---- persistent kernels: bytes ----

@@ -344,21 +344,21 @@ class FragmentTraits<Gemm_, kResults_, kBlocks_, kGroups_, kSplits_, kChunkRows_
   }
 
  protected:
-  /// The part of K with a thread's operands.
+  /// The k of a thread's first operand.
   template <int kParts>
-  FUSEDRNN_DEVICE int first_k() const {
+  FUSEDRNN_DEVICE int own_k() const {
     const int k = k_of<kParts>(group(), threadIdx.x % kWarp / 4);
     return kFewRows ? k + pair(0, 0).unit / 8 % kBlocks * kParts : k;
   }
   /// Where a thread's first operand lies from the beginning of a chunk's.
   FUSEDRNN_DEVICE int first_offset(int stride) const {
-    return operand_offset<Operand>(pair(0, 0).chunk_row, first_k<kK / kUnits>(), stride);
+    return operand_offset<Operand>(pair(0, 0).chunk_row, own_k<kK / kUnits>(), stride);
   }
   /// Stores a chunk's operands, whose rows begin at `rows`. first: first_offset().
   template <int kParts>
   FUSEDRNN_DEVICE void store_rows(const float (&values)[kPairs][kParts], Operand* rows, int stride,
                                   int first) const {
-    const int chunk_row = pair(0, 0).chunk_row, k = first_k<kParts>();
+    const int chunk_row = pair(0, 0).chunk_row, k = own_k<kParts>();
     if constexpr (kFewRows) {
       store_neighbours(values[0], rows, chunk_row, k, stride, first);
     } else {

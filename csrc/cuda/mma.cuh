@@ -167,29 +167,29 @@ class FragmentGemm {
   static constexpr int kTiles = (kRowGroups + 1) / 2;
   static constexpr int kLoadScratchBytes = 0;  ///< per warp, for load()
   static constexpr bool kScaled = sizeof(Element) == 4 && sizeof(Operand) == 2;
-  static constexpr int kPerPair = kScaled ? 2 : 1;  ///< 16 bytes of memory for two mma
+  static constexpr int kPerPair = kScaled ? 2 : 1;  ///< loads of 16 bytes for two mma
 
   /// row(group): the lane's row as a WeightRow. first_k: of the warp.
   ///
-  /// A batch of 8 loads or more is on its way while the one before it is set. There is a branch in
-  /// each: without them the compiler asks for all at once, and spills.
+  /// A batch is on its way while the one before it is set: 8 loads or more, where A has so many.
+  /// There is a branch in each. Without branches the compiler asks for all at once, and spills.
   template <class Row>
   FUSEDRNN_DEVICE void load(const Row& row, int first_k) {
-    constexpr int kLoads = kPairs * kPerPair, kRows = kLoads < 8 ? 8 / kLoads : 1;
+    constexpr int kLoads = kPairs * kPerPair, kGroups = kLoads < 8 ? 8 / kLoads : 1;
     const int k = first_k + threadIdx.x % 4 * kPerWords<Operand>;
-    Words next[kRows][kLoads], now[kRows][kLoads];
+    Words next[kGroups][kLoads], now[kGroups][kLoads];
     const auto each = [](auto batch, const auto& f) {
-      unroll<kRows>([&](auto i) {
-        if constexpr (batch * kRows + i < kRowGroups) {
-          f(std::integral_constant<int, batch * kRows + i>{}, i);
+      unroll<kGroups>([&](auto i) {
+        if constexpr (batch * kGroups + i < kRowGroups) {
+          f(std::integral_constant<int, batch * kGroups + i>{}, i);
         }
       });
     };
     const auto load_as = [&](auto batch, auto is_aligned) {
       each(batch, [&](auto group, auto i) {
         unroll<kLoads>([&](auto j) {
-          constexpr int more = j / kPerPair * kPairK + j % kPerPair * kPerWords<Element>;
-          next[i][j] = row(group).template words<is_aligned>(k + more);
+          constexpr int offset = j / kPerPair * kPairK + j % kPerPair * kPerWords<Element>;
+          next[i][j] = row(group).template words<is_aligned>(k + offset);
         });
       });
     };
@@ -201,7 +201,7 @@ class FragmentGemm {
       }
     };
     load_batch(std::integral_constant<int, 0>{});
-    unroll<(kRowGroups + kRows - 1) / kRows>([&](auto batch) {
+    unroll<(kRowGroups + kGroups - 1) / kGroups>([&](auto batch) {
       each(batch, [&](auto, auto i) { unroll<kLoads>([&](auto j) { now[i][j] = next[i][j]; }); });
       load_batch(std::integral_constant<int, batch + 1>{});
       each(batch, [&](auto group, auto i) { set_row(group, now[i]); });
@@ -318,8 +318,9 @@ class FragmentGemm {
   }
 
   /// The power of two that brings the largest of a row's elements, of which four lanes have `count`
-  /// each, to 2^14 or more and less than 2^15. At most 2^112: its inverse, and that of B's scale
-  /// too, are normal numbers. An infinity needs no scale: the row's results are not finite.
+  /// each, to 2^14 or more and less than 2^15. At most 2^112: its inverse, and that of its product
+  /// with B's scale, are normal numbers. With an infinity any scale will do: the row's results are
+  /// not finite.
   template <int count, class Value>
   static FUSEDRNN_DEVICE float row_scale(const Value& value) {
     float largest[4] = {};

@@ -694,13 +694,14 @@ std::vector<Case> all_cases() {
       {grid, own, 12, 20, 18, 1, "packed", 2},
       {grid, own, 4, 20, 18, 1, "lengths", 4},
       {grid, own, 17, 2, 37, 1, "lengths", 3},
+      {grid, own, 3, 3, 18, 1, "padded", 2, true, false, true},
       // Enough units for several of the warps that share K.
       {grid, own, 3, 11, 150, 1, "padded", 10},
-      {grid, own, 3, 3, 18, 1, "padded", 2, true, false, true},
       // Two or three CTAs a cluster; tiles of two chunks where few clusters find room.
       {cluster, tf32, 3, 3, 21, 2, "padded", 8},
       {cluster, tf32, 5, 20, 40, 1, "packed", 2},
       {cluster, tf32, 4, 12, 70, 2, "lengths", 6},
+      // Enough units for both of the warps that share K.
       {cluster, tf32, 3, 3, 140, 1, "padded", 5},
   };
   if (sizeof(Element) == 4) {

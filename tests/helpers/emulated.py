@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -30,17 +30,20 @@ def key_of(command: Sequence[str], dependencies: Path, texts: dict[Path, bytes])
     """Changes with the command, and with the texts of a compiler's list of dependencies."""
     key = hashlib.sha256(shlex.join(command).encode())
     if dependencies.exists():
-        words = dependencies.read_text().replace("\\\n", " ").split()
-        for path in sorted({Path(os.path.normpath(p)) for p in words[1:]}):
-            key.update(texts.get(path, b""))
+        words = shlex.split(dependencies.read_text().replace("\\\n", " "))[1:]  # after the target
+        paths = {Path(os.path.normpath(word)) for word in words} & texts.keys()
+        assert paths, f"{dependencies} lists none of the project's files"
+        for path in sorted(paths):
+            key.update(f"{path} {len(texts[path])} ".encode() + texts[path])
     return key.hexdigest()[:16]
 
 
 def compile_all(sources: Sequence[tuple[Path, Sequence[str]]], output: Path) -> list[Path]:
     """Compiles sources, each with its own flags; reuses up-to-date object files."""
     output.mkdir(parents=True, exist_ok=True)
-    # As they are before the compiler reads them.
-    texts = {p: p.read_bytes() for f in (ROOT / "csrc", EMULATOR) for p in f.rglob("*.*")}
+    # As they are before the compiler reads them: do not edit them meanwhile.
+    files = [p for folder in (ROOT / "csrc", EMULATOR) for p in folder.rglob("*") if p.is_file()]
+    texts = {path: path.read_bytes() for path in files}
 
     def one(source: Path, flags: Sequence[str]) -> Path:
         language = ["-x", "c++"] if source.suffix == ".cu" else []

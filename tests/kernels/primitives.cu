@@ -858,6 +858,7 @@ struct Round {
   const float* in;
   uint32_t *bfloat16, *float16, *tf32;
   uint32_t *packed_bfloat16, *packed_float16;  ///< each value low, the next one high
+  float* larger;                               ///< the larger size of each value and the next one
   int count;
 
   FUSEDRNN_DEVICE void operator()(unsigned char*) const {
@@ -873,6 +874,7 @@ struct Round {
     const float next = in[(i + 1) % count];
     packed_bfloat16[i] = pack<BFloat16>(in[i], next);
     packed_float16[i] = pack<Float16>(in[i], next);
+    larger[i] = larger_size(larger_size(0, in[i]), next);
   }
 };
 
@@ -1006,8 +1008,14 @@ void test_types() {
   Memory<float> in(numbers);
   Memory<uint32_t> bfloat16(count), float16(count), tf32(count);
   Memory<uint32_t> packed_bfloat16(count), packed_float16(count);
-  const Round kernel{in.data(),   bfloat16.data(),        float16.data(),
-                     tf32.data(), packed_bfloat16.data(), packed_float16.data(),
+  Memory<float> larger(count);
+  const Round kernel{in.data(),
+                     bfloat16.data(),
+                     float16.data(),
+                     tf32.data(),
+                     packed_bfloat16.data(),
+                     packed_float16.data(),
+                     larger.data(),
                      int(count)};
   if (!ran("round_to", kernel, {unsigned((count + Round::kThreads - 1) / Round::kThreads)})) return;
   const auto compare = [&](const char* name, Format f, bool even, const auto& value) {
@@ -1026,7 +1034,8 @@ void test_types() {
           [&](size_t i) { return decoded(b[i], kBfloat16); });
   compare("round_to(Float16)", kFloat16, true, [&](size_t i) { return decoded(h[i], kFloat16); });
   const auto pb = packed_bfloat16.values(), ph = packed_float16.values();
-  size_t wrong_pb = 0, wrong_ph = 0;
+  const auto sizes = larger.values();
+  size_t wrong_pb = 0, wrong_ph = 0, wrong_size = 0;
   for (size_t i = 0; i < count; ++i) {
     const size_t next = (i + 1) % count;
     const auto is_pair = [&](uint32_t word, Format f) {
@@ -1035,9 +1044,15 @@ void test_types() {
     };
     wrong_pb += !is_pair(pb[i], kBfloat16);
     wrong_ph += !is_pair(ph[i], kFloat16);
+    float expected = 0;
+    for (const float x : {numbers[i], numbers[next]}) {
+      if (std::fabs(x) > expected) expected = std::fabs(x);  // not a NaN
+    }
+    wrong_size += sizes[i] != expected;
   }
   report("pack<BFloat16>", wrong_pb, count);
   report("pack<Float16>", wrong_ph, count);
+  report("larger_size", wrong_size, count);
   // Without the bits that an mma does not read.
   compare("tf32_of", kTf32, false, [&](size_t i) { return float_with(t[i] & 0xffffe000u); });
 
