@@ -332,12 +332,13 @@ struct Launch {
   Context main = {};
   void* main_tsan = nullptr;
   Fiber* current = nullptr;
-  size_t alive = 0, idle_polls = 0;
+  size_t alive = 0, idle_polls = 0, next_poll = 0;
   std::vector<Message> in_flight = {};
   bool late_stores = false;  ///< they arrive when nothing else can go on
   RelaxedWords relaxed = {};
   Arrival arrival = Arrival::at_once;
   unsigned late_cta = 0;
+  bool is_large = false;     ///< so many CTAs that schedules must be shorter
   size_t hurry = 1;          ///< about so many turns pass until a word arrives
   bool clock_moves = false;  ///< since nothing could go on
   uint64_t clock = 0;
@@ -552,10 +553,12 @@ Fiber* next() {
     return l.polling[l.idle_polls++ / kMostTries % l.polling.size()];
   }
   if (!l.polling.empty() && (l.ready.empty() || l.random() % 16 == 0)) {
-    // A starved thread goes on only if the others can't without it.
-    if (!l.ready.empty() || l.starved.empty() || l.idle_polls <= l.polling.size()) {
+    // A starved thread goes on only if the others can't without it. In a large launch some of them
+    // have tried: all would try thousands of times for each of its words.
+    const size_t tries = std::min<size_t>(l.polling.size(), l.is_large ? 256 : SIZE_MAX);
+    if (!l.ready.empty() || l.starved.empty() || l.idle_polls <= tries) {
       ++l.idle_polls;
-      return l.polling[l.idle_polls % l.polling.size()];
+      return l.polling[l.next_poll++ % l.polling.size()];
     }
   }
   std::vector<Fiber*>& list = l.ready.empty() ? l.starved : l.ready;
@@ -774,8 +777,9 @@ int launch(const cuda::Grid& grid, unsigned threads, const void* kernel, Thread*
   l.late_stores = l.random() % 4 == 0;
   l.arrival = Arrival(l.random() % uint64_t(Arrival::kCount));
   l.late_cta = unsigned(l.random() % grid.x);
-  // In a large launch each arrival waits for thousands of tries, so more words arrive at a time.
-  l.hurry = size_t(1) << l.random() % (total > 16 ? 3 : 8);
+  // In a large launch each arrival waits for thousands of tries, so many words arrive at a time.
+  l.is_large = total > 16;
+  l.hurry = size_t(1) << l.random() % (l.is_large ? 1 : 8);
   if (has_tsan) l.main_tsan = __tsan_get_current_fiber();
   gridDim = {grid.x, grid.y, grid.z};
   if (grid.cluster) l.in_flight.reserve(1 << 16);  // as in Barrier::expect
