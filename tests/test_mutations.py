@@ -970,7 +970,7 @@ def run(program: Path, seeds: int, left_out: str = "") -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
 
 
