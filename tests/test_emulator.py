@@ -270,8 +270,24 @@ def test_sizes_where_kernels_change(case: Case, monkeypatch: pytest.MonkeyPatch)
     check(case, monkeypatch)
 
 
-KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32")]
-BOUNDED = ("lstm", "gru", "rnn_tanh")
+# Every persistent kernel's way to multiply by tensor cores: a case's cell, type, precision, regime.
+WITH_TENSOR_CORES = pytest.mark.parametrize(
+    "kind",
+    [
+        (cell, dtype, precision, regime)
+        for dtype, precision in (
+            (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"),
+        )
+        for regime in ("alone", "cluster", "grid")
+        for cell in ("lstm", "gru", "rnn_tanh")
+    ],
+    ids=lambda kind: "-".join(str(part).removeprefix("torch.") for part in kind),
+)  # fmt: skip
+Kind = tuple[str, torch.dtype, str, str]
+
+
+def rounding(c: Case) -> float:
+    return ROUNDING[c.dtype, c.precision]
 
 
 def both(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
@@ -286,76 +302,57 @@ def both(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor
     return exact, ours
 
 
-@pytest.mark.parametrize("cell", BOUNDED)
-@pytest.mark.parametrize("regime", ["alone", "cluster", "grid"])
-@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["bfloat16", "float16", "tf32"])
-def test_small_outputs(
-    cell: str, regime: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@WITH_TENSOR_CORES
+def test_small_outputs(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs far below 1 are as exact, relative to the largest."""
-    c = Case(cell, dtype, precision, regime, T=6, B=3, H=33, bias=False, hx=False)
+    c = Case(*kind, T=6, B=3, H=33, bias=False, hx=False)
     problem = Problem(c)
-    problem.x = (problem.x * 2.0**-9).to(dtype).double()
+    problem.x = (problem.x * 2.0**-9).to(c.dtype).double()
     exact, ours = both(problem, monkeypatch)
     for e, o in zip(exact[:2], ours[:2], strict=True):  # y, h_n
         largest = e.abs().max().item()
         assert largest < 0.1
-        assert (o - e).abs().max().item() <= 16 * ROUNDING[dtype, precision] * largest
+        assert (o - e).abs().max().item() <= 16 * rounding(c) * largest
 
 
-@pytest.mark.parametrize("cell", BOUNDED)
-@pytest.mark.parametrize("regime", ["alone", "cluster", "grid"])
-@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["bfloat16", "float16", "tf32"])
+@WITH_TENSOR_CORES
 @pytest.mark.parametrize("hx", [False, True], ids=["zeros", "hx"])
-def test_whole_range(
-    cell: str,
-    regime: str,
-    dtype: torch.dtype,
-    precision: str,
-    hx: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_whole_range(kind: Kind, hx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saturated gates, large states, weights that are tiny, zero or vary widely within a row."""
-    c = Case(cell, dtype, precision, regime, T=6, B=3, H=33, hx=hx)
+    c = Case(*kind, T=6, B=3, H=33, hx=hx)
     problem = Problem(c)
     problem.x[:, 0] *= 30
     if hx:
         # A GRU's h decays slowly, and the roundings of a large h would decide its gates.
-        large = 4 if cell == "gru" else 1e6 if dtype == torch.float32 else 1e3
+        large = 4 if c.cell == "gru" else 1e6 if c.dtype == torch.float32 else 1e3
         problem.states[0][:, 1] *= large
     hh = problem.weights[1]
     hh[0] = 0
-    hh[1] *= 1e-30 if dtype != torch.float16 else 1e-4
+    hh[1] *= 1e-30 if c.dtype != torch.float16 else 1e-4
     hh[2, 1:] *= 1e-6
     hh[3] *= 20
-    problem.x, hh[:] = problem.x.to(dtype).double(), hh.to(dtype).double()
+    problem.x, hh[:] = problem.x.to(c.dtype).double(), hh.to(c.dtype).double()
     exact, ours = both(problem, monkeypatch)
     for i, (e, o) in enumerate(zip(exact, ours, strict=True)):
         scale = max(1.0, e.abs().max().item())
         error = (o - e).abs().max().item()
-        assert error <= 32 * ROUNDING[dtype, precision] * scale, f"tensor {i}"
+        assert error <= 32 * rounding(c) * scale, f"tensor {i}"
 
 
-@pytest.mark.parametrize("cell", BOUNDED)
-@pytest.mark.parametrize("regime", ["alone", "cluster", "grid"])
-@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=["bfloat16", "float16", "tf32"])
-def test_no_numbers(
-    cell: str, regime: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@WITH_TENSOR_CORES
+def test_no_numbers(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Infinities and NaN in the input or in weights are what they are on the CPU."""
-    c = Case(cell, dtype, precision, regime, T=4, B=4, H=33, bias=False, hx=False)
+    c = Case(*kind, T=4, B=4, H=33, bias=False, hx=False)
     problem = Problem(c)
     problem.x[1, 0, 0] = float("inf")
     problem.x[2, 1, 0] = float("nan")
-    compare_no_numbers(problem, dtype, precision, monkeypatch)
+    compare_no_numbers(problem, monkeypatch)
     problem = Problem(c)
     problem.weights[1][7, 5] = float("inf")
-    compare_no_numbers(problem, dtype, precision, monkeypatch)
+    compare_no_numbers(problem, monkeypatch)
 
 
-def compare_no_numbers(
-    problem: Problem, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def compare_no_numbers(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     exact, ours = both(problem, monkeypatch)
     states = 2 + (len(problem.states) > 1)
     assert any(e.isnan().any() for e in exact[:states])
@@ -364,7 +361,7 @@ def compare_no_numbers(
         finite = e.isfinite()
         assert torch.equal(e[~finite & ~e.isnan()], o[~finite & ~e.isnan()])
         error, scale = ((t[finite].abs().max().item() if finite.any() else 0.0) for t in (o - e, e))
-        assert error <= 16 * ROUNDING[dtype, precision] * max(1.0, scale)
+        assert error <= 16 * rounding(problem.c) * max(1.0, scale)
 
 
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
