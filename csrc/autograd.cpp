@@ -115,10 +115,20 @@ struct Autograd {
     }
     return call_below_autograd<Cell>(backward_op<Cell>(), args);
   }
+  template <class Cell>
+  static LayerOutput frozen(const FrozenArgs& args) {
+    TORCH_CHECK(!any_needs_gradient(args.input, args.h0, args.c0), "fusedrnn::", Cell::kName,
+                "_frozen: frozen weights have no gradient. Call it under torch.no_grad() or "
+                "torch.inference_mode(), or call the module that was frozen");
+    return call_below_autograd<Cell>(frozen_op<Cell>(), args);
+  }
 };
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) { register_ops<Autograd>(m); }
+TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
+  register_ops<Autograd>(m);
+  register_frozen_ops<Autograd>(m);
+}
 
 }  // namespace fusedrnn

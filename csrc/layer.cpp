@@ -47,7 +47,8 @@ constexpr auto kCellInfos = cell_infos(scalar::Cells());
 
 const CellInfo& cell_info(int index) { return kCellInfos[size_t(index)]; }
 
-Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, KeepType keep_type)
+Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, KeepType keep_type,
+             const FrozenSizes* frozen)
     : cell(cell_info), type(args.input.scalar_type()), D(args.bidirectional ? 2 : 1) {
   const Tensor& x = args.input;
   packed = args.batch_sizes.has_value();
@@ -71,7 +72,19 @@ Layer::Layer(const CellInfo& cell_info, const LayerArgs& args, KeepType keep_typ
   }
   TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
   if (args.lengths) read_lengths(*args.lengths, x);
-  read_weights(x, args.weights, operand_type);
+  if (frozen) {
+    FUSEDRNN_CHECK(cell, D == frozen->D, "the weights were frozen for ", frozen->D, " direction",
+                   frozen->D == 2 ? "s" : "", ", got ", D);
+    FUSEDRNN_CHECK(cell, I == frozen->I, "input.size(-1) must be equal to input_size. Expected ",
+                   frozen->I, ", got ", I);
+    FUSEDRNN_CHECK(cell, type != at::kDouble, "frozen weights take no float64 input");
+    H = frozen->H;
+    P = frozen->P;
+    has_bias = frozen->has_bias;
+    has_projection = frozen->has_projection;
+  } else {
+    read_weights(x, args.weights, operand_type);
+  }
   if (args.h0) check_like(cell, "h0", *args.h0, x, {D, B, P});
   if (args.c0) check_like(cell, "c0", *args.c0, x, {D, B, H});
   input = with_contiguous_features(x, operand_type);

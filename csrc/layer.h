@@ -59,10 +59,17 @@ struct DirectionWeights {
 /// Operands: input and weights. All: the states too, and the gradients of output and states.
 enum class KeepType { none, operands, all };
 
+/// What frozen weights tell of their layer.
+struct FrozenSizes {
+  int64_t I, H, P, D;
+  bool has_bias, has_projection;
+};
+
 /// An op's arguments, checked, in the kernels' types.
 struct Layer {
-  /// Throws on anything outside the contract in ops.cpp.
-  Layer(const CellInfo& cell, const LayerArgs& args, KeepType keep_type = KeepType::none);
+  /// Throws on anything outside the contract in ops.cpp. With frozen weights args has none.
+  Layer(const CellInfo& cell, const LayerArgs& args, KeepType keep_type = KeepType::none,
+        const FrozenSizes* frozen = nullptr);
 
   const CellInfo& cell;
   at::ScalarType type, compute_type;  ///< the tensors' type; float32 for the half types

@@ -1,6 +1,7 @@
 // Every op's schema and contract. Backends register the kernels.
 //
-// Each cell in cells.h has the ops <cell>, <cell>_backward and _<cell>_backward_differentiable.
+// Each cell in cells.h has the ops <cell>, <cell>_backward, _<cell>_backward_differentiable, and
+// <cell>_frozen for inference with frozen weights.
 // Shapes: T steps, B batch rows, I input_size, H hidden_size, P = proj_size or H, D directions,
 // G gates of the cell. N = T * B when padded, sum(batch_sizes) when packed.
 //
@@ -16,6 +17,15 @@
 //   output       [T, B, D*P] or [N, D*P]
 //   h_n, c_n     [D, B, P], [D, B, H]: after each row's own last step
 //   saved        for the same backend's backward op, unchanged
+//
+// _freeze prepacks a layer's float32 weights, as listed above, into one uint8 tensor. `type`:
+// float32, bfloat16 or int8, the type of weight_ih and weight_hh there. weight_hr and the biases
+// stay float32. int8 has a scale for each row of weights, and needs a cell with states within
+// [-1, 1] and no projection. The tensor is for this machine's vectors; on another machine a
+// <cell>_frozen op gives the same numbers, but packs anew in each call. _unfreeze gives the weights
+// back: exactly, or as bfloat16 and int8 have rounded them. <cell>_frozen has no gradient, and
+// takes float32, bfloat16 and float16 input. It computes in float32. With int8 weights, operands
+// are quantised to int16, and a row is NaN from a token on that is not finite.
 //
 // float32, float64, bfloat16 and float16; one type and device for all tensors but batch_sizes. Any
 // strides. No op writes to its inputs. An unused output has the gradient None. The backward ops
@@ -36,6 +46,7 @@ const char* schema_type() {
   if constexpr (std::is_same_v<Type, OptionalTensor>) return "Tensor? ";
   if constexpr (std::is_same_v<Type, at::TensorList>) return "Tensor[] ";
   if constexpr (std::is_same_v<Type, bool>) return "bool ";
+  if constexpr (std::is_same_v<Type, int64_t>) return "int ";
   if constexpr (std::is_same_v<Type, c10::List<bool>>) return "bool[] ";
 }
 
@@ -56,6 +67,8 @@ void define_ops(torch::Library& m) {
   const std::string layer = FUSEDRNN_LAYER_ARGS(FUSEDRNN_ARG, FUSEDRNN_CELL_STATE_ARG) "";
   define(name, layer + FUSEDRNN_FORWARD_ARGS(FUSEDRNN_ARG) "",
          "Tensor output, Tensor h_n, " + of_cell_state("Tensor c_n, ") + "Tensor saved");
+  define(name + "_frozen", FUSEDRNN_FROZEN_ARGS(FUSEDRNN_ARG, FUSEDRNN_CELL_STATE_ARG) "",
+         "Tensor output, Tensor h_n" + std::string(Cell::kHasCellState ? ", Tensor c_n" : ""));
   const std::string backward = FUSEDRNN_OUTPUT_GRADIENT_ARGS(FUSEDRNN_ARG, FUSEDRNN_CELL_STATE_ARG)
                                    layer +
                                FUSEDRNN_BACKWARD_ARGS(FUSEDRNN_ARG) "";
@@ -71,6 +84,8 @@ void define_ops(torch::Library& m) {
 
 TORCH_LIBRARY(fusedrnn, m) {
   scalar::Cells::for_each([&](auto cell) { define_ops<decltype(cell)>(m); });
+  m.def("_freeze(str cell, Tensor[] weights, bool bidirectional, ScalarType type) -> Tensor");
+  m.def("_unfreeze(Tensor weights) -> Tensor[]");
   // The CPU instruction set in use.
   m.def("_cpu_isa() -> str");
   // The algorithm of this thread's last pass on CUDA: stepwise, persistent_cta, persistent_cluster,

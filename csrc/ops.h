@@ -23,15 +23,28 @@ namespace fusedrnn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// A layer's arguments in schema order. CELL_STATE: for cells with a cell state alone.
-#define FUSEDRNN_LAYER_ARGS(ARG, CELL_STATE) \
+/// A layer's arguments in schema order: those before the weights, the weights, and those behind.
+/// CELL_STATE: for cells with a cell state alone.
+#define FUSEDRNN_INPUT_ARGS(ARG, CELL_STATE) \
   ARG(const Tensor&, input)                  \
   ARG(const OptionalTensor&, h0)             \
-  CELL_STATE(const OptionalTensor&, c0)      \
-  ARG(at::TensorList, weights)               \
-  ARG(bool, bidirectional)                   \
-  ARG(const OptionalTensor&, batch_sizes)    \
+  CELL_STATE(const OptionalTensor&, c0)
+#define FUSEDRNN_LAYOUT_ARGS(ARG)         \
+  ARG(bool, bidirectional)                \
+  ARG(const OptionalTensor&, batch_sizes) \
   ARG(const OptionalTensor&, lengths)
+#define FUSEDRNN_LAYER_ARGS(ARG, CELL_STATE) \
+  FUSEDRNN_INPUT_ARGS(ARG, CELL_STATE)       \
+  ARG(at::TensorList, weights)               \
+  FUSEDRNN_LAYOUT_ARGS(ARG)
+
+/// The arguments of an op with frozen weights.
+#define FUSEDRNN_FROZEN_ARGS(ARG, CELL_STATE) \
+  FUSEDRNN_INPUT_ARGS(ARG, CELL_STATE)        \
+  ARG(const Tensor&, weights)                 \
+  ARG(int64_t, hidden_size)                   \
+  ARG(int64_t, output_size)                   \
+  FUSEDRNN_LAYOUT_ARGS(ARG)
 
 #define FUSEDRNN_OUTPUT_GRADIENT_ARGS(ARG, CELL_STATE) \
   ARG(const OptionalTensor&, grad_output)              \
@@ -53,6 +66,9 @@ struct LayerArgs {
 };
 struct ForwardArgs : LayerArgs {
   FUSEDRNN_FORWARD_ARGS(FUSEDRNN_FIELD)
+};
+struct FrozenArgs {
+  FUSEDRNN_FROZEN_ARGS(FUSEDRNN_FIELD, FUSEDRNN_FIELD)
 };
 struct OutputGradientArgs {
   FUSEDRNN_OUTPUT_GRADIENT_ARGS(FUSEDRNN_FIELD, FUSEDRNN_FIELD)
@@ -95,6 +111,11 @@ auto flat(const LayerArgs& args) {
                             std::tuple<>());
 }
 template <class Cell>
+auto flat(const FrozenArgs& args) {
+  return std::tuple_cat(FUSEDRNN_FROZEN_ARGS(FUSEDRNN_ITEM, FUSEDRNN_CELL_STATE_ITEM)
+                            std::tuple<>());
+}
+template <class Cell>
 auto flat(const ForwardArgs& args) {
   return std::tuple_cat(flat<Cell>(static_cast<const LayerArgs&>(args)),
                         FUSEDRNN_FORWARD_ARGS(FUSEDRNN_ITEM) std::tuple<>());
@@ -107,11 +128,16 @@ auto flat(const BackwardArgs& args) {
 }
 #undef FUSEDRNN_ITEM
 #undef FUSEDRNN_CELL_STATE_ITEM
+/// Without `saved`, as an op with frozen weights gives it.
+template <class Cell>
+auto flat_states(LayerOutput&& out) {
+  return std::tuple_cat(std::tuple<Tensor, Tensor>(std::move(out.output), std::move(out.h_n)),
+                        cell_state_item<Cell, Tensor>(std::move(out.c_n)));
+}
 template <class Cell>
 auto flat(LayerOutput&& out) {
-  return std::tuple_cat(std::tuple<Tensor, Tensor>(std::move(out.output), std::move(out.h_n)),
-                        cell_state_item<Cell, Tensor>(std::move(out.c_n)),
-                        std::tuple<Tensor>(std::move(out.saved)));
+  std::tuple<Tensor> saved(std::move(out.saved));
+  return std::tuple_cat(flat_states<Cell>(std::move(out)), std::move(saved));
 }
 template <class Cell>
 auto flat(LayerGradients&& out) {
@@ -164,6 +190,9 @@ struct OpTypes {
                                       decltype(flat<Cell>(std::declval<LayerGradients>()))>::type;
 };
 template <class Cell>
+using FrozenOp = typename Signature<decltype(flat<Cell>(std::declval<const FrozenArgs&>())),
+                                    decltype(flat_states<Cell>(std::declval<LayerOutput>()))>::type;
+template <class Cell>
 using ForwardOp = typename OpTypes<Cell>::Forward;
 template <class Cell>
 using BackwardOp = typename OpTypes<Cell>::Backward;
@@ -175,6 +204,12 @@ c10::TypedOperatorHandle<Op> find_op(const std::string& name) {
 template <class Cell>
 const auto& forward_op() {
   static const auto op = find_op<ForwardOp<Cell>>(std::string("fusedrnn::") + Cell::kName);
+  return op;
+}
+template <class Cell>
+const auto& frozen_op() {
+  static const auto op =
+      find_op<FrozenOp<Cell>>(std::string("fusedrnn::") + Cell::kName + "_frozen");
   return op;
 }
 template <class Cell>
@@ -195,6 +230,12 @@ template <class Cell>
 LayerOutput call(const c10::TypedOperatorHandle<ForwardOp<Cell>>& op, const ForwardArgs& args) {
   return structured<Cell, LayerOutput>(
       std::apply([&](const auto&... items) { return op.call(items...); }, flat<Cell>(args)));
+}
+/// Without `saved`.
+template <class Cell>
+LayerOutput call(const c10::TypedOperatorHandle<FrozenOp<Cell>>& op, const FrozenArgs& args) {
+  auto out = std::apply([&](const auto&... items) { return op.call(items...); }, flat<Cell>(args));
+  return structured<Cell, LayerOutput>(std::tuple_cat(std::move(out), std::tuple<Tensor>()));
 }
 template <class Cell>
 LayerGradients call(const c10::TypedOperatorHandle<BackwardOp<Cell>>& op,
@@ -226,6 +267,24 @@ void register_ops(Library& m) {
     using Ops = CellOps<Backend, decltype(cell)>;
     m.impl(cell.kName, &Ops::forward);
     m.impl((std::string(cell.kName) + "_backward").c_str(), &Ops::backward);
+  });
+}
+
+/// The same for the op with frozen weights: Backend::frozen<Cell>(const FrozenArgs&).
+template <class Backend, class Cell, class Op = FrozenOp<Cell>>
+struct FrozenCellOp;
+template <class Backend, class Cell, class Output, class... Items>
+struct FrozenCellOp<Backend, Cell, Output(Items...)> {
+  static Output frozen(Items... items) {
+    return flat_states<Cell>(
+        Backend::template frozen<Cell>(structured<Cell, FrozenArgs>(items...)));
+  }
+};
+template <class Backend, class Library>
+void register_frozen_ops(Library& m) {
+  scalar::Cells::for_each([&](auto cell) {
+    m.impl((std::string(cell.kName) + "_frozen").c_str(),
+           &FrozenCellOp<Backend, decltype(cell)>::frozen);
   });
 }
 

@@ -5,7 +5,8 @@
 // pair in a batch; N tokens: t * B + b when padded, step_offset[t] + b when packed.
 //
 // Element is the operands' type: weights, input and output. Accum is the type that kernels compute
-// in. They differ for bfloat16 where the machine multiplies it into float32.
+// in. They differ for bfloat16 where the machine multiplies it into float32. Weight is the type of
+// prepacked weights. It differs from Element for frozen weights alone (cpu/frozen.h).
 #pragma once
 
 #include <cstdint>
@@ -21,10 +22,28 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+/// A row of integers with one scale: values quantised from float32.
+struct Int16 {
+  int16_t value;
+};
+/// Weights with a scale for each row block and unit.
+struct Int8 {
+  int8_t value;
+};
 
 /// The type that sums Elements' products.
 template <class Element>
 using Accumulator = std::conditional_t<sizeof(Element) == 2, float, Element>;
+
+/// The output's type for operands of type Element.
+template <class Element>
+using OutputOf = std::conditional_t<std::is_same_v<Element, Int16>, float, Element>;
+
+/// The largest operand that is multiplied by int8 weights. K products of it and 127 fit an int32:
+/// K 1024 allows 16512.
+constexpr int32_t largest_operand(int64_t K) {
+  return int32_t(K < 516 ? 32767 : INT32_MAX / 127 / K);
+}
 
 /// One direction of one layer over some batch rows.
 ///
@@ -62,15 +81,18 @@ struct Forward : Sequence<Accum> {
   const Element* x = nullptr;
   const int64_t* x_offset = nullptr;  ///< [steps] elements from x to the step's batch row 0
   int64_t x_row_stride = 0;
+  const float* x_scale = nullptr;  ///< [N] scales of an int16 x
+  const float* h_scale = nullptr;  ///< [B] scales of an int16 h
   /// ... or, when not null, the GEMM weight_ih x: [N, G*H].
   const Accum* x_product = nullptr;
-  int64_t x_product_stride = 0;  ///< between its rows
+  int64_t x_product_stride = 0;   ///< between its rows
+  bool has_input_panels = false;  ///< whether the panels hold weight_ih beside an x_product too
 
   const Accum* h0 = nullptr;  ///< [B, P], null: zeros
   const Accum* c0 = nullptr;  ///< [B, H], null: zeros
   int64_t h0_stride = 0, c0_stride = 0;
 
-  Element* y = nullptr;  ///< [N, P] with rows y_stride apart
+  OutputOf<Element>* y = nullptr;  ///< [N, P] with rows y_stride apart
   int64_t y_stride = 0;
   Accum* h_n = nullptr;    ///< [B, P]
   Accum* c_n = nullptr;    ///< [B, H], cells with a cell state only

@@ -22,12 +22,13 @@ from torch.compiler import is_dynamo_compiling
 from fusedrnn import _functorch, _reference
 from fusedrnn._cells import Cell, States, cells
 
-_ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+_ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 def cpu_isa() -> str:
-    """The CPU kernels' instruction set: baseline, avx2, avx512 or avx512bf16."""
+    """The CPU kernels' instruction set: baseline, avx2, avx512, avx512vnni or
+    avx512bf16."""
     return str(torch.ops.fusedrnn._cpu_isa())
 
 

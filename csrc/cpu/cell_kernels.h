@@ -79,29 +79,62 @@ int64_t forward_workspace(const Sequence<Accum>& s) {
   return s.rows * 2 * (padded<Accum>(s.output_size) + padded<Accum>(s.hidden_size));
 }
 
+/// tile += a times the weights of B panels, `rows` panel rows of them from `weights` on. Of int8
+/// weights: `scales` in each panel, a_scale[r] of row r.
+template <class Map, int R, int B, class Element, class Weight, class Accum = Accumulator<Element>>
+FUSEDRNN_INLINE void accumulate_panels(Tile<Accum, R, B * Map::columns>& tile,
+                                       const Element* const (&a)[R], int64_t rows,
+                                       const PanelLane<Element, Weight>* weights,
+                                       int64_t panel_size, const Accum* scales,
+                                       const Accum (&a_scale)[R]) {
+  constexpr int L = kLanes<Accum>;
+  const int64_t panel_lanes =
+      panel_size * int64_t(sizeof(Accum) / sizeof(PanelLane<Element, Weight>));
+  if constexpr (!std::is_same_v<Weight, Int8>) {
+    accumulate_rows<Map, Element, R, B, Weight>(tile, a, rows, weights, Map::count * L,
+                                                panel_lanes);
+  } else {
+    Tile<Accum, R, B * Map::columns> sums = {};
+    accumulate_rows<Map, Element, R, B, Weight>(sums, a, rows, weights, Map::count * L,
+                                                panel_lanes);
+    unroll<B * Map::count>([&](auto c) FUSEDRNN_LAMBDA {
+      constexpr int block = c / Map::count, gate = c % Map::count;
+      constexpr int column = block * Map::columns + Map::at(gate);
+      const Vec<Accum> scale = load(scales + block * panel_size + gate * L);
+      unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+        const Vec<Accum> sum =
+            __builtin_convertvector(bit_cast<Vec<int32_t>>(sums[r][column]), Vec<Accum>);
+        tile[r][column] += sum * (scale * a_scale[r]);
+      });
+    });
+  }
+}
+
 /// Pre-activations of B blocks from `block` on, for R rows from `first` on. Without panels the run
 /// reads its weights in place; B is then 1.
-template <class Cell, int R, int B, class Element, class Accum = Accumulator<Element>>
+template <class Cell, int R, int B, class Element, class Weight, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
                                         const ForwardState<Element>& m, int64_t i, int64_t t,
                                         int64_t block, int64_t first,
                                         Tile<Accum, R, B * Cell::kPreacts>& tile) {
   constexpr int L = kLanes<Accum>, G = Cell::kGates, S = Cell::kPreacts;
+  constexpr bool kInPlace = B == 1 && R <= kInPlaceRows && std::is_same_v<Element, Weight>;
+  constexpr PanelLayout layout = kPanel<Cell, Element, Weight>;
   const int64_t H = s.hidden_size, unit = block * L, units = smaller(H - unit, L);
+  const bool has_panels = !kInPlace || s.panels;
   const Element* h[R];
   unroll<R>([&](auto r) FUSEDRNN_LAMBDA { h[r] = m.h[i % 2] + (first + r) * m.h_size; });
 
+  const int64_t packed_input = s.x_product && !s.has_input_panels ? 0 : s.input_size;
+  const int64_t panel_size = layout.size(packed_input, s.output_size) / int64_t(sizeof(Accum));
   const Accum* panel = nullptr;
-  int64_t panel_size = 0;
   Vec<Accum> bias[B][S];
-  if (B > 1 || s.panels) {
-    panel_size = forward_panel_size<Cell, Element>(s.x_product ? 0 : s.input_size, s.output_size);
+  if (has_panels) {
     panel = s.panels + block * panel_size;
     unroll<B * S>([&](auto c) FUSEDRNN_LAMBDA {
       bias[c / S][c % S] = load(panel + c / S * panel_size + c % S * L);
     });
-    panel += S * L;
-  } else {
+  } else if constexpr (kInPlace) {
     load_bias<Cell>(s.weights, H, unit, units, bias[0]);
   }
   unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
@@ -122,15 +155,28 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
       x[r] = s.x + s.x_offset[t] + s.row[first + r] * s.x_row_stride;
     });
   }
-  if (B > 1 || panel) {
+  if (has_panels) {
+    const Accum* scales = panel + layout.scales_offset() / int64_t(sizeof(Accum));
+    const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
+        panel + layout.weights_offset() / int64_t(sizeof(Accum)));
+    const int64_t input_rows = layout.rows(packed_input);
+    Accum scale[R] = {};
     if (!s.x_product) {
-      const int64_t lanes = lanes_of<Element>(s.input_size);
-      accumulate_rows<InputPreacts<Cell>, Element, R, B>(tile, x, lanes, panel, G * L, panel_size);
-      panel += lanes * G * L;
+      if constexpr (std::is_same_v<Weight, Int8>) {
+        unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+          scale[r] = s.x_scale[s.step_offset[t] + s.row[first + r]];
+        });
+      }
+      accumulate_panels<InputPreacts<Cell>, R, B, Element, Weight>(tile, x, input_rows, weights,
+                                                                   panel_size, scales, scale);
     }
-    accumulate_rows<HiddenPreacts<Cell>, Element, R, B>(tile, h, lanes_of<Element>(s.output_size),
-                                                        panel, G * L, panel_size);
-  } else if constexpr (B == 1 && R <= kInPlaceRows) {
+    if constexpr (std::is_same_v<Weight, Int8>) {
+      unroll<R>([&](auto r) FUSEDRNN_LAMBDA { scale[r] = s.h_scale[s.row[first + r]]; });
+    }
+    accumulate_panels<HiddenPreacts<Cell>, R, B, Element, Weight>(
+        tile, h, layout.rows(s.output_size), weights + input_rows * G * L, panel_size,
+        scales + G * L, scale);
+  } else if constexpr (kInPlace) {
     Lanes<Accum, R, S> lanes = {};
     if (!s.x_product) {
       accumulate_in_place<InputPreacts<Cell>, Element, R>(lanes, x, s.input_size, s.weights.ih, H,
@@ -142,14 +188,86 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
   }
 }
 
+/// Stores one vector of row j's h as an operand.
+template <class Element, class Accum = Accumulator<Element>>
+FUSEDRNN_INLINE void store_operand(const Forward<Accum, Element>& s, int64_t j, Element* to,
+                                   Vec<Accum> h) {
+  if constexpr (std::is_same_v<Element, Int16>) {
+    store_integers(to, rounded(h * (1 / s.h_scale[s.row[j]])));
+  } else {
+    store_values(to, h, kLanes<Accum>);
+  }
+}
+
+/// The input's part of the pre-activations of blocks [block_begin, block_end), without bias, for
+/// rows [begin, end) of x [N, input_size]: out [N, G*H], rows out_stride apart. From the panels.
+template <class Cell, class Element, class Weight, class Accum = Accumulator<Element>>
+void forward_input(const Forward<Accum, Element>& s, int64_t block_begin, int64_t block_end,
+                   int64_t begin, int64_t end, Accum* out, int64_t out_stride) {
+  constexpr int L = kLanes<Accum>, G = Cell::kGates;
+  constexpr PanelLayout layout = kPanel<Cell, Element, Weight>;
+  const int64_t H = s.hidden_size;
+  const int64_t panel_size = layout.size(s.input_size, s.output_size) / int64_t(sizeof(Accum));
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const Accum* panel = s.panels + block * panel_size;
+    const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
+        panel + layout.weights_offset() / int64_t(sizeof(Accum)));
+    const int64_t unit = block * L, units = smaller(H - unit, L);
+    for_tiles(end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
+      const Element* x[R];
+      Accum scale[R] = {};
+      unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+        x[r] = s.x + (begin + first + r) * s.x_row_stride;
+        if constexpr (std::is_same_v<Weight, Int8>) scale[r] = s.x_scale[begin + first + r];
+      });
+      Tile<Accum, R, G> tile = {};
+      accumulate_panels<InOrder<G>, R, 1, Element, Weight>(
+          tile, x, layout.rows(s.input_size), weights, panel_size,
+          panel + layout.scales_offset() / int64_t(sizeof(Accum)), scale);
+      unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+        unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
+          store(out + (begin + first + r) * out_stride + g * H + unit, tile[r][g], units);
+        });
+      });
+    });
+  }
+}
+
+/// Quantises a row to int16: returns its scale, NaN if a value is not finite.
+template <class Scalar>
+float quantise_row(const Scalar* row, int64_t n, int32_t largest, Int16* out) {
+  constexpr int L = kLanes<float>;
+  Vec<float> most = {};
+  for (int64_t k = 0; k < n; k += L) {
+    Vec<float> size = load(row + k, n - k);
+    size = size < 0.0f ? -size : size;
+    most = size > most || size != size ? size : most;  // NaN stays
+  }
+  float max = 0;
+  for (int i = 0; i < L; ++i) max = most[i] > max || most[i] != most[i] ? most[i] : max;
+  if (!(max <= 3.4028234e38f)) max = __builtin_nanf("");
+  // Smaller values than these do not change a pre-activation.
+  const float scale = max < 1e-30f ? 0 : max / float(largest);
+  const float inverse = scale == 0 ? 0 : float(largest) / max;
+  for (int64_t k = 0; k < n; k += L) {
+    const Vec<int32_t> values = rounded(load(row + k, n - k) * inverse);
+    if (n - k >= L) {
+      store_integers(out + k, values);
+    } else {
+      for (int64_t i = 0; i < n - k; ++i) out[k + i].value = int16_t(values[i]);
+    }
+  }
+  return scale;
+}
+
 /// Step i, at time t, of B blocks from `block` on, for R rows from `first` on.
-template <class Cell, int R, int B, class Element, class Accum = Accumulator<Element>>
+template <class Cell, int R, int B, class Element, class Weight, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void forward_tile(const Forward<Accum, Element>& s, const ForwardState<Element>& m,
                                   int64_t i, int64_t t, int64_t block, int64_t first) {
   constexpr int L = kLanes<Accum>, S = Cell::kPreacts;
   const int64_t H = s.hidden_size;
   Tile<Accum, R, B * S> tile;
-  accumulate_preacts<Cell, R, B, Element>(s, m, i, t, block, first, tile);
+  accumulate_preacts<Cell, R, B, Element, Weight>(s, m, i, t, block, first, tile);
 
   // In memory, so the cell is compiled once, not once a row.
   Vec<Accum> preacts[R][B][S];
@@ -168,7 +286,7 @@ FUSEDRNN_INLINE void forward_tile(const Forward<Accum, Element>& s, const Forwar
     if (m.raw) {
       store(m.raw + j * m.state_size + unit, out);
     } else {
-      store_values(m.h[(i + 1) % 2] + j * m.h_size + unit, out, L);
+      store_operand(s, j, m.h[(i + 1) % 2] + j * m.h_size + unit, out);
       store_values(s.y + token * s.y_stride + unit, out, units);
     }
     if (s.saved) {
@@ -178,19 +296,24 @@ FUSEDRNN_INLINE void forward_tile(const Forward<Accum, Element>& s, const Forwar
   }
 }
 
-/// Writes the final states of rows [begin, end), for these blocks' units.
+/// Writes the final states of rows [begin, end), for these blocks' units. Their h_n is step t's
+/// output, or their initial state if t is -1.
 template <class Cell, class Element, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void finish_rows(const Forward<Accum, Element>& s, const ForwardState<Element>& m,
-                                 const Element* h, int64_t begin, int64_t end, int64_t block_begin,
+                                 int64_t t, int64_t begin, int64_t end, int64_t block_begin,
                                  int64_t block_end) {
   constexpr int L = kLanes<Accum>;
   const int64_t H = s.hidden_size, P = s.output_size, unit = block_begin * L;
   const int64_t units = smaller(block_end * L, H) - unit;
   const int64_t out = m.raw ? 0 : unit, outs = m.raw ? P : units;
   for (int64_t j = begin; j < end; ++j) {
-    for (int64_t u = 0; u < outs; u += L) {
-      store(s.h_n + s.row[j] * P + out + u, load_values(h + j * m.h_size + out + u, outs - u),
-            outs - u);
+    Accum* to = s.h_n + s.row[j] * P + out;
+    if (t < 0) {
+      const Accum* h0 = row_of(s.h0, s.row[j], s.h0_stride);
+      copy_row(to, h0 ? h0 + out : nullptr, outs, 0);
+    } else {
+      const auto* y = s.y + (s.step_offset[t] + s.row[j]) * s.y_stride + out;
+      for (int64_t u = 0; u < outs; u += L) store(to + u, load_values(y + u, outs - u), outs - u);
     }
     if constexpr (Cell::kHasCellState) {
       copy_row(s.c_n + s.row[j] * H + unit, m.state + j * m.state_size + unit, units, units);
@@ -206,14 +329,14 @@ void forward_begin(const Forward<Accum, Element>& s) {
     for (int64_t u = 0; u < m.h_size; u += kLanes<Accum>) {
       const int64_t left = s.output_size - u;
       const Vec<Accum> h = h0 ? load(h0 + u, left) : Vec<Accum>{};
-      store_values(m.h[0] + j * m.h_size + u, h, kLanes<Accum>);
-      store_values(m.h[1] + j * m.h_size + u, h, kLanes<Accum>);
+      store_operand(s, j, m.h[0] + j * m.h_size + u, h);
+      store_operand(s, j, m.h[1] + j * m.h_size + u, h);
     }
     copy_row(m.state + j * m.state_size, initial_state<Cell>(s, s.row[j]), s.hidden_size,
              m.state_size);
   }
   // Rows of length zero.
-  finish_rows<Cell, Element>(s, m, m.h[0], s.active[0], s.rows, 0, blocks_of<Accum>(s.hidden_size));
+  finish_rows<Cell, Element>(s, m, -1, s.active[0], s.rows, 0, blocks_of<Accum>(s.hidden_size));
 }
 
 /// Calls tile(B, block) for blocks [begin, end): B = kBlocksPerTile at once while as many are left,
@@ -236,7 +359,7 @@ FUSEDRNN_INLINE void for_block_tiles(bool has_panels, bool reverse, int64_t begi
 
 /// The run's i-th step for the units in blocks [block_begin, block_end). A projection needs all
 /// blocks at once. Steps run in order; blocks of one step may run at the same time.
-template <class Cell, class Element, class Accum = Accumulator<Element>>
+template <class Cell, class Element, class Weight, class Accum = Accumulator<Element>>
 void forward_step(const Forward<Accum, Element>& s, int64_t i, int64_t block_begin,
                   int64_t block_end) {
   const ForwardState<Element> m(s);
@@ -245,13 +368,13 @@ void forward_step(const Forward<Accum, Element>& s, int64_t i, int64_t block_beg
   for_block_tiles<Cell>(s.panels, i % 2, block_begin, block_end,
                         [&](auto B, int64_t block) FUSEDRNN_LAMBDA {
                           for_tiles(rows, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
-                            forward_tile<Cell, R, B, Element>(s, m, i, t, block, first);
+                            forward_tile<Cell, R, B, Element, Weight>(s, m, i, t, block, first);
                           });
                         });
-  Element* h = m.h[(i + 1) % 2];
   // Other types would have to round the projection's operands first.
   if constexpr (std::is_same_v<Element, Accum>) {
     if (m.raw) {
+      Element* h = m.h[(i + 1) % 2];
       gemm<Accum>(rows, s.hidden_size, P, s.projection_panels, 0, m.raw, m.state_size, h, m.h_size,
                   false);
       for (int64_t j = 0; j < rows; ++j) {
@@ -260,7 +383,7 @@ void forward_step(const Forward<Accum, Element>& s, int64_t i, int64_t block_beg
     }
   }
   const int64_t next = step_after(s, t);
-  finish_rows<Cell, Element>(s, m, h, next < 0 ? 0 : s.active[next], rows, block_begin, block_end);
+  finish_rows<Cell, Element>(s, m, t, next < 0 ? 0 : s.active[next], rows, block_begin, block_end);
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -422,35 +545,46 @@ void backward_step(const Backward<Accum>& s, int64_t i, int64_t block_begin, int
 
 // ---- the table ----------------------------------------------------------------------------------
 
-template <class Cell, class Element, class Accum = Accumulator<Element>>
+template <class Cell, class Element, class Weight, class Accum = Accumulator<Element>>
 constexpr cpu::Kernel<Accum, Element> kernel_of() {
-  cpu::Kernel<Accum, Element> kernel{kBlocksPerTile<Cell>,
-                                     forward_panel_size<Cell, Element>,
-                                     forward_workspace<Accum>,
-                                     backward_workspace<Accum>,
-                                     prepack_forward<Cell, Element>,
-                                     forward_begin<Cell, Element>,
-                                     forward_step<Cell, Element>,
-                                     nullptr,
-                                     nullptr};
-  if constexpr (std::is_same_v<Element, Accum>) {
+  cpu::Kernel<Accum, Element> kernel{};
+  kernel.blocks_per_tile = kBlocksPerTile<Cell>;
+  kernel.forward_panel_size = forward_panel_size<Cell, Element, Weight>;
+  kernel.forward_workspace = forward_workspace<Accum>;
+  kernel.backward_workspace = backward_workspace<Accum>;
+  kernel.forward_begin = forward_begin<Cell, Element>;
+  kernel.forward_step = forward_step<Cell, Element, Weight>;
+  kernel.forward_input = forward_input<Cell, Element, Weight>;
+  if constexpr (std::is_same_v<Element, Weight>) {
+    kernel.prepack_forward = prepack_forward<Cell, Element>;
+  }
+  if constexpr (std::is_same_v<Element, Weight> && std::is_same_v<Element, Accum>) {
     kernel.backward_begin = backward_begin<Cell, Accum>;
     kernel.backward_step = backward_step<Cell, Accum>;
   }
   return kernel;
 }
 
-template <class Element, class... Cell, class Accum = Accumulator<Element>>
+template <class Element, class Weight, class... Cell, class Accum = Accumulator<Element>>
 constexpr cpu::KernelsOf<Accum, Element> kernels_of(CellList<Cell...>) {
-  cpu::Common<Accum, Element> common{kLanes<Accum>, kPanelVectors * kLanes<Accum>, kTileRows,
-                                     kInPlaceRows,  prepack_gemm<Element>,         gemm<Element>,
-                                     nullptr};
+  cpu::Common<Accum, Element> common{};
+  common.lanes = kLanes<Accum>;
+  common.block_columns = kPanelVectors * kLanes<Accum>;
+  common.tile_rows = kTileRows;
+  common.in_place_rows = kInPlaceRows;
+  if constexpr (std::is_same_v<Element, Int16>) {
+    common.quantise_row = quantise_row<float>;
+  } else {
+    common.prepack_gemm = prepack_gemm<Element>;
+    common.gemm = gemm<Element>;
+  }
   if constexpr (std::is_same_v<Element, Accum>) common.gemm_transposed = gemm_transposed<Accum>;
-  return {common, {kernel_of<Cell, Element>()...}};
+  return {common, {kernel_of<Cell, Element, Weight>()...}};
 }
 
 constexpr cpu::KernelTable kernel_table(const char* isa) {
-  return {isa, kernels_of<float>(Cells()), kernels_of<double>(Cells()), nullptr};
+  return {isa,     kernels_of<float, float>(Cells()),    kernels_of<double, double>(Cells()),
+          nullptr, kernels_of<float, BFloat16>(Cells()), kernels_of<Int16, Int8>(Cells())};
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

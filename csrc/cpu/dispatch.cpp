@@ -11,6 +11,7 @@ extern const KernelTable baseline_kernels;
 #if defined(__x86_64__)
 extern const KernelTable avx2_kernels, avx512_kernels;
 extern const KernelsOf<float, BFloat16> avx512bf16_kernels;
+extern const KernelsOf<float, Int16> avx512vnni_kernels;
 #endif
 
 namespace {
@@ -20,6 +21,7 @@ struct InstructionSet {
   bool (*is_supported)();
   const KernelTable* table;
   const KernelsOf<float, BFloat16>* bf16;
+  const KernelsOf<float, Int16>* frozen_int8;  ///< null: the table's
 };
 
 #if defined(__x86_64__)
@@ -28,16 +30,18 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 /// Best last.
 const InstructionSet instruction_sets[] = {
-    {"baseline", [] { return true; }, &baseline_kernels, nullptr},
+    {"baseline", [] { return true; }, &baseline_kernels, nullptr, nullptr},
 #if defined(__x86_64__)
-    {"avx2", has_avx2, &avx2_kernels, nullptr},
-    {"avx512", has_avx512, &avx512_kernels, nullptr},
-    {"avx512bf16", has_avx512bf16, &avx512_kernels, &avx512bf16_kernels},
+    {"avx2", has_avx2, &avx2_kernels, nullptr, nullptr},
+    {"avx512", has_avx512, &avx512_kernels, nullptr, nullptr},
+    {"avx512vnni", has_avx512vnni, &avx512_kernels, nullptr, &avx512vnni_kernels},
+    {"avx512bf16", has_avx512bf16, &avx512_kernels, &avx512bf16_kernels, &avx512vnni_kernels},
 #endif
 };
 
@@ -56,6 +60,7 @@ KernelTable choose() {
   KernelTable table = *instruction_sets[best].table;
   table.isa = instruction_sets[best].name;
   table.bf16 = instruction_sets[best].bf16;
+  if (instruction_sets[best].frozen_int8) table.frozen_int8 = *instruction_sets[best].frozen_int8;
   return table;
 }
 

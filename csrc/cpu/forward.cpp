@@ -66,7 +66,7 @@ template <class Element, class Accum = Accumulator<Element>>
 LayerOutput new_output(const Layer& layer, bool save) {
   const int64_t D = layer.D, B = layer.B, H = layer.H, P = layer.P;
   LayerOutput out;
-  out.output = new_token_tensor<Element>(layer, layer.shape(D * P), 1);
+  out.output = new_token_tensor<OutputOf<Element>>(layer, layer.shape(D * P), 1);
   out.h_n = new_tensor<Accum>({D, B, P});
   if (layer.cell.has_cell_state) out.c_n = new_tensor<Accum>({D, B, H});
   out.saved = save ? new_token_tensor<Accum>(layer, {D, layer.N, layer.cell.saved, H}, D)
@@ -104,15 +104,6 @@ Scratch<Accum> prepack_projection(const Layer& layer) {
   return prepack_weights<Accum>(layer, &DirectionWeights::hr, layer.H, layer.P, 1, layer.H);
 }
 
-/// Elements from the input's data to each step's batch row 0.
-Indices input_offsets(const Layer& layer, const BatchLayout& layout) {
-  Indices offset(size_t(layer.T), 0);
-  for (int64_t t = 0; t < layer.T; ++t) {
-    offset[t] = (layer.packed ? layout.step_offset[t] : t) * layer.input.stride(0);
-  }
-  return offset;
-}
-
 /// Runs all steps and prepacks each panel right before its use. `prepack` (direction, block, panel)
 /// writes `panel_size` elements.
 template <class Element, class Accum, class Prepack>
@@ -133,6 +124,183 @@ void run_streamed(const WorkPartition& partition, const Runs<Forward<Accum, Elem
       kernel.forward_step(run, i, block, block + count);
     }
   });
+}
+
+/// A layer's input as operands. int16 operands have scales: a token's input, a row's states.
+template <class Element>
+class Operands {
+ public:
+  Operands(const Layer& layer, const BatchLayout& layout,
+           const Common<Accumulator<Element>, Element>& common)
+      : x_offset(size_t(layer.T), 0) {
+    if constexpr (std::is_same_v<Element, Int16>) {
+      x_row_stride = scalar::round_up(layer.I, 2);
+      quantised.emplace(layer.N * x_row_stride);
+      x_scale.emplace(layer.D, layer.N);
+      h_scale.emplace(layer.D, layer.B);
+      x = (*quantised)[0];
+      for (int64_t t = 0; t < layer.T; ++t) x_offset[t] = layout.step_offset[t] * x_row_stride;
+      quantise(layer, layout, common);
+    } else {
+      x = const_data<Element>(layer.input);
+      x_row_stride = layer.input.stride(layer.packed ? 0 : 1);
+      for (int64_t t = 0; t < layer.T; ++t) {
+        x_offset[t] = (layer.packed ? layout.step_offset[t] : t) * layer.input.stride(0);
+      }
+    }
+  }
+
+  void set(Forward<Accumulator<Element>, Element>& s, int64_t d) const {
+    s.x = x;
+    s.x_offset = x_offset.data();
+    s.x_row_stride = x_row_stride;
+    if (x_scale) {
+      s.x_scale = (*x_scale)[d];
+      s.h_scale = (*h_scale)[d];
+    }
+  }
+
+  Operands(const Operands&) = delete;
+
+ private:
+  void quantise(const Layer& layer, const BatchLayout& layout, const Common<float, Int16>& common) {
+    const Tensor& x = layer.input;
+    const auto* const data = x.const_data_ptr<float>();
+    const int32_t largest = largest_operand(layer.I);
+    in_row_parts<float>(layer.T, 8 * layer.N * layer.I, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = layout.step_offset[t];
+        const int64_t rows = layer.packed ? layout.active[t] : layer.B;
+        for (int64_t b = 0; b < rows; ++b) {
+          const float* row = layer.packed ? data + (first + b) * x.stride(0)
+                                          : data + t * x.stride(0) + b * x.stride(1);
+          Int16* to = (*quantised)[0] + (first + b) * x_row_stride;
+          to[x_row_stride - 1] = {0};
+          (*x_scale)[0][first + b] = common.quantise_row(row, layer.I, largest, to);
+        }
+      }
+    });
+    for (int64_t d = layer.D - 1; d >= 0; --d) spread_nan(layer, layout, d);
+  }
+
+  /// A state that is not finite has no int16. So from there on all scales of the row are NaN, and
+  /// so are its results.
+  void spread_nan(const Layer& layer, const BatchLayout& layout, int64_t d) {
+    if (d > 0) std::memcpy((*x_scale)[d], (*x_scale)[0], size_t(layer.N) * sizeof(float));
+    const auto largest_of = [&](const Tensor& states, int64_t b, float most) {
+      if (!states.defined()) return most;
+      const float* row =
+          states.const_data_ptr<float>() + d * states.stride(0) + b * states.stride(1);
+      float sum = 0;  // 0 * x is NaN unless x is finite
+      for (int64_t u = 0; u < states.size(2); ++u) {
+        most = std::max(most, std::abs(row[u]));
+        sum += 0 * row[u];
+      }
+      return most + sum;
+    };
+    for (int64_t b = 0; b < layer.B; ++b) {
+      // A cell's states stay within [-1, 1], or within the initial state.
+      const float most = largest_of(layer.h0, b, 1) + 0 * largest_of(layer.c0, b, 0);
+      (*h_scale)[d][b] = most / float(largest_operand(layer.P));
+    }
+    for (int64_t j = 0; j < layer.B; ++j) {
+      const int64_t b = layout.order[j];
+      float nan = 0 * (*h_scale)[d][b];
+      for (int64_t i = 0; i < layer.T; ++i) {
+        const int64_t t = d ? layer.T - 1 - i : i;
+        if (j >= layout.active[t]) continue;
+        float& scale = (*x_scale)[d][layout.step_offset[t] + b];
+        nan += 0 * scale;
+        scale += nan;
+      }
+    }
+  }
+
+  const Element* x = nullptr;
+  Indices x_offset;  ///< [T] elements from x to the step's batch row 0
+  int64_t x_row_stride = 0;
+  std::optional<Scratch<Int16>> quantised;
+  std::optional<Scratch<float>> x_scale, h_scale;  ///< [N] and [B] for each direction
+};
+
+/// A forward pass's runs. `set` (run, direction) sets the weights.
+template <class Element, class Accum, class Set>
+Runs<Forward<Accum, Element>> forward_runs(const Layer& layer, const BatchLayout& layout,
+                                           const WorkPartition& partition,
+                                           const Kernel<Accum, Element>& kernel,
+                                           const Operands<Element>& operands, LayerOutput& out,
+                                           const Set& set) {
+  return Runs<Forward<Accum, Element>>(
+      layer, layout, partition, kernel.forward_workspace, kernel.forward_begin,
+      [&](Forward<Accum, Element>& s, const WorkPartition::RowGroup& group) {
+        const int64_t d = group.direction;
+        operands.set(s, d);
+        s.y = static_cast<OutputOf<Element>*>(out.output.mutable_data_ptr()) + d * layer.P;
+        s.y_stride = layer.D * layer.P;
+        s.h_n = direction_data<Accum>(out.h_n, d);
+        s.c_n = direction_data<Accum>(out.c_n, d);
+        if (out.saved.numel() > 0) s.saved = direction_data<Accum>(out.saved, d);
+        set(s, d);
+      });
+}
+
+/// The input times weight_ih from frozen panels, as multiply_input gives it.
+template <class Element>
+Scratch<float> multiply_input_frozen(const Layer& layer, const FrozenWeights& weights,
+                                     const KernelsOf<float, Element>& kernels,
+                                     const Operands<Element>& operands, int64_t stride) {
+  const Kernel<float, Element>& kernel = kernels.cells[layer.cell.index];
+  const int64_t G = layer.cell.gates, blocks = divide_up(layer.H, kernels.common.lanes);
+  const int64_t work = layer.N * layer.I * G * layer.H;
+  Scratch<float> product(layer.D, layer.N * stride);
+  const Tensor flat = std::is_same_v<Element, Int16> ? Tensor() : layer.flat_input();
+  for (int64_t d = 0; d < layer.D; ++d) {
+    Forward<float, Element> s;
+    s.input_size = layer.I;
+    s.hidden_size = layer.H;
+    s.output_size = layer.P;
+    s.panels = weights.panels(d);
+    operands.set(s, d);
+    if (flat.defined()) {
+      s.x = const_data<Element>(flat);
+      s.x_row_stride = flat.size(1);
+    }
+    in_parallel(work < kSharedWork ? 1 : blocks, work, [&](int64_t block) {
+      const bool is_alone = work < kSharedWork;
+      kernel.forward_input(s, is_alone ? 0 : block, is_alone ? blocks : block + 1, 0, layer.N,
+                           product[d], stride);
+    });
+  }
+  return product;
+}
+
+template <class Element>
+LayerOutput run_frozen(const Layer& layer, const FrozenWeights& weights,
+                       const KernelsOf<float, Element>& kernels) {
+  const Common<float, Element>& common = kernels.common;
+  const Kernel<float, Element>& kernel = kernels.cells[layer.cell.index];
+  const BatchLayout layout(layer);
+  const WorkPartition partition(layer, layout, common.tile_rows, divide_up(layer.H, common.lanes),
+                                kernel.blocks_per_tile);
+  LayerOutput out = new_output<Element>(layer, false);
+  const Operands<Element> operands(layer, layout, common);
+  const bool input_gemm = choose_strategy(layer, common.tile_rows, common.in_place_rows).input_gemm;
+  const int64_t stride = scalar::round_up(layer.cell.gates * layer.H, common.lanes);
+  const Scratch<float> x_product =
+      input_gemm ? multiply_input_frozen<Element>(layer, weights, kernels, operands, stride)
+                 : Scratch<float>();
+  const auto runs = forward_runs<Element, float>(layer, layout, partition, kernel, operands, out,
+                                                 [&](Forward<float, Element>& s, int64_t d) {
+                                                   s.panels = weights.panels(d);
+                                                   s.has_input_panels = true;
+                                                   s.projection_panels = weights.projection(d);
+                                                   s.x_product = x_product.get(d);
+                                                   s.x_product_stride = stride;
+                                                 });
+  partition.execute(layer.T, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
+    kernel.forward_step(runs[r], i, begin, end);
+  });
+  return out;
 }
 
 }  // namespace
@@ -168,25 +336,15 @@ LayerOutput forward(const Layer& layer, bool save) {
   const Scratch<Accum> projection_panels =
       layer.has_projection ? prepack_projection<Accum>(layer) : Scratch<Accum>();
 
-  const Indices x_offset = input_offsets(layer, layout);
-  const Runs<Forward<Accum, Element>> runs(
-      layer, layout, partition, kernel.forward_workspace, kernel.forward_begin,
-      [&](Forward<Accum, Element>& s, const WorkPartition::RowGroup& group) {
-        const int64_t d = group.direction;
-        s.weights = weights[size_t(d)];
-        s.panels = panels.get(d);
-        s.projection_panels = projection_panels.get(d);
-        s.x = const_data<Element>(layer.input);
-        s.x_offset = x_offset.data();
-        s.x_row_stride = layer.input.stride(layer.packed ? 0 : 1);
-        s.x_product = x_product.get(d);
-        s.x_product_stride = x_product_stride;
-        s.y = static_cast<Element*>(out.output.mutable_data_ptr()) + d * P;
-        s.y_stride = D * P;
-        s.h_n = direction_data<Accum>(out.h_n, d);
-        s.c_n = direction_data<Accum>(out.c_n, d);
-        if (save) s.saved = direction_data<Accum>(out.saved, d);
-      });
+  const Operands<Element> operands(layer, layout, common);
+  const auto runs = forward_runs<Element, Accum>(layer, layout, partition, kernel, operands, out,
+                                                 [&](Forward<Accum, Element>& s, int64_t d) {
+                                                   s.weights = weights[size_t(d)];
+                                                   s.panels = panels.get(d);
+                                                   s.projection_panels = projection_panels.get(d);
+                                                   s.x_product = x_product.get(d);
+                                                   s.x_product_stride = x_product_stride;
+                                                 });
   if (strategy.weights == WeightAccess::streamed) {
     run_streamed(partition, runs, kernel, panel_size, prepack);
   } else {
@@ -200,5 +358,17 @@ LayerOutput forward(const Layer& layer, bool save) {
 template LayerOutput forward<float>(const Layer&, bool);
 template LayerOutput forward<double>(const Layer&, bool);
 template LayerOutput forward<BFloat16>(const Layer&, bool);
+
+LayerOutput forward_frozen(const Layer& layer, const FrozenWeights& weights) {
+  const KernelTable& table = kernels();
+  switch (weights.type()) {
+    case WeightType::bfloat16:
+      return run_frozen<float>(layer, weights, table.frozen_bf16);
+    case WeightType::int8:
+      return run_frozen<Int16>(layer, weights, table.frozen_int8);
+    default:
+      return run_frozen<float>(layer, weights, table.f32);
+  }
+}
 
 }  // namespace fusedrnn::cpu

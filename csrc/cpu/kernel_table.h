@@ -20,9 +20,14 @@ struct Kernel {
   /// Elements in a run's workspace.
   int64_t (*forward_workspace)(const Sequence<Accum>&);
   int64_t (*backward_workspace)(const Sequence<Accum>&);
-  /// Prepacks one unit block's weights. weights.ih null: without the input's part.
+  /// Prepacks one unit block's weights. weights.ih null: without the input's part. Null for frozen
+  /// weights (frozen.h).
   void (*prepack_forward)(const Weights<Element>& weights, int64_t input_size, int64_t hidden_size,
                           int64_t output_size, int64_t block, Accum* panel);
+  /// The input's part of the pre-activations, without bias, of unit blocks [block_begin,
+  /// block_end) and rows [begin, end) of x [N, I]: out [N, G*H]. The panels hold weight_ih.
+  void (*forward_input)(const Forward<Accum, Element>&, int64_t block_begin, int64_t block_end,
+                        int64_t begin, int64_t end, Accum* out, int64_t out_stride);
   void (*forward_begin)(const Forward<Accum, Element>&);
   void (*forward_step)(const Forward<Accum, Element>&, int64_t i, int64_t block_begin,
                        int64_t block_end);
@@ -53,6 +58,9 @@ struct Common {
   void (*gemm_transposed)(int64_t K, int64_t rows, int64_t columns, const Accum* a,
                           int64_t a_stride, const Accum* b, int64_t b_stride, Accum* out,
                           int64_t out_stride);
+  /// Quantises n values to integers of at most `largest` in size; gives their scale, NaN if one is
+  /// not finite. For int16 operands alone.
+  float (*quantise_row)(const float* values, int64_t n, int32_t largest, Int16* out);
 };
 
 template <class Accum, class Element = Accum>
@@ -66,10 +74,12 @@ struct KernelTable {
   KernelsOf<float> f32;
   KernelsOf<double> f64;
   const KernelsOf<float, BFloat16>* bf16;  ///< null: convert bfloat16 to float32
+  KernelsOf<float> frozen_bf16;            ///< float32 operands and bfloat16 weights
+  KernelsOf<float, Int16> frozen_int8;     ///< int16 operands and int8 weights
 };
 
-/// The best table for this machine. FUSEDRNN_CPU_ISA=baseline|avx2|avx512|avx512bf16 asks for a
-/// lesser one.
+/// The best table for this machine. FUSEDRNN_CPU_ISA=baseline|avx2|avx512|avx512vnni|avx512bf16
+/// asks for a lesser one.
 const KernelTable& kernels();
 
 }  // namespace fusedrnn::cpu

@@ -10,7 +10,7 @@ FUSEDRNN_TARGET_REGION("avx512bf16," FUSEDRNN_AVX512)
 
 namespace fusedrnn::cpu {
 extern const KernelsOf<float, BFloat16> avx512bf16_kernels =
-    avx512bf16::kernels_of<BFloat16>(avx512bf16::Cells());
+    avx512bf16::kernels_of<BFloat16, BFloat16>(avx512bf16::Cells());
 }
 FUSEDRNN_END_TARGET_REGION
 #endif

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "frozen.h"
 #include "partition.h"
 #include "scratch.h"
 
@@ -14,6 +15,10 @@ namespace fusedrnn::cpu {
 /// In forward.cpp, for Element = float, double, BFloat16.
 template <class Element>
 LayerOutput forward(const Layer& layer, bool save);
+
+/// With frozen weights, packed for this machine; without `saved`. An odd number of features of the
+/// input is padded by a zero for bfloat16 weights.
+LayerOutput forward_frozen(const Layer& layer, const FrozenWeights& weights);
 
 /// In backward.cpp, for Accum = float, double.
 template <class Accum>

@@ -46,6 +46,61 @@ LayerOutput run_forward(const CellInfo& cell, const ForwardArgs& args) {
   return out;
 }
 
+/// Panels for this machine's vectors.
+FrozenWeights for_this_machine(const FrozenWeights& weights) {
+  const int64_t block_units = kernels().f32.common.lanes;
+  if (weights.block_units() == block_units) return weights;
+  TORCH_WARN_ONCE(
+      "fusedrnn: these weights were frozen on a machine with other vectors, and are packed anew in "
+      "each call: freeze the model on this machine");
+  return FrozenWeights(freeze(weights.cell(), weights.unfreeze(), weights.sizes().D == 2,
+                              weights.type(), block_units));
+}
+
+LayerOutput run_frozen(const CellInfo& cell, const FrozenArgs& args) {
+  const FrozenWeights weights = for_this_machine(FrozenWeights(args.weights));
+  const FrozenSizes& sizes = weights.sizes();
+  TORCH_CHECK(weights.cell().index == cell.index, "fusedrnn::", cell.name,
+              "_frozen: the weights were frozen for ", weights.cell().name);
+  TORCH_CHECK(args.hidden_size == sizes.H && args.output_size == sizes.P, "fusedrnn::", cell.name,
+              "_frozen: Expected hidden_size ", sizes.H, " and output_size ", sizes.P, ", got ",
+              args.hidden_size, " and ", args.output_size);
+  Layer layer(
+      cell,
+      LayerArgs{
+          args.input, args.h0, args.c0, {}, args.bidirectional, args.batch_sizes, args.lengths},
+      KeepType::none, &sizes);
+  const PoolBackoff::Call call;
+  if (weights.type() == WeightType::bfloat16) make_features_even(layer);
+  LayerOutput out = forward_frozen(layer, weights);
+  for (Tensor* t : {&out.output, &out.h_n, &out.c_n}) {
+    if (t->defined()) *t = in_type(*t, layer.type);
+  }
+  return out;
+}
+
+Tensor freeze_layer(const std::string& name, at::TensorList weights, bool bidirectional,
+                    at::ScalarType type) {
+  WeightType found = WeightType::float32;
+  if (type == at::kBFloat16) {
+    found = WeightType::bfloat16;
+  } else if (type == at::kChar) {
+    found = WeightType::int8;
+  } else {
+    TORCH_CHECK(type == at::kFloat, "_freeze: type must be float32, bfloat16 or int8, got ", type);
+  }
+  for (int i = 0; i < scalar::Cells::count; ++i) {
+    if (name == cell_info(i).name) {
+      return freeze(cell_info(i), weights, bidirectional, found, kernels().f32.common.lanes);
+    }
+  }
+  TORCH_CHECK(false, "_freeze: there is no cell ", name);
+}
+
+std::vector<Tensor> unfreeze_layer(const Tensor& weights) {
+  return FrozenWeights(weights).unfreeze();
+}
+
 LayerGradients run_backward(const CellInfo& cell, const BackwardArgs& args) {
   const Layer layer(cell, args);
   const OutputGradients g(layer, args);
@@ -59,6 +114,10 @@ struct Cpu {
     return run_forward(cell_info(scalar::Cells::index_of<Cell>()), args);
   }
   template <class Cell>
+  static LayerOutput frozen(const FrozenArgs& args) {
+    return run_frozen(cell_info(scalar::Cells::index_of<Cell>()), args);
+  }
+  template <class Cell>
   static LayerGradients backward(const BackwardArgs& args) {
     return run_backward(cell_info(scalar::Cells::index_of<Cell>()), args);
   }
@@ -68,7 +127,12 @@ std::string isa() { return kernels().isa; }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) { register_ops<Cpu>(m); }
+TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
+  register_ops<Cpu>(m);
+  register_frozen_ops<Cpu>(m);
+  m.impl("_freeze", &freeze_layer);
+  m.impl("_unfreeze", &unfreeze_layer);
+}
 TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", &isa); }
 
 }  // namespace fusedrnn::cpu

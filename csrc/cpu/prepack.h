@@ -3,6 +3,7 @@
 // For each lane k along K, a panel holds the column vectors read by a tile at k.
 #pragma once
 
+#include "panel.h"
 #include "tile.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
@@ -27,10 +28,19 @@ FUSEDRNN_INLINE void prepack_rows(const Element* w, int64_t units, int64_t strid
   }
 }
 
-template <class Cell, class Element>
+template <class Cell, class Element, class Weight>
+inline constexpr PanelLayout kPanel = {kLanes<Accumulator<Element>>,
+                                       Cell::kGates,
+                                       Cell::kPreacts,
+                                       sizeof(PanelLane<Element, Weight>),
+                                       kPerLane<Element> * kLanesPerWeight<Element, Weight>,
+                                       sizeof(Accumulator<Element>),
+                                       std::is_same_v<Weight, Int8>};
+
+template <class Cell, class Element, class Weight>
 int64_t forward_panel_size(int64_t input_size, int64_t output_size) {
-  const int64_t lanes = lanes_of<Element>(input_size) + lanes_of<Element>(output_size);
-  return (Cell::kPreacts + lanes * Cell::kGates) * kLanes<Accumulator<Element>>;
+  return kPanel<Cell, Element, Weight>.size(input_size, output_size) /
+         int64_t(sizeof(Accumulator<Element>));
 }
 
 template <class Cell, class Element, class Accum = Accumulator<Element>>

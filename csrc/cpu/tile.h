@@ -25,7 +25,7 @@ inline constexpr int kInPlaceRows = kTileRows < 4 ? kTileRows : 4;
 
 /// Chains of additions that hide an addition's latency; bfloat16's is longer.
 template <class Element>
-inline constexpr int kChains = kPerLane<Element> > 1 ? 16 : 8;
+inline constexpr int kChains = std::is_same_v<Element, BFloat16> ? 16 : 8;
 
 template <class Accum>
 FUSEDRNN_INLINE int64_t padded(int64_t n) {
@@ -85,23 +85,29 @@ template <class Element, int R>
 inline constexpr int kTilesInTurn =
     kChains<Element> > R* kTileColumns ? kChains<Element> / (R * kTileColumns) : 1;
 
-/// tile[r][b * Map::columns + Map::at(c)] += a(r, k) * panel[b][k][c] for the lanes k in [0, size).
-/// A panel's rows are `stride` apart, the B panels `panel_stride`.
-template <class Map, class Element, int R, int B, class A, class Accum = Accumulator<Element>>
+/// tile[r][b * Map::columns + Map::at(c)] += a(r, k) * panel[b][k][c] for the panel lanes k in
+/// [0, size). a(r, k): the address of the first operand of lane k. A panel's rows are `stride`
+/// apart, the B panels `panel_stride`.
+template <class Map, class Element, int R, int B, class Weight = Element, class A,
+          class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, int64_t size,
-                                const Accum* panel, int64_t stride, int64_t panel_stride) {
+                                const PanelLane<Element, Weight>* panel, int64_t stride,
+                                int64_t panel_stride) {
   constexpr int C = B * Map::count, columns = B * Map::columns;
   const auto step = [&](Tile<Accum, R, columns>& into, int64_t k) FUSEDRNN_LAMBDA {
-    Vec<Accum> w[C];
-    unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
-      constexpr int block = c / Map::count, vector = c % Map::count;
-      w[c] = load(panel + block * panel_stride + k * stride + vector * kLanes<Accum>);
-    });
-    unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-      const Vec<Accum> value = broadcast_operand(a(r, k));
+    unroll<kLanesPerWeight<Element, Weight>>([&](auto part) FUSEDRNN_LAMBDA {
+      Vec<Accum> w[C];
       unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
         constexpr int block = c / Map::count, vector = c % Map::count;
-        multiply_add<Element>(into[r][block * Map::columns + Map::at(vector)], value, w[c]);
+        w[c] = load_weights<Element, Weight, part>(panel + block * panel_stride + k * stride +
+                                                   vector * kLanes<Accum>);
+      });
+      unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+        const Vec<Accum> value = broadcast_operand(a(r, k) + part * kPerLane<Element>);
+        unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
+          constexpr int block = c / Map::count, vector = c % Map::count;
+          multiply_add<Element>(into[r][block * Map::columns + Map::at(vector)], value, w[c]);
+        });
       });
     });
   };
@@ -115,7 +121,9 @@ FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, i
     }
     unroll<kTiles - 1>([&](auto i) FUSEDRNN_LAMBDA {
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-        unroll<columns>([&](auto c) FUSEDRNN_LAMBDA { tile[r][c] += more[i][r][c]; });
+        unroll<columns>([&](auto c) FUSEDRNN_LAMBDA {
+          tile[r][c] = add_sums<Element>(tile[r][c], more[i][r][c]);
+        });
       });
     });
   }
@@ -123,13 +131,16 @@ FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, i
 }
 
 /// The same for rows of operands from a[r] on.
-template <class Map, class Element, int R, int B = 1, class Accum = Accumulator<Element>>
+template <class Map, class Element, int R, int B = 1, class Weight = Element,
+          class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate_rows(Tile<Accum, R, B * Map::columns>& tile,
-                                     const Element* const (&a)[R], int64_t size, const Accum* panel,
-                                     int64_t stride, int64_t panel_stride = 0) {
-  accumulate<Map, Element, R, B>(
-      tile, [&](auto r, int64_t k) FUSEDRNN_LAMBDA { return a[r] + k * kPerLane<Element>; }, size,
-      panel, stride, panel_stride);
+                                     const Element* const (&a)[R], int64_t size,
+                                     const PanelLane<Element, Weight>* panel, int64_t stride,
+                                     int64_t panel_stride = 0) {
+  constexpr int kPerWeight = kPerLane<Element> * kLanesPerWeight<Element, Weight>;
+  accumulate<Map, Element, R, B, Weight>(
+      tile, [&](auto r, int64_t k) FUSEDRNN_LAMBDA { return a[r] + k * kPerWeight; }, size, panel,
+      stride, panel_stride);
 }
 
 // ---- weights in place ---------------------------------------------------------------------------

@@ -134,18 +134,63 @@ FUSEDRNN_INLINE Vec<Accumulator<Element>> broadcast_operand(const Element* p) {
   return broadcast<Vec<Accumulator<Element>>>(lane);
 }
 
-/// sum += a * b, lane by lane.
+/// sum + a_low * b_low + a_high * b_high for the int16 halves of each lane.
+FUSEDRNN_INLINE Vec<int32_t> multiply_add_pairs(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> b) {
+#if defined(FUSEDRNN_VNNI)
+  return bit_cast<Vec<int32_t>>(
+      _mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+  return sum +
+         bit_cast<Vec<int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  return sum +
+         bit_cast<Vec<int32_t>>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+  return sum + bit_cast<Vec<int32_t>>(_mm_madd_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#else
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/// sum += a * b, lane by lane. int16 operands sum to int32, in the accumulator's bits.
 template <class Element>
 FUSEDRNN_INLINE void multiply_add(Vec<Accumulator<Element>>& sum, Vec<Accumulator<Element>> a,
                                   Vec<Accumulator<Element>> b) {
   if constexpr (kPerLane<Element> == 1) {
     sum += a * b;
+  } else if constexpr (std::is_same_v<Element, Int16>) {
+    sum = bit_cast<Vec<float>>(multiply_add_pairs(
+        bit_cast<Vec<int32_t>>(sum), bit_cast<Vec<int32_t>>(a), bit_cast<Vec<int32_t>>(b)));
   } else {
 #if defined(FUSEDRNN_BFLOAT16)
     sum = bit_cast<Vec<float>>(
         _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
 #endif
   }
+}
+
+/// a + b, for sums of multiply_add.
+template <class Element>
+FUSEDRNN_INLINE Vec<Accumulator<Element>> add_sums(Vec<Accumulator<Element>> a,
+                                                   Vec<Accumulator<Element>> b) {
+  if constexpr (std::is_same_v<Element, Int16>) {
+    return bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(a) + bit_cast<Vec<int32_t>>(b));
+  } else {
+    return a + b;
+  }
+}
+
+/// Rounds to nearest even integers, at most 2^22 in size.
+FUSEDRNN_INLINE Vec<int32_t> rounded(Vec<float> v) {
+  const float magic = ExpConstants<float>::round;
+  return bit_cast<Vec<int32_t>>(v + magic) - bit_cast<int32_t>(magic);
+}
+
+/// Stores whole vectors of integers.
+FUSEDRNN_INLINE void store_integers(Int16* p, Vec<int32_t> v) {
+  typedef int16_t Half __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+  const Half half = __builtin_convertvector(v, Half);
+  __builtin_memcpy(p, &half, sizeof(half));
 }
 
 /// The first n elements, at most one vector, as accumulators.
@@ -169,6 +214,45 @@ FUSEDRNN_INLINE void store_values(BFloat16* p, Vec<float> v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), halves);
 }
 #endif
+
+// ---- prepacked weights --------------------------------------------------------------------------
+//
+// A panel lane holds one unit's weights for the operands of one lane, or of a pair of lanes.
+
+/// Frozen bfloat16 weights for float32 operands: a pair of neighbours along K in a lane.
+template <class Element, class Weight>
+inline constexpr int kLanesPerWeight =
+    std::is_same_v<Weight, BFloat16> && std::is_same_v<Element, float> ? 2 : 1;
+
+template <class Element, class Weight>
+using PanelLane = std::conditional_t<std::is_same_v<Weight, Int8>, uint16_t, Accumulator<Element>>;
+
+/// A vector of weights for operand lane `part` of kLanesPerWeight.
+template <class Element, class Weight, int part>
+FUSEDRNN_INLINE Vec<Accumulator<Element>> load_weights(const PanelLane<Element, Weight>* p) {
+  if constexpr (kLanesPerWeight<Element, Weight> == 2) {
+    const Vec<uint32_t> pairs = bit_cast<Vec<uint32_t>>(load(p));
+    return bit_cast<Vec<float>>(part ? pairs & 0xffff0000u : pairs << 16);
+  } else if constexpr (std::is_same_v<Weight, Int8>) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+    __m256i bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    return bit_cast<Vec<float>>(_mm512_cvtepi8_epi16(bytes));
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+    __m128i bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    return bit_cast<Vec<float>>(_mm256_cvtepi8_epi16(bytes));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+    typedef int16_t Words __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+    Bytes bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    return bit_cast<Vec<float>>(__builtin_convertvector(bytes, Words));
+#endif
+  } else {
+    return load(p);
+  }
+}
 
 // ---- shuffles -----------------------------------------------------------------------------------
 
