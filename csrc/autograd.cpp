@@ -117,9 +117,14 @@ struct Autograd {
   }
   template <class Cell>
   static LayerOutput frozen(const FrozenArgs& args) {
-    TORCH_CHECK(!any_needs_gradient(args.input, args.h0, args.c0), "fusedrnn::", Cell::kName,
-                "_frozen: frozen weights have no gradient. Call it under torch.no_grad() or "
-                "torch.inference_mode(), or call the module that was frozen");
+    const auto has_tangent = [](const OptionalTensor& t) {
+      return t && t->_fw_grad(/*level=*/0).defined();
+    };
+    TORCH_CHECK(!any_needs_gradient(args.input, args.h0, args.c0) && !has_tangent(args.input) &&
+                    !has_tangent(args.h0) && !has_tangent(args.c0),
+                "fusedrnn::", Cell::kName,
+                "_frozen: a frozen layer has no gradient. Call it under torch.no_grad() or "
+                "torch.inference_mode(), or use the model from before freeze()");
     return call_below_autograd<Cell>(frozen_op<Cell>(), args);
   }
 };

@@ -176,10 +176,11 @@ LayerOutput run_layer(const CellInfo& info, const Tensor& input, const States& s
 /// Releases the GIL for calls long enough to pay for it.
 class WithoutGil {
  public:
-  WithoutGil(const Tensor& input, at::TensorList weights) {
+  /// weights: elements, or bytes, that each row of the input meets.
+  WithoutGil(const Tensor& input, int64_t weights) {
     const int64_t rows = input.numel() / std::max<int64_t>(input.size(-1), 1);
     // On a GPU even a small call may wait for memory or for room in a queue.
-    if (!input.is_cpu() || rows * weights[0].numel() > 1 << 16) state_ = PyEval_SaveThread();
+    if (!input.is_cpu() || rows * weights > 1 << 16) state_ = PyEval_SaveThread();
   }
   ~WithoutGil() {
     if (state_) PyEval_RestoreThread(state_);
@@ -200,6 +201,50 @@ class BelowAutograd {
  private:
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
 };
+
+/// Calls run(index, input, its states) layer by layer; joins the final states.
+template <class Run>
+LayerOutput over_layers(int64_t layers, bool bidirectional, Tensor x, const States& states,
+                        const Run& run) {
+  if (layers == 1) return run(0, x, states);
+  const int64_t D = bidirectional ? 2 : 1;
+  std::vector<Tensor> h, c;
+  for (int64_t i = 0; i < layers; ++i) {
+    const auto of_layer = [&](const OptionalTensor& s) {
+      return s ? OptionalTensor(s->narrow(0, i * D, D)) : std::nullopt;
+    };
+    LayerOutput out = run(i, x, States{of_layer(states.h), of_layer(states.c)});
+    x = std::move(out.output);
+    h.push_back(std::move(out.h_n));
+    if (out.c_n.defined()) c.push_back(std::move(out.c_n));
+  }
+  return {std::move(x), at::cat(h), c.empty() ? Tensor() : at::cat(c), {}};
+}
+
+/// Runs a layer for one step, input [B, I]; its final states are [B, ...].
+template <class Run>
+LayerOutput one_step(const Tensor& input, const States& states, const Run& run) {
+  const auto with_steps = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt;
+  };
+  LayerOutput out = run(input.unsqueeze(0), States{with_steps(states.h), with_steps(states.c)});
+  out.h_n.squeeze_(0);
+  if (out.c_n.defined()) out.c_n.squeeze_(0);
+  return out;
+}
+
+/// A layer module's results: (output, h_n) or (output, (h_n, c_n)).
+PyObject* wrapped(LayerOutput result, bool has_cell_state) {
+  PyObject* const y = THPVariable_Wrap(std::move(result.output));
+  PyObject* const h_n = THPVariable_Wrap(std::move(result.h_n));
+  if (!has_cell_state) return tuple_of(y, h_n);
+  return tuple_of(y, tuple_of(h_n, THPVariable_Wrap(std::move(result.c_n))));
+}
+/// (h,) or (h, c).
+PyObject* wrapped_states(LayerOutput result, bool has_cell_state) {
+  PyObject* const h = THPVariable_Wrap(std::move(result.h_n));
+  return has_cell_state ? tuple_of(h, THPVariable_Wrap(std::move(result.c_n))) : tuple_of(h);
+}
 
 /// layers(attributes, cell, input, hx): a layer module's forward result, or None.
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -241,32 +286,18 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   LayerOutput result;
   {
-    const WithoutGil no_gil(*module.input, module.weights);
+    const WithoutGil no_gil(*module.input, module.weights[0].numel());
     const BelowAutograd below(*module.input, module.states, module.weights);
     Tensor x = first ? module.input->transpose(0, 1) : *module.input;
-    if (L == 1) {
-      result = run_layer(*module.cell, x, module.states, module.weights, both);
-    } else {
-      std::vector<Tensor> h, c;
-      for (int64_t i = 0; i < L; ++i) {
-        const auto of_layer = [&](const OptionalTensor& s) {
-          return s ? OptionalTensor(s->narrow(0, i * D, D)) : std::nullopt;
-        };
-        LayerOutput r =
-            run_layer(*module.cell, x, {of_layer(module.states.h), of_layer(module.states.c)},
-                      at::TensorList(module.weights).slice(i * total / L, total / L), both);
-        x = std::move(r.output);
-        h.push_back(std::move(r.h_n));
-        c.push_back(std::move(r.c_n));
-      }
-      result = {std::move(x), at::cat(h), module.has_cell_state ? at::cat(c) : Tensor(), {}};
-    }
+    result = over_layers(
+        L, both, std::move(x), module.states,
+        [&](int64_t i, const Tensor& input, const States& states) {
+          return run_layer(*module.cell, input, states,
+                           at::TensorList(module.weights).slice(i * total / L, total / L), both);
+        });
     if (first) result.output.transpose_(0, 1);  // not a view: FSDP would lose its hooks
   }
-  PyObject* const y = THPVariable_Wrap(std::move(result.output));
-  PyObject* const h_n = THPVariable_Wrap(std::move(result.h_n));
-  if (!module.has_cell_state) return tuple_of(y, h_n);
-  return tuple_of(y, tuple_of(h_n, THPVariable_Wrap(std::move(result.c_n))));
+  return wrapped(std::move(result), module.has_cell_state);
 }
 
 /// cell(attributes, cell, input, hx): (h,) or (h, c) after one step of a cell module, or None.
@@ -286,19 +317,126 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!module.fits(1, module.input->size(0))) Py_RETURN_NONE;
   LayerOutput result;
   {
-    const WithoutGil no_gil(*module.input, module.weights);
+    const WithoutGil no_gil(*module.input, module.weights[0].numel());
     const BelowAutograd below(*module.input, module.states, module.weights);
-    const auto one_step = [](const OptionalTensor& t) {
-      return t ? OptionalTensor(t->unsqueeze(0)) : std::nullopt;
-    };
-    result =
-        run_layer(*module.cell, module.input->unsqueeze(0),
-                  {one_step(module.states.h), one_step(module.states.c)}, module.weights, false);
-    result.h_n.squeeze_(0);
-    if (module.has_cell_state) result.c_n.squeeze_(0);
+    result = one_step(*module.input, module.states, [&](const Tensor& input, const States& states) {
+      return run_layer(*module.cell, input, states, module.weights, false);
+    });
   }
-  PyObject* const h = THPVariable_Wrap(std::move(result.h_n));
-  return module.has_cell_state ? tuple_of(h, THPVariable_Wrap(std::move(result.c_n))) : tuple_of(h);
+  return wrapped_states(std::move(result), module.has_cell_state);
+}
+
+/// A frozen module's constants: its attribute _config (fusedrnn/frozen.py).
+struct FrozenConfig {
+  const CellInfo* cell = nullptr;
+  int64_t layers = 0, input_size = 0, hidden_size = 0, output_size = 0;
+  bool bidirectional = false, batch_first = false;
+  PyObject* names = nullptr;  ///< a tuple: the buffers with the layers' weights
+
+  bool read(PyObject* config) {
+    if (!config || !PyTuple_Check(config) || PyTuple_GET_SIZE(config) != 8) return false;
+    const auto number = [&](Py_ssize_t i) { return read_number(PyTuple_GET_ITEM(config, i)); };
+    const int64_t index = number(0);
+    layers = number(1), input_size = number(2), hidden_size = number(3), output_size = number(4);
+    names = PyTuple_GET_ITEM(config, 7);
+    if (index < 0 || index >= scalar::Cells::count || layers < 1 || !PyTuple_CheckExact(names) ||
+        PyTuple_GET_SIZE(names) != layers) {
+      return false;
+    }
+    cell = &cell_info(int(index));
+    return read_flag(PyTuple_GET_ITEM(config, 5), bidirectional) &&
+           read_flag(PyTuple_GET_ITEM(config, 6), batch_first);
+  }
+};
+
+LayerOutput run_frozen_layer(const FrozenConfig& config, const Tensor& input, const States& states,
+                             const Tensor& weights) {
+  static const OptionalTensor absent;
+  LayerOutput result;
+  scalar::Cells::visit(config.cell->index, [&](auto cell) {
+    using Cell = decltype(cell);
+    result = call<Cell>(frozen_op<Cell>(),
+                        FrozenArgs{input, states.h, states.c, weights, config.hidden_size,
+                                   config.output_size, config.bidirectional, absent, absent});
+  });
+  return result;
+}
+
+/// The arguments of `frozen_layers` and `frozen_cell`: a module's attributes, input, hx.
+struct FrozenArguments {
+  FrozenConfig config;
+  const Tensor* input = nullptr;
+  States states;
+  Tensors weights;  ///< a layer's each
+
+  /// Whether it is the plain case: a float32 CPU input with `dim` dimensions that fits.
+  bool read(PyObject* const* args, Py_ssize_t count, int64_t dim) {
+    FUSEDRNN_NAME(_buffers);
+    FUSEDRNN_NAME(_config);
+    if (count != 3 || !PyDict_CheckExact(args[0]) ||
+        !config.read(PyDict_GetItemWithError(args[0], _config))) {
+      return false;
+    }
+    input = plain_tensor(args[1]);
+    PyObject* const buffers = PyDict_GetItemWithError(args[0], _buffers);
+    if (!input || input->dim() != dim || !input->is_cpu() || input->scalar_type() != at::kFloat ||
+        input->size(-1) != config.input_size || !is_plain(*input, config.cell->index) || !buffers ||
+        !PyDict_CheckExact(buffers) ||
+        !read_states(args[2], config.cell->has_cell_state, dim, states)) {
+      return false;
+    }
+    for (int64_t i = 0; i < config.layers; ++i) {
+      PyObject* const name = PyTuple_GET_ITEM(config.names, i);
+      const Tensor* const w = plain_tensor(PyDict_GetItemWithError(buffers, name));
+      if (!w) return false;
+      weights.push_back(*w);
+    }
+    const int64_t rows = input->size(dim == 3 && !config.batch_first ? 1 : 0);
+    return fits(states.h, rows, config.output_size) && fits(states.c, rows, config.hidden_size);
+  }
+
+ private:
+  bool fits(const OptionalTensor& state, int64_t rows, int64_t width) const {
+    if (!state) return true;
+    const auto sizes = state->sizes();
+    return state->is_cpu() && state->scalar_type() == at::kFloat && sizes.back() == width &&
+           sizes[sizes.size() - 2] == rows &&
+           (sizes.size() == 2 || sizes[0] == config.layers * (1 + config.bidirectional));
+  }
+};
+
+/// frozen_layers(attributes, input, hx): as `layers`, for a frozen module.
+PyObject* frozen_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  FrozenArguments module;
+  if (!module.read(args, count, 3)) Py_RETURN_NONE;
+  const FrozenConfig& config = module.config;
+  LayerOutput result;
+  {
+    const WithoutGil no_gil(*module.input, module.weights[0].numel());
+    const BelowAutograd below(*module.input, module.states, {});
+    Tensor x = config.batch_first ? module.input->transpose(0, 1) : *module.input;
+    result = over_layers(config.layers, config.bidirectional, std::move(x), module.states,
+                         [&](int64_t i, const Tensor& input, const States& states) {
+                           return run_frozen_layer(config, input, states, module.weights[i]);
+                         });
+    if (config.batch_first) result.output.transpose_(0, 1);  // as in `layers`
+  }
+  return wrapped(std::move(result), config.cell->has_cell_state);
+}
+
+/// frozen_cell(attributes, input, hx): as `cell`, for a frozen module.
+PyObject* frozen_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  FrozenArguments module;
+  if (!module.read(args, count, 2)) Py_RETURN_NONE;
+  LayerOutput result;
+  {
+    const WithoutGil no_gil(*module.input, module.weights[0].numel());
+    const BelowAutograd below(*module.input, module.states, {});
+    result = one_step(*module.input, module.states, [&](const Tensor& input, const States& states) {
+      return run_frozen_layer(module.config, input, states, module.weights[0]);
+    });
+  }
+  return wrapped_states(std::move(result), module.config.cell->has_cell_state);
 }
 
 /// cells(): each cell's constants as a dict, by index.
@@ -342,8 +480,12 @@ PyMethodDef method(const char* name) {
           METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {
-    method<layers>("layers"), method<cell>("cell"), method<cells>("cells"), {}};
+PyMethodDef methods[] = {method<layers>("layers"),
+                         method<cell>("cell"),
+                         method<frozen_layers>("frozen_layers"),
+                         method<frozen_cell>("frozen_cell"),
+                         method<cells>("cells"),
+                         {}};
 PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "fusedrnn._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

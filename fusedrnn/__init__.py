@@ -10,6 +10,15 @@ except ImportError as _error:
     ) from _error
 
 from fusedrnn import functional
+from fusedrnn.frozen import (
+    FrozenGRU,
+    FrozenGRUCell,
+    FrozenLSTM,
+    FrozenLSTMCell,
+    FrozenRNN,
+    FrozenRNNCell,
+    freeze,
+)
 from fusedrnn.modules import (
     FusedGRU,
     FusedGRUCell,
@@ -26,6 +35,12 @@ except PackageNotFoundError:  # run from a checkout that was built in place
     __version__ = "0+unknown"
 
 __all__ = [
+    "FrozenGRU",
+    "FrozenGRUCell",
+    "FrozenLSTM",
+    "FrozenLSTMCell",
+    "FrozenRNN",
+    "FrozenRNNCell",
     "FusedGRU",
     "FusedGRUCell",
     "FusedLSTM",
@@ -33,6 +48,7 @@ __all__ = [
     "FusedRNN",
     "FusedRNNCell",
     "__version__",
+    "freeze",
     "functional",
     "fuse",
     "unfuse",

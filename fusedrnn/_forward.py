@@ -7,6 +7,7 @@ word errors as torch does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def _weight_names(module: nn.RNNBase) -> list[str]:
     return found
 
 
-def _check_states(module: nn.RNNBase, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
+def _check_states(module: Any, states: Sequence[Tensor], input: Tensor, rows: int) -> None:
     layers = module.num_layers * (2 if module.bidirectional else 1)
     widths = (module.proj_size or module.hidden_size, module.hidden_size)
     for i, (state, width) in enumerate(zip(states, widths, strict=False)):
@@ -102,7 +103,7 @@ def _name(cell: Cell) -> str:
     return cell.name.partition("_")[0].upper()
 
 
-def _check_flags(module: nn.RNNBase) -> None:
+def _check_flags(module: Any) -> None:
     for name in ("bias", "batch_first", "bidirectional", "training"):
         flag = getattr(module, name)
         if not isinstance(flag, bool):  # torch's call refuses it, its constructor in these words
@@ -110,7 +111,7 @@ def _check_flags(module: nn.RNNBase) -> None:
 
 
 def _time_major(
-    module: nn.RNNBase, cell: Cell, input: Tensor | PackedSequence, lengths: Lengths | None
+    module: Any, cell: Cell, input: Tensor | PackedSequence, lengths: Lengths | None
 ) -> Tensor:
     """The input as [T, B, I], or [N, I] if packed."""
     if isinstance(input, PackedSequence):
@@ -135,6 +136,10 @@ def _check_input(module: nn.RNNBase, input: Tensor, weight: Tensor) -> None:
             f"Convert input: input.to({weight.dtype}), or convert model: "
             f"model.to({input.dtype})"
         )
+    _check_features(module, input)
+
+
+def _check_features(module: Any, input: Tensor) -> None:
     if input.size(-1) != module.input_size:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got "
@@ -143,7 +148,7 @@ def _check_input(module: nn.RNNBase, input: Tensor, weight: Tensor) -> None:
 
 
 def _initial_states(
-    module: nn.RNNBase,
+    module: Any,
     input: Tensor,
     states: Sequence[Tensor],
     packed: PackedSequence | None,
@@ -173,7 +178,7 @@ def _initial_states(
 
 
 def _in_layout(
-    module: nn.RNNBase,
+    module: Any,
     output: Tensor,
     final: tuple[Tensor, ...],
     packed: PackedSequence | None,
@@ -254,23 +259,9 @@ def cell_step(
     if len(there) == 1:
         biases = [torch.zeros_like(there[0]) if b is None else b for b in biases]
     is_batched = input.dim() == 2
-    if input.size(-1) != ih.size(1):
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.size(-1)} expected {ih.size(1)}"
-        )
-    rows = input.size(0) if is_batched else 1
-    if states is not None:
-        states = states if is_batched else [s.unsqueeze(0) for s in states]
-        for i, s in enumerate(states):
-            if s.size(0) != rows:
-                raise RuntimeError(
-                    f"Input batch size {rows} doesn't match hidden{i} batch size {s.size(0)}"
-                )
-            if s.dim() != 2 or s.size(1) != hh.size(1):
-                raise RuntimeError(
-                    f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected "
-                    f"{hh.size(1)}"
-                )
+    if states is not None and not is_batched:
+        states = [s.unsqueeze(0) for s in states]
+    check_step(input, states, ih.size(1), hh.size(1))
     input, states, weights = _ops.autocast(
         cell, False, input, states, [ih, hh, *(biases if there else [])]
     )
@@ -287,6 +278,42 @@ def cell_step(
     if is_batched and _ops.can_reshape_in_place():
         return tuple(s.squeeze_(0) for s in final)
     return tuple(s[0] if is_batched else s[0, 0] for s in final)
+
+
+def check_step(
+    input: Tensor, states: Sequence[Tensor] | None, input_size: int, hidden_size: int
+) -> None:
+    """Raises torch's error if sizes of input [B, I] or [I] and states [B, H] don't fit a cell."""
+    if input.size(-1) != input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.size(-1)} expected {input_size}"
+        )
+    rows = input.size(0) if input.dim() == 2 else 1
+    for i, s in enumerate(states or ()):
+        if s.size(0) != rows:
+            raise RuntimeError(
+                f"Input batch size {rows} doesn't match hidden{i} batch size {s.size(0)}"
+            )
+        if s.dim() != 2 or s.size(1) != hidden_size:
+            raise RuntimeError(
+                f"hidden{i} has inconsistent hidden_size: got {s.size(1)}, expected {hidden_size}"
+            )
+
+
+def check_pair(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
+    """Raises if input or hx have a wrong number of dimensions for one step of an LSTM."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if hx is not None:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            raise TypeError(
+                f"LSTMCell: Expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}"
+            )
+        for i, value in enumerate(hx):
+            if value.dim() not in (1, 2):
+                raise ValueError(
+                    f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {value.dim()}D instead"
+                )
 
 
 def check_dimensions(name: str, input: Tensor, hx: Tensor | None) -> None:

@@ -67,6 +67,8 @@ _C: Any = sys.modules["fusedrnn._C"]
 # The fast paths of csrc/python.cpp; they return None for calls that need the slow path.
 fast_layers = _C.layers
 fast_cell = _C.cell
+fast_frozen_layers = _C.frozen_layers
+fast_frozen_cell = _C.frozen_cell
 
 # By name; a cell's index is its place.
 CELLS: dict[str, Cell] = cells(_C.cells())
@@ -78,6 +80,7 @@ _DEVICES = frozenset(
     if torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::lstm", key)
 )
 _FORWARD = {name: getattr(torch.ops.fusedrnn, name).default for name in CELLS}
+_FROZEN = {name: getattr(torch.ops.fusedrnn, f"{name}_frozen").default for name in CELLS}
 _BACKWARD = {name: getattr(torch.ops.fusedrnn, f"{name}_backward").default for name in CELLS}
 
 
@@ -226,6 +229,40 @@ def layer(
     return result[0], result[1:-1]
 
 
+def freeze(cell: Cell, weights: Sequence[Tensor], bidirectional: bool, dtype: torch.dtype) -> Tensor:
+    """One layer's float32 weights, packed for this machine; see csrc/ops.cpp."""
+    packed: Tensor = torch.ops.fusedrnn._freeze(cell.name, weights, bidirectional, dtype)
+    return packed
+
+
+def unfreeze(packed: Tensor) -> list[Tensor]:
+    """The weights in a result of `freeze`, in float32."""
+    weights: list[Tensor] = torch.ops.fusedrnn._unfreeze(packed)
+    return weights
+
+
+def cpu_lanes() -> int:
+    """float32 lanes in a vector of the CPU kernels, for which `freeze` packs."""
+    return int(torch.ops.fusedrnn._cpu_lanes())
+
+
+def frozen_layer(
+    cell: Cell,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    packed: Tensor,
+    sizes: tuple[int, int],
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, States]:
+    """As `layer`, with a result of `freeze`. sizes: of h's units and of the output."""
+    result = _FROZEN[cell.name](
+        input, *states, packed, *sizes, bidirectional, batch_sizes, lengths
+    )
+    return result[0], result[1:]
+
+
 def _check_devices(op: str, args: Sequence[Any]) -> None:
     """Raises if real tensors stand among meta or fake ones: the fake kernel gets them all."""
     tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
@@ -235,29 +272,48 @@ def _check_devices(op: str, args: Sequence[Any]) -> None:
         raise RuntimeError(f"fusedrnn::{op}: Expected all tensors on one device, found {names}")
 
 
+def _fake_results(
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    sizes: tuple[int, int],
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Output and final states. sizes: of h's units and of the output."""
+    directions, (hidden, out) = 2 if bidirectional else 1, sizes
+    if batch_sizes is None:
+        rows = input.size(1)
+    else:
+        given = [s for s in states if s is not None]
+        # batch_sizes holds the number of rows as data; hx, if given, has it as a size.
+        rows = given[0].size(1) if given else torch.library.get_ctx().new_dynamic_size()
+    shapes = [(directions, rows, out), (directions, rows, hidden)][: len(states)]
+    return (
+        input.new_empty((*input.shape[:-1], directions * out)),
+        *(input.new_empty(shape) for shape in shapes),
+    )
+
+
 def _fake_forward(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     n = cell.states
     input, weights = args[0], args[1 + n]
     _check_devices(cell.name, args[: 2 + n])
     bidirectional, batch_sizes, _, save = args[2 + n :]
-    directions = 2 if bidirectional else 1
     hidden, out = weights[1].size(0) // cell.gates, weights[1].size(1)
-    if batch_sizes is None:
-        tokens = input.size(0) * input.size(1)
-        rows = input.size(1)
-    else:
-        tokens = input.size(0)
-        states = [s for s in args[1 : 1 + n] if s is not None]
-        # batch_sizes holds the number of rows as data; hx, if given, has it as a size.
-        rows = states[0].size(1) if states else torch.library.get_ctx().new_dynamic_size()
+    tokens = input.size(0) * input.size(1) if batch_sizes is None else input.size(0)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-    shapes = [(directions, rows, out), (directions, rows, hidden)][:n]
-    saved = (directions, tokens, cell.saved, hidden) if save else (0,)
+    saved = (2 if bidirectional else 1, tokens, cell.saved, hidden) if save else (0,)
     return (
-        input.new_empty((*input.shape[:-1], directions * out)),
-        *(input.new_empty(shape) for shape in shapes),
+        *_fake_results(input, args[1 : 1 + n], (hidden, out), bidirectional, batch_sizes),
         input.new_empty(saved, dtype=compute),
     )
+
+
+def _fake_frozen(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
+    n = cell.states
+    _check_devices(f"{cell.name}_frozen", args[: 2 + n])
+    hidden, out, bidirectional, batch_sizes, _ = args[2 + n :]
+    return _fake_results(args[0], args[1 : 1 + n], (hidden, out), bidirectional, batch_sizes)
 
 
 def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
@@ -282,6 +338,9 @@ def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
 
 for _cell in CELLS.values():
     torch.library.register_fake(f"fusedrnn::{_cell.name}")(functools.partial(_fake_forward, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell.name}_frozen")(
+        functools.partial(_fake_frozen, _cell)
+    )
     torch.library.register_fake(f"fusedrnn::{_cell.name}_backward")(
         functools.partial(_fake_backward, _cell)
     )

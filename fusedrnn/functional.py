@@ -6,7 +6,7 @@ L layers, N = sum(batch_sizes).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -33,25 +33,32 @@ def run(
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
     """All layers, for a cell's name: the output and the final states, each [L*D, B, ...]."""
-    row = _ops.CELLS[cell]
+    row, per = _ops.CELLS[cell], len(weights) // num_layers
+
+    def run_layer(i: int, x: Tensor, of_layer: Sequence[Tensor | None]) -> tuple[Tensor, States]:
+        if i > 0 and dropout > 0 and training:
+            x = F.dropout(x, dropout, True)
+        own = weights if num_layers == 1 else weights[i * per : (i + 1) * per]
+        return _ops.layer(row, x, of_layer, own, bidirectional, batch_sizes, lengths)
+
+    return over_layers(run_layer, num_layers, bidirectional, input, states)
+
+
+def over_layers(
+    run_layer: Callable[[int, Tensor, Sequence[Tensor | None]], tuple[Tensor, States]],
+    num_layers: int,
+    bidirectional: bool,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+) -> tuple[Tensor, States]:
+    """Calls run_layer(index, input, its states) layer by layer; joins the final states."""
     if num_layers == 1:
-        return _ops.layer(row, input, states, weights, bidirectional, batch_sizes, lengths)
+        return run_layer(0, input, states)
     directions = 2 if bidirectional else 1
-    per = len(weights) // num_layers
     finals: list[States] = []
     for i in range(num_layers):
-        if i > 0 and dropout > 0 and training:
-            input = F.dropout(input, dropout, True)
         of_layer = [None if s is None else s[i * directions : (i + 1) * directions] for s in states]
-        input, final = _ops.layer(
-            row,
-            input,
-            of_layer,
-            weights[i * per : (i + 1) * per],
-            bidirectional,
-            batch_sizes,
-            lengths,
-        )
+        input, final = run_layer(i, input, of_layer)
         finals.append(final)
     return input, tuple(torch.cat(s) for s in zip(*finals, strict=True))
 

@@ -348,19 +348,7 @@ class FusedLSTMCell(nn.RNNCellBase):
             result = _ops.fast_cell(self.__dict__, _LSTM.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, Tensor]", result)
-        if input.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        if hx is not None:
-            if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-                raise TypeError(
-                    "LSTMCell: Expected hx to be a tuple of two tensors (h, c), got "
-                    f"{type(hx).__name__}"
-                )
-            for i, value in enumerate(hx):
-                if value.dim() not in (1, 2):
-                    raise ValueError(
-                        f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {value.dim()}D instead"
-                    )
+        _forward.check_pair(input, hx)
         h, c = _forward.cell_step(self, _LSTM, input, hx)
         return h, c
 

@@ -124,6 +124,7 @@ struct Cpu {
 };
 
 std::string isa() { return kernels().isa; }
+int64_t lanes() { return kernels().f32.common.lanes; }
 
 }  // namespace
 
@@ -133,6 +134,9 @@ TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("_freeze", &freeze_layer);
   m.impl("_unfreeze", &unfreeze_layer);
 }
-TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", &isa); }
+TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", &isa);
+  m.impl("_cpu_lanes", &lanes);
+}
 
 }  // namespace fusedrnn::cpu
