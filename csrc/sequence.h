@@ -42,7 +42,7 @@ using OutputOf = std::conditional_t<std::is_same_v<Element, Int16>, float, Eleme
 /// The largest operand that is multiplied by int8 weights. K products of it and 127 fit an int32:
 /// K 1024 allows 16512.
 constexpr int32_t largest_operand(int64_t K) {
-  return int32_t(K < 516 ? 32767 : INT32_MAX / 127 / K);
+  return K < 517 ? 32767 : int32_t(INT32_MAX / 127 / K);
 }
 
 /// One direction of one layer over some batch rows.

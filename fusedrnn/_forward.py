@@ -307,7 +307,8 @@ def check_pair(input: Tensor, hx: tuple[Tensor, Tensor] | None) -> None:
     if hx is not None:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             raise TypeError(
-                f"LSTMCell: Expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}"
+                "LSTMCell: Expected hx to be a tuple of two tensors (h, c), got "
+                f"{type(hx).__name__}"
             )
         for i, value in enumerate(hx):
             if value.dim() not in (1, 2):

@@ -27,8 +27,7 @@ REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 def cpu_isa() -> str:
-    """The CPU kernels' instruction set: baseline, avx2, avx512, avx512vnni or
-    avx512bf16."""
+    """The CPU kernels' instruction set: one of _ISAS."""
     return str(torch.ops.fusedrnn._cpu_isa())
 
 
@@ -229,7 +228,9 @@ def layer(
     return result[0], result[1:-1]
 
 
-def freeze(cell: Cell, weights: Sequence[Tensor], bidirectional: bool, dtype: torch.dtype) -> Tensor:
+def freeze(
+    cell: Cell, weights: Sequence[Tensor], bidirectional: bool, dtype: torch.dtype
+) -> Tensor:
     """One layer's float32 weights, packed for this machine; see csrc/ops.cpp."""
     packed: Tensor = torch.ops.fusedrnn._freeze(cell.name, weights, bidirectional, dtype)
     return packed
@@ -257,9 +258,7 @@ def frozen_layer(
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
     """As `layer`, with a result of `freeze`. sizes: of h's units and of the output."""
-    result = _FROZEN[cell.name](
-        input, *states, packed, *sizes, bidirectional, batch_sizes, lengths
-    )
+    result = _FROZEN[cell.name](input, *states, packed, *sizes, bidirectional, batch_sizes, lengths)
     return result[0], result[1:]
 
 
@@ -281,6 +280,7 @@ def _fake_results(
 ) -> tuple[Tensor, ...]:
     """Output and final states. sizes: of h's units and of the output."""
     directions, (hidden, out) = 2 if bidirectional else 1, sizes
+    rows: Any = None
     if batch_sizes is None:
         rows = input.size(1)
     else:
@@ -300,7 +300,7 @@ def _fake_forward(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     _check_devices(cell.name, args[: 2 + n])
     bidirectional, batch_sizes, _, save = args[2 + n :]
     hidden, out = weights[1].size(0) // cell.gates, weights[1].size(1)
-    tokens = input.size(0) * input.size(1) if batch_sizes is None else input.size(0)
+    tokens = input.size(0) * (input.size(1) if batch_sizes is None else 1)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     saved = (2 if bidirectional else 1, tokens, cell.saved, hidden) if save else (0,)
     return (

@@ -135,9 +135,7 @@ class _Frozen(nn.Module):
             lengths,
         )
 
-    def _save_to_state_dict(
-        self, destination: Any, prefix: str, keep_vars: bool
-    ) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Saves the weights under their names before freeze()."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, weight in self._unpacked().items():
@@ -177,7 +175,7 @@ class _Frozen(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Packs anew on a machine with other vectors."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._lanes != _ops.cpu_lanes():
             weights = list(self._unpacked().values())
             for name, packed in zip(self._config.buffers, self._pack(weights), strict=True):
@@ -385,7 +383,7 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module] | None:
-    """torch's class of a recurrent module: None for a subclass that may compute differently."""
+    """Torch's class of a recurrent module: None for a subclass that may compute differently."""
     cls = type(module)
     if is_parametrized(module):
         cls = cls.__bases__[0]

@@ -49,7 +49,9 @@ def test_doctor() -> None:
     )
     assert report.returncode == 0, report.stdout + report.stderr
     assert re.search(rf"^torch +{re.escape(str(torch.__version__))}", report.stdout, re.M)
-    assert re.search(r"^CPU ISA +(baseline|avx2|avx512|avx512bf16)$", report.stdout, re.M)
+    assert re.search(
+        r"^CPU ISA +(baseline|avx2|avx512|avx512vnni|avx512bf16)$", report.stdout, re.M
+    )
     lower = subprocess.run(
         [sys.executable, "-m", "fusedrnn"],
         env={**os.environ, "FUSEDRNN_CPU_ISA": "baseline"},

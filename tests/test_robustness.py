@@ -133,7 +133,7 @@ def test_memory_is_flat() -> None:
 
 
 def available() -> list[str]:
-    order = ["baseline", "avx2", "avx512", "avx512bf16"]
+    order = ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"]
     return order[: order.index(_ops.cpu_isa()) + 1]
 
 
@@ -142,7 +142,16 @@ def available() -> list[str]:
 def test_every_instruction_set(isa: str) -> None:
     """Parity tests with a few hundred configurations on each instruction set here."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "test_parity.py", "-k", "random or shared"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "test_parity.py",
+            "test_freeze.py",
+            "-k",
+            "random or shared or int8 or rounded",
+        ],
         cwd=HERE,
         env={
             **os.environ,

@@ -124,7 +124,6 @@ FrozenWeights::FrozenWeights(const Tensor& packed) {
 
 Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, WeightType type,
               int64_t block_units) {
-  TORCH_CHECK(!weights.empty() && weights[0].defined(), "_freeze: no weights");
   TORCH_CHECK(weights[0].device().is_cpu(), "_freeze: weights must be on the CPU, got ",
               weights[0].device());
   TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "_freeze: weights must be float32, got ",
@@ -136,6 +135,9 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
   TORCH_CHECK(type != WeightType::int8 || (cell.is_bounded && !layer.has_projection),
               "_freeze: ", cell.name, layer.has_projection ? " with a projection" : "",
               " can't have int8 weights: its states are not bounded");
+
+  TORCH_CHECK(type != WeightType::int8 || largest_operand(std::max(layer.I, layer.P)) >= 127,
+              "_freeze: int8 weights can't have more than 133000 columns");
 
   FrozenWeights to(FrozenWeights::Header{
       {},
