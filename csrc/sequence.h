@@ -83,10 +83,10 @@ struct Forward : Sequence<Accum> {
   int64_t x_row_stride = 0;
   const float* x_scale = nullptr;  ///< [N] scales of an int16 x
   const float* h_scale = nullptr;  ///< [B] scales of an int16 h
-  /// ... or, when not null, the GEMM weight_ih x: [N, G*H].
+  /// ... or, when not null, the GEMM weight_ih x with the biases: [N, G*H].
   const Accum* x_product = nullptr;
-  int64_t x_product_stride = 0;   ///< between its rows
-  bool has_input_panels = false;  ///< whether the panels hold weight_ih beside an x_product too
+  int64_t x_product_stride = 0;    ///< between its rows
+  bool panels_have_input = false;  ///< whether the panels hold weight_ih beside an x_product too
 
   const Accum* h0 = nullptr;  ///< [B, P], null: zeros
   const Accum* c0 = nullptr;  ///< [B, H], null: zeros

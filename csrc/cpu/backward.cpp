@@ -30,6 +30,22 @@ GateGradients new_gate_gradients(const Layer& layer, int64_t tokens) {
   return gates;
 }
 
+/// A step multiplies the pre-activations' gradients, [rows, G*H], by weight_hh.
+template <class Accum>
+LayerWork backward_work(const Layer& layer, const Common<Accum>& common) {
+  LayerWork work{};
+  work.rows = layer.B;
+  work.steps = layer.T;
+  work.output_size = layer.cell.gates * layer.H;
+  work.vectors = divide_up(layer.P, common.lanes);
+  work.parts =
+      layer.has_projection ? 1 : divide_up(std::max(layer.H, layer.P), common.block_columns);
+  work.tile_rows = common.tile_rows;
+  work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
+  work.vector_cycles = work.vector_bytes == 64 ? 2 : 1;
+  return work;
+}
+
 }  // namespace
 
 template <class Accum>
@@ -38,7 +54,7 @@ LayerGradients backward(const Layer& layer, const OutputGradients& g) {
   const Common<Accum>& common = table<Accum>().common;
   const Kernel<Accum>& kernel = kernel_of<Accum>(layer.cell);
   const BatchLayout layout(layer);
-  const WorkPartition partition(layer, layout, common.tile_rows,
+  const WorkPartition partition(layer, layout, backward_work(layer, common), true,
                                 divide_up(std::max(H, P), common.block_columns));
   const CompactTokens compact(layout);
   const GateGradients gates = new_gate_gradients<Accum>(layer, compact.count);

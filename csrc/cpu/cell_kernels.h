@@ -79,6 +79,24 @@ int64_t forward_workspace(const Sequence<Accum>& s) {
   return s.rows * 2 * (padded<Accum>(s.output_size) + padded<Accum>(s.hidden_size));
 }
 
+/// Calls tile(B, block) for blocks [begin, end): B = kBlocksPerTile at once while as many are left,
+/// then one by one. The reverse order visits the same tiles.
+template <class Cell, class F>
+FUSEDRNN_INLINE void for_block_tiles(bool has_panels, bool reverse, int64_t begin, int64_t end,
+                                     F&& tile) {
+  constexpr int B = kBlocksPerTile<Cell>;
+  const int64_t full = B > 1 && has_panels ? (end - begin) / B : 0;
+  const int64_t count = full + (end - begin - full * B);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t place = reverse ? count - 1 - n : n;
+    if (B > 1 && place < full) {
+      tile(std::integral_constant<int, B>{}, begin + place * B);
+    } else {
+      tile(std::integral_constant<int, 1>{}, begin + full * (B - 1) + place);
+    }
+  }
+}
+
 /// tile += a times the weights of B panels, `rows` panel rows of them from `weights` on. Of int8
 /// weights: `scales` in each panel, a_scale[r] of row r.
 template <class Map, int R, int B, class Element, class Weight, class Accum = Accumulator<Element>>
@@ -125,7 +143,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
   const Element* h[R];
   unroll<R>([&](auto r) FUSEDRNN_LAMBDA { h[r] = m.h[i % 2] + (first + r) * m.h_size; });
 
-  const int64_t packed_input = s.x_product && !s.has_input_panels ? 0 : s.input_size;
+  const int64_t packed_input = s.x_product && !s.panels_have_input ? 0 : s.input_size;
   const int64_t panel_size = layout.size(packed_input, s.output_size) / int64_t(sizeof(Accum));
   const Accum* panel = nullptr;
   Vec<Accum> bias[B][S];
@@ -147,7 +165,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
           s.x_product + (s.step_offset[t] + s.row[first + r]) * s.x_product_stride + unit;
       unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
         constexpr int b = c / G, g = c % G;
-        tile[r][b * S + Cell::input_preact[g]] += load(at + b * L + g * H, H - unit - b * L);
+        tile[r][b * S + Cell::input_preact[g]] = load(at + b * L + g * H, H - unit - b * L);
       });
     });
   } else {
@@ -199,8 +217,9 @@ FUSEDRNN_INLINE void store_operand(const Forward<Accum, Element>& s, int64_t j, 
   }
 }
 
-/// The input's part of the pre-activations of blocks [block_begin, block_end), without bias, for
-/// rows [begin, end) of x [N, input_size]: out [N, G*H], rows out_stride apart. From the panels.
+/// The biases and the input's part of the pre-activations of blocks [block_begin, block_end), for
+/// rows [begin, end) of x: out [N, G*H], rows out_stride apart. From the panels. A step that goes
+/// on from there has the same sums as one that begins with the input.
 template <class Cell, class Element, class Weight, class Accum = Accumulator<Element>>
 void forward_input(const Forward<Accum, Element>& s, int64_t block_begin, int64_t block_end,
                    int64_t begin, int64_t end, Accum* out, int64_t out_stride) {
@@ -208,29 +227,35 @@ void forward_input(const Forward<Accum, Element>& s, int64_t block_begin, int64_
   constexpr PanelLayout layout = kPanel<Cell, Element, Weight>;
   const int64_t H = s.hidden_size;
   const int64_t panel_size = layout.size(s.input_size, s.output_size) / int64_t(sizeof(Accum));
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    const Accum* panel = s.panels + block * panel_size;
-    const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
-        panel + layout.weights_offset() / int64_t(sizeof(Accum)));
-    const int64_t unit = block * L, units = smaller(H - unit, L);
-    for_tiles(end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
-      const Element* x[R];
-      Accum scale[R] = {};
-      unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-        x[r] = s.x + (begin + first + r) * s.x_row_stride;
-        if constexpr (std::is_same_v<Weight, Int8>) scale[r] = s.x_scale[begin + first + r];
-      });
-      Tile<Accum, R, G> tile = {};
-      accumulate_panels<InOrder<G>, R, 1, Element, Weight>(
-          tile, x, layout.rows(s.input_size), weights, panel_size,
-          panel + layout.scales_offset() / int64_t(sizeof(Accum)), scale);
-      unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-        unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
-          store(out + (begin + first + r) * out_stride + g * H + unit, tile[r][g], units);
-        });
-      });
-    });
-  }
+  for_block_tiles<Cell>(true, false, block_begin, block_end,
+                        [&](auto B, int64_t block) FUSEDRNN_LAMBDA {
+                          const Accum* panel = s.panels + block * panel_size;
+                          const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
+                              panel + layout.weights_offset() / int64_t(sizeof(Accum)));
+                          const int64_t unit = block * L;
+                          for_tiles(end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
+                            Tile<Accum, R, B * G> tile;
+                            const Element* x[R];
+                            Accum scale[R] = {};
+                            unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+                              x[r] = s.x + (begin + first + r) * s.x_row_stride;
+                              if constexpr (std::is_same_v<Weight, Int8>)
+                                scale[r] = s.x_scale[begin + first + r];
+                              unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
+                                tile[r][c] = load(panel + c / G * panel_size + c % G * L);
+                              });
+                            });
+                            accumulate_panels<InOrder<G>, R, B, Element, Weight>(
+                                tile, x, layout.rows(s.input_size), weights, panel_size,
+                                panel + layout.scales_offset() / int64_t(sizeof(Accum)), scale);
+                            unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+                              Accum* to = out + (begin + first + r) * out_stride + unit;
+                              unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
+                                store(to + c / G * L + c % G * H, tile[r][c], H - unit - c / G * L);
+                              });
+                            });
+                          });
+                        });
 }
 
 /// Quantises a row to int16: returns its scale, NaN if a value is not finite.
@@ -337,24 +362,6 @@ void forward_begin(const Forward<Accum, Element>& s) {
   }
   // Rows of length zero.
   finish_rows<Cell, Element>(s, m, -1, s.active[0], s.rows, 0, blocks_of<Accum>(s.hidden_size));
-}
-
-/// Calls tile(B, block) for blocks [begin, end): B = kBlocksPerTile at once while as many are left,
-/// then one by one. The reverse order visits the same tiles.
-template <class Cell, class F>
-FUSEDRNN_INLINE void for_block_tiles(bool has_panels, bool reverse, int64_t begin, int64_t end,
-                                     F&& tile) {
-  constexpr int B = kBlocksPerTile<Cell>;
-  const int64_t full = B > 1 && has_panels ? (end - begin) / B : 0;
-  const int64_t count = full + (end - begin - full * B);
-  for (int64_t n = 0; n < count; ++n) {
-    const int64_t place = reverse ? count - 1 - n : n;
-    if (B > 1 && place < full) {
-      tile(std::integral_constant<int, B>{}, begin + place * B);
-    } else {
-      tile(std::integral_constant<int, 1>{}, begin + full * (B - 1) + place);
-    }
-  }
 }
 
 /// The run's i-th step for the units in blocks [block_begin, block_end). A projection needs all

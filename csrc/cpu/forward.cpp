@@ -16,12 +16,17 @@ enum class WeightAccess {
 struct ForwardStrategy {
   WeightAccess weights;
   bool input_gemm;  ///< computes the input's part of all steps in one GEMM
+  LayerWork work;
 };
 
 /// Forward heuristics. The examples are for AVX-512: 6 rows per tile, up to 4 rows in place.
-ForwardStrategy choose_strategy(const Layer& layer, int64_t tile_rows, int64_t in_place_rows) {
-  ForwardStrategy strategy{WeightAccess::prepacked, false};
-  if (layer.T <= 4 && layer.B <= in_place_rows) {
+template <class Accum, class Element>
+ForwardStrategy choose_strategy(const Layer& layer, const Common<Accum, Element>& common,
+                                int64_t blocks_per_tile, const FrozenWeights* frozen = nullptr) {
+  ForwardStrategy strategy{WeightAccess::prepacked, false, {}};
+  if (frozen) {
+    // Packed already.
+  } else if (layer.T <= 4 && layer.B <= common.in_place_rows) {
     // T 4, B 1 reads each weight four times: prepacking costs as much.
     strategy.weights = WeightAccess::in_place;
   } else if (layer.T == 1 && !layer.has_projection) {
@@ -29,8 +34,23 @@ ForwardStrategy choose_strategy(const Layer& layer, int64_t tile_rows, int64_t i
     // the step's units in one call.
     strategy.weights = WeightAccess::streamed;
   }
+  LayerWork& work = strategy.work;
+  const int64_t blocks = divide_up(layer.H, common.lanes);
+  const int64_t per_lane = sizeof(Accum) / sizeof(Element);
+  work.rows = layer.B;
+  work.steps = layer.T;
+  work.input_size = layer.I / per_lane;
+  work.output_size = layer.P / per_lane;
+  work.vectors = layer.cell.gates * blocks;
+  // Threads can't share a projection's steps.
+  work.parts = layer.has_projection ? 1 : divide_up(blocks, blocks_per_tile);
+  work.tile_rows = common.tile_rows;
+  work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
+  work.vector_cycles = work.vector_bytes == 64 ? 2 : 1;
+  if (frozen && frozen->type() != WeightType::float32) work.vector_bytes /= 2;
+  work.packs_in_step = strategy.weights == WeightAccess::streamed;
   // T 100, B 1 fills one row of a tile in each step, but six in a GEMM over 100 steps.
-  strategy.input_gemm = layer.T > 4 && layer.B < tile_rows;
+  strategy.input_gemm = layer.T > 4 && multiplies_input(work, caches());
   return strategy;
 }
 
@@ -84,19 +104,6 @@ c10::SmallVector<Weights<Element>, 2> step_weights(const Layer& layer, bool inpu
                        const_data<Element>(w.hr)});
   }
   return weights;
-}
-
-/// The input times weight_ih: one piece per direction, [N, G*H] with rows `stride` apart.
-template <class Element, class Accum = Accumulator<Element>>
-Scratch<Accum> multiply_input(const Layer& layer, int64_t stride) {
-  const Tensor x = layer.flat_input();
-  Scratch<Accum> product(layer.D, layer.N * stride);
-  for (int64_t d = 0; d < layer.D; ++d) {
-    gemm_by_transpose<Element>(layer.N, layer.I, layer.cell.gates * layer.H,
-                               const_data<Element>(layer.weights[d].ih), const_data<Element>(x),
-                               x.size(1), product[d], stride);
-  }
-  return product;
 }
 
 template <class Accum>
@@ -244,33 +251,40 @@ Runs<Forward<Accum, Element>> forward_runs(const Layer& layer, const BatchLayout
       });
 }
 
-/// The input times weight_ih from frozen panels, as multiply_input gives it.
-template <class Element>
-Scratch<float> multiply_input_frozen(const Layer& layer, const FrozenWeights& weights,
-                                     const KernelsOf<float, Element>& kernels,
-                                     const Operands<Element>& operands, int64_t stride) {
-  const Kernel<float, Element>& kernel = kernels.cells[layer.cell.index];
-  const int64_t G = layer.cell.gates, blocks = divide_up(layer.H, kernels.common.lanes);
-  const int64_t work = layer.N * layer.I * G * layer.H;
-  Scratch<float> product(layer.D, layer.N * stride);
+/// weight_ih x with the biases: a piece per direction, [N, G*H] with rows `stride` apart.
+/// panel(d, block, count, scratch) gives these blocks' panels of input_size and s.output_size; it
+/// may pack them into `scratch`.
+template <class Element, class Accum, class Panel>
+Scratch<Accum> multiply_input(const Layer& layer, const KernelsOf<Accum, Element>& kernels,
+                              const Operands<Element>& operands, int64_t output_size,
+                              int64_t stride, const Panel& panel) {
+  const Kernel<Accum, Element>& kernel = kernels.cells[layer.cell.index];
+  const int64_t width = kernel.blocks_per_tile, blocks = divide_up(layer.H, kernels.common.lanes);
+  const int64_t work = layer.N * layer.I * layer.cell.gates * layer.H;
+  const int64_t tiles = divide_up(blocks, width);
+  const int64_t parts = work < kSharedWork ? 1 : std::min(tiles, 4 * threads());
+  const int64_t panel_size = kernel.forward_panel_size(layer.I, output_size);
+  Scratch<Accum> product(layer.D, layer.N * stride);
+  // Quantised operands lie as they are read already.
   const Tensor flat = std::is_same_v<Element, Int16> ? Tensor() : layer.flat_input();
-  for (int64_t d = 0; d < layer.D; ++d) {
-    Forward<float, Element> s;
+  in_parallel(layer.D * parts, layer.D * work, [&](int64_t i) {
+    const int64_t d = i / parts, part = i % parts;
+    Forward<Accum, Element> s;
     s.input_size = layer.I;
     s.hidden_size = layer.H;
-    s.output_size = layer.P;
-    s.panels = weights.panels(d);
+    s.output_size = output_size;
     operands.set(s, d);
     if (flat.defined()) {
       s.x = const_data<Element>(flat);
       s.x_row_stride = flat.size(1);
     }
-    in_parallel(work < kSharedWork ? 1 : blocks, work, [&](int64_t block) {
-      const bool is_alone = work < kSharedWork;
-      kernel.forward_input(s, is_alone ? 0 : block, is_alone ? blocks : block + 1, 0, layer.N,
-                           product[d], stride);
-    });
-  }
+    const Scratch<Accum> scratch(width * panel_size);
+    for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
+      const int64_t block = tile * width, count = std::min(width, blocks - block);
+      s.panels = panel(d, block, count, scratch[0]) - block * panel_size;
+      kernel.forward_input(s, block, block + count, 0, layer.N, product[d], stride);
+    }
+  });
   return product;
 }
 
@@ -280,19 +294,23 @@ LayerOutput run_frozen(const Layer& layer, const FrozenWeights& weights,
   const Common<float, Element>& common = kernels.common;
   const Kernel<float, Element>& kernel = kernels.cells[layer.cell.index];
   const BatchLayout layout(layer);
-  const WorkPartition partition(layer, layout, common.tile_rows, divide_up(layer.H, common.lanes),
-                                kernel.blocks_per_tile);
+  const ForwardStrategy strategy = choose_strategy(layer, common, kernel.blocks_per_tile, &weights);
+  const WorkPartition partition(layer, layout, strategy.work, strategy.input_gemm,
+                                divide_up(layer.H, common.lanes), kernel.blocks_per_tile);
   LayerOutput out = new_output<Element>(layer, false);
   const Operands<Element> operands(layer, layout, common);
-  const bool input_gemm = choose_strategy(layer, common.tile_rows, common.in_place_rows).input_gemm;
   const int64_t stride = scalar::round_up(layer.cell.gates * layer.H, common.lanes);
+  const int64_t panel_size = kernel.forward_panel_size(layer.I, layer.P);
   const Scratch<float> x_product =
-      input_gemm ? multiply_input_frozen<Element>(layer, weights, kernels, operands, stride)
-                 : Scratch<float>();
+      strategy.input_gemm ? multiply_input(layer, kernels, operands, layer.P, stride,
+                                           [&](int64_t d, int64_t block, int64_t, float*) {
+                                             return weights.panels(d) + block * panel_size;
+                                           })
+                          : Scratch<float>();
   const auto runs = forward_runs<Element, float>(layer, layout, partition, kernel, operands, out,
                                                  [&](Forward<float, Element>& s, int64_t d) {
                                                    s.panels = weights.panels(d);
-                                                   s.has_input_panels = true;
+                                                   s.panels_have_input = true;
                                                    s.projection_panels = weights.projection(d);
                                                    s.x_product = x_product.get(d);
                                                    s.x_product_stride = stride;
@@ -311,16 +329,31 @@ LayerOutput forward(const Layer& layer, bool save) {
   const int64_t D = layer.D, H = layer.H, P = layer.P;
   const Common<Accum, Element>& common = table<Element>().common;
   const Kernel<Accum, Element>& kernel = kernel_of<Element>(layer.cell);
-  const ForwardStrategy strategy = choose_strategy(layer, common.tile_rows, common.in_place_rows);
+  const ForwardStrategy strategy = choose_strategy(layer, common, kernel.blocks_per_tile);
   const int64_t blocks = divide_up(H, common.lanes);
   const BatchLayout layout(layer);
-  const WorkPartition partition(layer, layout, common.tile_rows, blocks, kernel.blocks_per_tile);
+  const WorkPartition partition(layer, layout, strategy.work, strategy.input_gemm, blocks,
+                                kernel.blocks_per_tile);
 
   LayerOutput out = new_output<Element>(layer, save);
   const auto weights = step_weights<Element>(layer, strategy.input_gemm);
   const int64_t x_product_stride = scalar::round_up(layer.cell.gates * H, common.lanes);
+  const Operands<Element> operands(layer, layout, common);
   const Scratch<Accum> x_product =
-      strategy.input_gemm ? multiply_input<Element>(layer, x_product_stride) : Scratch<Accum>();
+      strategy.input_gemm
+          ? multiply_input(layer, table<Element>(), operands, 0, x_product_stride,
+                           [&](int64_t d, int64_t block, int64_t count, Accum* scratch) {
+                             Weights<Element> input = weights[size_t(d)];
+                             input.ih = const_data<Element>(layer.weights[size_t(d)].ih);
+                             input.hh = nullptr;
+                             const int64_t size = kernel.forward_panel_size(layer.I, 0);
+                             for (int64_t b = 0; b < count; ++b) {
+                               kernel.prepack_forward(input, layer.I, H, 0, block + b,
+                                                      scratch + b * size);
+                             }
+                             return static_cast<const Accum*>(scratch);
+                           })
+          : Scratch<Accum>();
   const int64_t panel_size = kernel.forward_panel_size(strategy.input_gemm ? 0 : layer.I, P);
   const auto prepack = [&](int64_t d, int64_t block, Accum* panel) {
     kernel.prepack_forward(weights[size_t(d)], layer.I, H, P, block, panel);
@@ -336,7 +369,6 @@ LayerOutput forward(const Layer& layer, bool save) {
   const Scratch<Accum> projection_panels =
       layer.has_projection ? prepack_projection<Accum>(layer) : Scratch<Accum>();
 
-  const Operands<Element> operands(layer, layout, common);
   const auto runs = forward_runs<Element, Accum>(layer, layout, partition, kernel, operands, out,
                                                  [&](Forward<Accum, Element>& s, int64_t d) {
                                                    s.weights = weights[size_t(d)];

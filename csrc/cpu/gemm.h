@@ -84,25 +84,6 @@ void in_row_parts(int64_t rows, int64_t work, const F& gemm) {
               [&](int64_t part) { gemm(rows * part / parts, rows * (part + 1) / parts); });
 }
 
-/// out [rows, columns] = a times b transposed, with contiguous b [columns, K]. Each thread prepacks
-/// one column block at a time and uses it while it is in the cache.
-template <class Element, class Accum = Accumulator<Element>>
-void gemm_by_transpose(int64_t rows, int64_t K, int64_t columns, const Element* b, const Element* a,
-                       int64_t a_stride, Accum* out, int64_t out_stride) {
-  const Common<Accum, Element>& common = table<Element>().common;
-  const int64_t width = common.block_columns, blocks = divide_up(columns, width);
-  const int64_t work = rows * K * columns, most = work < kSharedWork ? 1 : threads();
-  const int64_t parts = std::min(blocks, most);
-  in_parallel(parts, work, [&](int64_t part) {
-    const Scratch<Accum> panel(K * width);
-    for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
-      const int64_t first = block * width, left = std::min(width, columns - first);
-      common.prepack_gemm(b + first * K, 1, K, K, left, 0, panel[0]);
-      common.gemm(rows, K, left, panel[0], 0, a, a_stride, out + first, out_stride, false);
-    }
-  });
-}
-
 /// Weight-gradient GEMMs, on the kernels' tiles.
 template <class Accum>
 struct TileGemms : Gemms {

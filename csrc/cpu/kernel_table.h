@@ -24,8 +24,8 @@ struct Kernel {
   /// weights (frozen.h).
   void (*prepack_forward)(const Weights<Element>& weights, int64_t input_size, int64_t hidden_size,
                           int64_t output_size, int64_t block, Accum* panel);
-  /// The input's part of the pre-activations, without bias, of unit blocks [block_begin,
-  /// block_end) and rows [begin, end) of x [N, I]: out [N, G*H]. The panels hold weight_ih.
+  /// The biases and the input's part of the pre-activations of unit blocks [block_begin,
+  /// block_end), for rows [begin, end) of x [N, I]: out [N, G*H]. The panels hold weight_ih.
   void (*forward_input)(const Forward<Accum, Element>&, int64_t block_begin, int64_t block_end,
                         int64_t begin, int64_t end, Accum* out, int64_t out_stride);
   void (*forward_begin)(const Forward<Accum, Element>&);

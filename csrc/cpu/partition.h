@@ -7,12 +7,10 @@
 
 #include "batch.h"
 #include "parallel.h"
+#include "plan.h"
 #include "team.h"
 
 namespace fusedrnn::cpu {
-
-/// A step is shared only if each thread gets at least this many multiplications.
-constexpr int64_t kSharedStep = 1 << 15;
 
 /// Splits a layer into runs, each with one direction and some rows. A run's threads share its steps
 /// by blocks of units.
@@ -29,30 +27,22 @@ class WorkPartition {
 
   /// Parts begin at multiples of `tile_blocks`. So the tiles, and the bits of their sums, are the
   /// same whether threads share the step or not.
-  WorkPartition(const Layer& layer, const BatchLayout& layout, int64_t tile_rows, int64_t blocks,
-                int64_t tile_blocks = 1)
+  WorkPartition(const Layer& layer, const BatchLayout& layout, const LayerWork& work,
+                bool input_gemm, int64_t blocks, int64_t tile_blocks = 1)
       : blocks_(blocks),
         tile_blocks_(tile_blocks),
         block_tiles_(scalar::divide_up(blocks, tile_blocks)) {
-    const int64_t step = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P);
-    work_ = step * layer.T * layer.D;
-    int64_t threads = 1, groups_per_direction = 1;
+    work_ = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P) * layer.T * layer.D;
+    int64_t threads = 1;
     // A single row takes about twice as long a multiplication: it reads a weight for each.
     if (work_ * (layer.B == 1 ? 2 : 1) >= kSharedWork && !at::in_parallel_region()) {
       threads = std::max<int64_t>(cpu::threads() / layer.D, 1);
     }
-    // Few rows use a tile's weights too little. Then all threads run all rows, each with its part
-    // of the weights. With T 100, B 8, each of 4 threads would else fill 2 rows of a 6-row tile. A
-    // single step is treated alike. Threads can't share a projection's steps this way.
-    if ((layer.B < threads * tile_rows || layer.T == 1) && !layer.has_projection &&
-        step >= threads * kSharedStep) {
-      members = std::min(threads, block_tiles_);
-    }
-    if (members == 1) {
-      groups_per_direction = std::clamp<int64_t>(threads, 1, std::max<int64_t>(layer.B, 1));
-    }
+    Split split;
+    if (threads > 1) split = choose_split(work, input_gemm, threads, caches());
+    members = split.members;
     for (int64_t d = 0; d < layer.D; ++d) {
-      for (int64_t g = 0; g < groups_per_direction; ++g) add(d, g, groups_per_direction, layout);
+      for (int64_t g = 0; g < split.groups; ++g) add(d, g, split.groups, layout);
     }
   }
 
