@@ -112,7 +112,7 @@ FUSEDRNN_INLINE void accumulate_panels(Tile<Accum, R, B * Map::columns>& tile,
     accumulate_rows<Map, Element, R, B, Weight>(tile, a, rows, weights, Map::count * L,
                                                 panel_lanes);
   } else {
-    Tile<Accum, R, B * Map::columns> sums = {};
+    Tile<Sum<Element>, R, B * Map::columns> sums = {};
     accumulate_rows<Map, Element, R, B, Weight>(sums, a, rows, weights, Map::count * L,
                                                 panel_lanes);
     unroll<B * Map::count>([&](auto c) FUSEDRNN_LAMBDA {
@@ -120,9 +120,8 @@ FUSEDRNN_INLINE void accumulate_panels(Tile<Accum, R, B * Map::columns>& tile,
       constexpr int column = block * Map::columns + Map::at(gate);
       const Vec<Accum> scale = load(scales + block * panel_size + gate * L);
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-        const Vec<Accum> sum =
-            __builtin_convertvector(bit_cast<Vec<int32_t>>(sums[r][column]), Vec<Accum>);
-        tile[r][column] += sum * (scale * a_scale[r]);
+        tile[r][column] +=
+            __builtin_convertvector(sums[r][column], Vec<Accum>) * (scale * a_scale[r]);
       });
     });
   }
@@ -372,12 +371,12 @@ void forward_step(const Forward<Accum, Element>& s, int64_t i, int64_t block_beg
   const ForwardState<Element> m(s);
   const int64_t P = s.output_size, t = s.reverse ? s.steps - 1 - i : i, rows = s.active[t];
   // To and fro: the cache still holds the weights read last in the previous step.
-  for_block_tiles<Cell>(s.panels, i % 2, block_begin, block_end,
-                        [&](auto B, int64_t block) FUSEDRNN_LAMBDA {
-                          for_tiles(rows, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
-                            forward_tile<Cell, R, B, Element, Weight>(s, m, i, t, block, first);
-                          });
-                        });
+  for_block_tiles<Cell>(
+      s.panels, i % 2, block_begin, block_end, [&](auto B, int64_t block) FUSEDRNN_LAMBDA {
+        for_tiles<kRowsOf<Element, Weight>>(rows, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
+          forward_tile<Cell, R, B, Element, Weight>(s, m, i, t, block, first);
+        });
+      });
   // Other types would have to round the projection's operands first.
   if constexpr (std::is_same_v<Element, Accum>) {
     if (m.raw) {
@@ -577,7 +576,7 @@ constexpr cpu::KernelsOf<Accum, Element> kernels_of(CellList<Cell...>) {
   cpu::Common<Accum, Element> common{};
   common.lanes = kLanes<Accum>;
   common.block_columns = kPanelVectors * kLanes<Accum>;
-  common.tile_rows = kTileRows;
+  common.tile_rows = kRowsOf<Element, Weight>;
   common.in_place_rows = kInPlaceRows;
   if constexpr (std::is_same_v<Element, Int16>) {
     common.quantise_row = quantise_row<float>;

@@ -23,6 +23,12 @@ inline constexpr int kTileRows = 2;
 /// Rows per tile with weights in place.
 inline constexpr int kInPlaceRows = kTileRows < 4 ? kTileRows : 4;
 
+/// Rows per tile of these weights. Weights that are expanded in registers leave no operand for
+/// memory: 2 * 4 + 4 + 1 of AVX2's 16 registers.
+template <class Element, class Weight>
+inline constexpr int kRowsOf =
+    kLanesPerWeight<Element, Weight> > 1 && FUSEDRNN_VECTOR_BYTES == 32 ? 2 : kTileRows;
+
 /// Chains of additions that hide an addition's latency; bfloat16's is longer.
 template <class Element>
 inline constexpr int kChains = std::is_same_v<Element, BFloat16> ? 16 : 8;
@@ -40,13 +46,13 @@ FUSEDRNN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /// Splits rows into the fewest nearly equal tiles and calls tile(size, first row). On AVX-512, 13
 /// rows make tiles of 5, 4 and 4.
-template <class F>
+template <int kRows = kTileRows, class F>
 FUSEDRNN_INLINE void for_tiles(int64_t rows, F&& tile) {
-  const int64_t tiles = divide_up(rows, kTileRows);
+  const int64_t tiles = divide_up(rows, kRows);
   int64_t first = 0;
   for (int64_t left = tiles; left > 0; --left) {
     const int64_t size = divide_up(rows - first, left);
-    unroll<kTileRows>([&](auto i) FUSEDRNN_LAMBDA {
+    unroll<kRows>([&](auto i) FUSEDRNN_LAMBDA {
       constexpr int R = decltype(i)::value + 1;
       if (size == R) tile(std::integral_constant<int, R>{}, first);
     });
@@ -88,22 +94,21 @@ inline constexpr int kTilesInTurn =
 /// tile[r][b * Map::columns + Map::at(c)] += a(r, k) * panel[b][k][c] for the panel lanes k in
 /// [0, size). a(r, k): the address of the first operand of lane k. A panel's rows are `stride`
 /// apart, the B panels `panel_stride`.
-template <class Map, class Element, int R, int B, class Weight = Element, class A,
-          class Accum = Accumulator<Element>>
-FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, int64_t size,
+template <class Map, class Element, int R, int B, class Weight = Element, class A>
+FUSEDRNN_INLINE void accumulate(Tile<Sum<Element>, R, B * Map::columns>& tile, A&& a, int64_t size,
                                 const PanelLane<Element, Weight>* panel, int64_t stride,
                                 int64_t panel_stride) {
   constexpr int C = B * Map::count, columns = B * Map::columns;
-  const auto step = [&](Tile<Accum, R, columns>& into, int64_t k) FUSEDRNN_LAMBDA {
+  const auto step = [&](Tile<Sum<Element>, R, columns>& into, int64_t k) FUSEDRNN_LAMBDA {
     unroll<kLanesPerWeight<Element, Weight>>([&](auto part) FUSEDRNN_LAMBDA {
-      Vec<Accum> w[C];
+      Vec<Sum<Element>> w[C];
       unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
         constexpr int block = c / Map::count, vector = c % Map::count;
         w[c] = load_weights<Element, Weight, part>(panel + block * panel_stride + k * stride +
-                                                   vector * kLanes<Accum>);
+                                                   vector * kLanes<Sum<Element>>);
       });
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-        const Vec<Accum> value = broadcast_operand(a(r, k) + part * kPerLane<Element>);
+        const Vec<Sum<Element>> value = broadcast_operand(a(r, k) + part * kPerLane<Element>);
         unroll<C>([&](auto c) FUSEDRNN_LAMBDA {
           constexpr int block = c / Map::count, vector = c % Map::count;
           multiply_add<Element>(into[r][block * Map::columns + Map::at(vector)], value, w[c]);
@@ -114,16 +119,14 @@ FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, i
   int64_t k = 0;
   constexpr int kTiles = kTilesInTurn<Element, R>;
   if constexpr (kTiles > 1) {
-    Tile<Accum, R, columns> more[kTiles - 1] = {};
+    Tile<Sum<Element>, R, columns> more[kTiles - 1] = {};
     for (; k + kTiles <= size; k += kTiles) {
       step(tile, k);
       unroll<kTiles - 1>([&](auto i) FUSEDRNN_LAMBDA { step(more[i], k + i + 1); });
     }
     unroll<kTiles - 1>([&](auto i) FUSEDRNN_LAMBDA {
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-        unroll<columns>([&](auto c) FUSEDRNN_LAMBDA {
-          tile[r][c] = add_sums<Element>(tile[r][c], more[i][r][c]);
-        });
+        unroll<columns>([&](auto c) FUSEDRNN_LAMBDA { tile[r][c] += more[i][r][c]; });
       });
     });
   }
@@ -131,9 +134,8 @@ FUSEDRNN_INLINE void accumulate(Tile<Accum, R, B * Map::columns>& tile, A&& a, i
 }
 
 /// The same for rows of operands from a[r] on.
-template <class Map, class Element, int R, int B = 1, class Weight = Element,
-          class Accum = Accumulator<Element>>
-FUSEDRNN_INLINE void accumulate_rows(Tile<Accum, R, B * Map::columns>& tile,
+template <class Map, class Element, int R, int B = 1, class Weight = Element>
+FUSEDRNN_INLINE void accumulate_rows(Tile<Sum<Element>, R, B * Map::columns>& tile,
                                      const Element* const (&a)[R], int64_t size,
                                      const PanelLane<Element, Weight>* panel, int64_t stride,
                                      int64_t panel_stride = 0) {

@@ -126,19 +126,24 @@ FUSEDRNN_INLINE Vec<Accumulator<Element>> load_operands(const Element* p, int64_
   }
 }
 
+/// The lanes of an operand and of a sum of products: int32 for int16.
+template <class Element>
+using Sum = std::conditional_t<std::is_same_v<Element, Int16>, int32_t, Accumulator<Element>>;
+
 /// Broadcasts the lane at p.
 template <class Element>
-FUSEDRNN_INLINE Vec<Accumulator<Element>> broadcast_operand(const Element* p) {
-  Accumulator<Element> lane;
+FUSEDRNN_INLINE Vec<Sum<Element>> broadcast_operand(const Element* p) {
+  Sum<Element> lane;
   __builtin_memcpy(&lane, p, sizeof(lane));
-  return broadcast<Vec<Accumulator<Element>>>(lane);
+  return lane - Vec<Sum<Element>>{};
 }
 
 /// sum + a_low * b_low + a_high * b_high for the int16 halves of each lane.
 FUSEDRNN_INLINE Vec<int32_t> multiply_add_pairs(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> b) {
 #if defined(FUSEDRNN_VNNI)
-  return bit_cast<Vec<int32_t>>(
-      _mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  // GCC copies the sum before and after each _mm512_dpwssd_epi32.
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 #elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
   return sum +
          bit_cast<Vec<int32_t>>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
@@ -152,31 +157,19 @@ FUSEDRNN_INLINE Vec<int32_t> multiply_add_pairs(Vec<int32_t> sum, Vec<int32_t> a
 #endif
 }
 
-/// sum += a * b, lane by lane. int16 operands sum to int32, in the accumulator's bits.
+/// sum += a * b, lane by lane.
 template <class Element>
-FUSEDRNN_INLINE void multiply_add(Vec<Accumulator<Element>>& sum, Vec<Accumulator<Element>> a,
-                                  Vec<Accumulator<Element>> b) {
+FUSEDRNN_INLINE void multiply_add(Vec<Sum<Element>>& sum, Vec<Sum<Element>> a,
+                                  Vec<Sum<Element>> b) {
   if constexpr (kPerLane<Element> == 1) {
     sum += a * b;
   } else if constexpr (std::is_same_v<Element, Int16>) {
-    sum = bit_cast<Vec<float>>(multiply_add_pairs(
-        bit_cast<Vec<int32_t>>(sum), bit_cast<Vec<int32_t>>(a), bit_cast<Vec<int32_t>>(b)));
+    sum = multiply_add_pairs(sum, a, b);
   } else {
 #if defined(FUSEDRNN_BFLOAT16)
     sum = bit_cast<Vec<float>>(
         _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
 #endif
-  }
-}
-
-/// a + b, for sums of multiply_add.
-template <class Element>
-FUSEDRNN_INLINE Vec<Accumulator<Element>> add_sums(Vec<Accumulator<Element>> a,
-                                                   Vec<Accumulator<Element>> b) {
-  if constexpr (std::is_same_v<Element, Int16>) {
-    return bit_cast<Vec<float>>(bit_cast<Vec<int32_t>>(a) + bit_cast<Vec<int32_t>>(b));
-  } else {
-    return a + b;
   }
 }
 
@@ -229,7 +222,7 @@ using PanelLane = std::conditional_t<std::is_same_v<Weight, Int8>, uint16_t, Acc
 
 /// A vector of weights for operand lane `part` of kLanesPerWeight.
 template <class Element, class Weight, int part>
-FUSEDRNN_INLINE Vec<Accumulator<Element>> load_weights(const PanelLane<Element, Weight>* p) {
+FUSEDRNN_INLINE Vec<Sum<Element>> load_weights(const PanelLane<Element, Weight>* p) {
   if constexpr (kLanesPerWeight<Element, Weight> == 2) {
     const Vec<uint32_t> pairs = bit_cast<Vec<uint32_t>>(load(p));
     return bit_cast<Vec<float>>(part ? pairs & 0xffff0000u : pairs << 16);
@@ -237,17 +230,17 @@ FUSEDRNN_INLINE Vec<Accumulator<Element>> load_weights(const PanelLane<Element, 
 #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
     __m256i bytes;
     __builtin_memcpy(&bytes, p, sizeof(bytes));
-    return bit_cast<Vec<float>>(_mm512_cvtepi8_epi16(bytes));
+    return bit_cast<Vec<int32_t>>(_mm512_cvtepi8_epi16(bytes));
 #elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
     __m128i bytes;
     __builtin_memcpy(&bytes, p, sizeof(bytes));
-    return bit_cast<Vec<float>>(_mm256_cvtepi8_epi16(bytes));
+    return bit_cast<Vec<int32_t>>(_mm256_cvtepi8_epi16(bytes));
 #else
     typedef int8_t Bytes __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
     typedef int16_t Words __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
     Bytes bytes;
     __builtin_memcpy(&bytes, p, sizeof(bytes));
-    return bit_cast<Vec<float>>(__builtin_convertvector(bytes, Words));
+    return bit_cast<Vec<int32_t>>(__builtin_convertvector(bytes, Words));
 #endif
   } else {
     return load(p);
