@@ -11,6 +11,7 @@ from benchmarks import grid
 # Each is a module with a function main(arguments).
 SUBCOMMANDS = (
     "compiled",
+    "frozen",
     "latency",
     "models",
     "peaks",

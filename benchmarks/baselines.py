@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
+import tempfile
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,6 +172,25 @@ class Fused(_Module):
         return _with_mode(module, forward, mode)
 
 
+class Frozen(Fused):
+    """fusedrnn after freeze(), for inference."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.name = f"frozen {str(dtype).removeprefix('torch.')}"
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return mode == "inference" and case.dtype == "float32"
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        given = problem(case)
+        module = fusedrnn.freeze(given.module, self.dtype)
+        if case.layout == "lengths":
+            return lambda: module(given.x, lengths=given.lengths)[0]
+        return _forward(module, case, given)
+
+
 class Packing(Fused):
     """fusedrnn without lengths=: the caller packs and unpacks the rows."""
 
@@ -190,6 +213,26 @@ class Torch(_Module):
     def prepare(self, case: Case, mode: str) -> Call:
         given = problem(case, self.device)
         return _with_mode(given.module, _forward(given.module, case, given), mode)
+
+
+class QuantizedTorch(Torch):
+    """torch.nn after torch.ao.quantization.quantize_dynamic, in int8."""
+
+    name = "torch int8"
+
+    def available(self) -> str | None:
+        return "no engine" if torch.backends.quantized.engine == "none" else None
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return mode == "inference" and case.dtype == "float32" and not case.proj_size
+
+    def prepare(self, case: Case, mode: str) -> Call:
+        given = problem(case)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            quantize: Any = importlib.import_module("torch.ao.quantization").quantize_dynamic
+            model = quantize(nn.Sequential(given.module), {type(given.module)}, torch.qint8)
+        return _with_mode(model, _forward(model[0], case, given), mode)
 
 
 class Compiled(Candidate):
@@ -280,6 +323,32 @@ class OnnxRuntime(_Onnx):
             return y
 
         return call
+
+
+class QuantizedOnnxRuntime(OnnxRuntime):
+    """ONNX Runtime's DynamicQuantizeLSTM, in int8; it has nothing for other cells."""
+
+    name = "onnxruntime int8"
+
+    def supports(self, case: Case, mode: str) -> bool:
+        return super().supports(case, mode) and case.recurrence.torch_name == "LSTM"
+
+    def _model(self, case: Case) -> tuple[bytes, dict[str, Any]]:
+        model, feed = super()._model(case)
+        onnx: Any = importlib.import_module("onnx")
+        quantization: Any = importlib.import_module("onnxruntime.quantization")
+        logger = logging.getLogger()
+        level = logger.level
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            logger.setLevel(logging.ERROR)  # it advises a step that changes nothing here
+            try:
+                quantization.quantize_dynamic(
+                    onnx.load_from_string(model), path, op_types_to_quantize=["LSTM"]
+                )
+            finally:
+                logger.setLevel(level)
+            return path.read_bytes(), feed
 
 
 class OpenVino(_Onnx):

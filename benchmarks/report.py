@@ -23,6 +23,11 @@ TITLES = {
     "openvino": "OpenVINO",
     "cudnn": "cuDNN",
     "packing": "packing by hand",
+    "frozen float32": "frozen",
+    "frozen bfloat16": "frozen, bfloat16",
+    "frozen int8": "frozen, int8",
+    "torch int8": "torch, int8",
+    "onnxruntime int8": "ONNX Runtime, int8",
 }
 # nn's own implementation on either device: ratios over it are compared, and its roofline is drawn.
 REFERENCES = ("torch", "cudnn")
