@@ -86,9 +86,9 @@ TORCH_LIBRARY(fusedrnn, m) {
   scalar::Cells::for_each([&](auto cell) { define_ops<decltype(cell)>(m); });
   m.def("_freeze(str cell, Tensor[] weights, bool bidirectional, ScalarType type) -> Tensor");
   m.def("_unfreeze(Tensor weights) -> Tensor[]");
-  // The CPU instruction set in use, and the float32 lanes of its vectors.
+  // The CPU instruction set in use, and the layout of its frozen weights.
   m.def("_cpu_isa() -> str");
-  m.def("_cpu_lanes() -> int");
+  m.def("_cpu_panel_layout() -> str");
   // The algorithm of this thread's last pass on CUDA: stepwise, persistent_cta, persistent_cluster,
   // persistent_grid, or none before the first. Autograd runs a backward pass on another thread.
   m.def("_cuda_algorithm() -> str");

@@ -242,9 +242,9 @@ def unfreeze(packed: Tensor) -> list[Tensor]:
     return weights
 
 
-def cpu_lanes() -> int:
-    """float32 lanes in a vector of the CPU kernels, for which `freeze` packs."""
-    return int(torch.ops.fusedrnn._cpu_lanes())
+def cpu_panel_layout() -> str:
+    """The layout of the CPU kernels' frozen weights: equal where they fit both machines."""
+    return str(torch.ops.fusedrnn._cpu_panel_layout())
 
 
 def frozen_layer(

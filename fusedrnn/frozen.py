@@ -85,7 +85,7 @@ class _Frozen(nn.Module):
         self.proj_size: int = module.proj_size if is_layer else 0  # type: ignore[assignment]
         self._cell = cell.name
         self._names = tuple(names)
-        self._lanes = _ops.cpu_lanes()
+        self._layout = _ops.cpu_panel_layout()
         self._config = _Config(
             cell.index,
             self.num_layers,
@@ -176,11 +176,11 @@ class _Frozen(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Packs anew on a machine with other vectors."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._lanes != _ops.cpu_lanes():
+        if self._layout != _ops.cpu_panel_layout():
             weights = list(self._unpacked().values())
             for name, packed in zip(self._config.buffers, self._pack(weights), strict=True):
                 self._buffers[name] = packed
-            self._lanes = _ops.cpu_lanes()
+            self._layout = _ops.cpu_panel_layout()
 
     def __getattr__(self, name: str) -> Any:
         """Says where a parameter has gone."""

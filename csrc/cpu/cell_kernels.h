@@ -98,12 +98,13 @@ FUSEDRNN_INLINE void for_block_tiles(bool has_panels, bool reverse, int64_t begi
 }
 
 /// tile += a times the weights of B panels, `rows` panel rows of them from `weights` on. Of int8
-/// weights: `scales` in each panel, a_scale[r] of row r.
+/// weights: `scales` in each panel, `offsets` elements behind them the offsets; a_scale[r] of row
+/// r.
 template <class Map, int R, int B, class Element, class Weight, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate_panels(Tile<Accum, R, B * Map::columns>& tile,
                                        const Element* const (&a)[R], int64_t rows,
                                        const PanelLane<Element, Weight>* weights,
-                                       int64_t panel_size, const Accum* scales,
+                                       int64_t panel_size, const Accum* scales, int64_t offsets,
                                        const Accum (&a_scale)[R]) {
   constexpr int L = kLanes<Accum>;
   const int64_t panel_lanes =
@@ -112,16 +113,26 @@ FUSEDRNN_INLINE void accumulate_panels(Tile<Accum, R, B * Map::columns>& tile,
     accumulate_rows<Map, Element, R, B, Weight>(tile, a, rows, weights, Map::count * L,
                                                 panel_lanes);
   } else {
-    Tile<Sum<Element>, R, B * Map::columns> sums = {};
-    accumulate_rows<Map, Element, R, B, Weight>(sums, a, rows, weights, Map::count * L,
-                                                panel_lanes);
+    constexpr int P = kSumsPerRow<Element>;
+    const Element* part[P * R];
+    unroll<P * R>([&](auto i) FUSEDRNN_LAMBDA { part[i] = a[i % R] + i / R * 2; });
+    Tile<Sum<Element>, P * R, B * Map::columns> sums = {};
+    accumulate_rows<Map, Element, P * R, B, Weight>(sums, part, rows, weights, Map::count * L,
+                                                    panel_lanes);
     unroll<B * Map::count>([&](auto c) FUSEDRNN_LAMBDA {
       constexpr int block = c / Map::count, gate = c % Map::count;
       constexpr int column = block * Map::columns + Map::at(gate);
-      const Vec<Accum> scale = load(scales + block * panel_size + gate * L);
+      const Accum* const from = scales + block * panel_size + gate * L;
+      const Vec<Accum> scale = load(from);
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-        tile[r][column] +=
-            __builtin_convertvector(sums[r][column], Vec<Accum>) * (scale * a_scale[r]);
+        Vec<int32_t> sum = sums[r][column];
+        if constexpr (P == 2) {  // the upper bytes count 256, and each operand is 32768 too large
+          const Vec<int32_t> offset = bit_cast<Vec<int32_t>>(load(from + offsets));
+          sum = bit_cast<Vec<int32_t>>(bit_cast<Vec<uint32_t>>(sum) +
+                                       (bit_cast<Vec<uint32_t>>(sums[R + r][column]) << 8) -
+                                       bit_cast<Vec<uint32_t>>(offset));
+        }
+        tile[r][column] += __builtin_convertvector(sum, Vec<Accum>) * (scale * a_scale[r]);
       });
     });
   }
@@ -184,15 +195,15 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
           scale[r] = s.x_scale[s.step_offset[t] + s.row[first + r]];
         });
       }
-      accumulate_panels<InputPreacts<Cell>, R, B, Element, Weight>(tile, x, input_rows, weights,
-                                                                   panel_size, scales, scale);
+      accumulate_panels<InputPreacts<Cell>, R, B, Element, Weight>(
+          tile, x, input_rows, weights, panel_size, scales, 2 * G * L, scale);
     }
     if constexpr (std::is_same_v<Weight, Int8>) {
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA { scale[r] = s.h_scale[s.row[first + r]]; });
     }
     accumulate_panels<HiddenPreacts<Cell>, R, B, Element, Weight>(
         tile, h, layout.rows(s.output_size), weights + input_rows * G * L, panel_size,
-        scales + G * L, scale);
+        scales + G * L, 2 * G * L, scale);
   } else if constexpr (kInPlace) {
     Lanes<Accum, R, S> lanes = {};
     if (!s.x_product) {
@@ -226,38 +237,37 @@ void forward_input(const Forward<Accum, Element>& s, int64_t block_begin, int64_
   constexpr PanelLayout layout = kPanel<Cell, Element, Weight>;
   const int64_t H = s.hidden_size;
   const int64_t panel_size = layout.size(s.input_size, s.output_size) / int64_t(sizeof(Accum));
-  for_block_tiles<Cell>(true, false, block_begin, block_end,
-                        [&](auto B, int64_t block) FUSEDRNN_LAMBDA {
-                          const Accum* panel = s.panels + block * panel_size;
-                          const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
-                              panel + layout.weights_offset() / int64_t(sizeof(Accum)));
-                          const int64_t unit = block * L;
-                          for_tiles(end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
-                            Tile<Accum, R, B * G> tile;
-                            const Element* x[R];
-                            Accum scale[R] = {};
-                            unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-                              x[r] = s.x + (begin + first + r) * s.x_row_stride;
-                              if constexpr (std::is_same_v<Weight, Int8>)
-                                scale[r] = s.x_scale[begin + first + r];
-                              unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
-                                tile[r][c] = load(panel + c / G * panel_size + c % G * L);
-                              });
-                            });
-                            accumulate_panels<InOrder<G>, R, B, Element, Weight>(
-                                tile, x, layout.rows(s.input_size), weights, panel_size,
-                                panel + layout.scales_offset() / int64_t(sizeof(Accum)), scale);
-                            unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-                              Accum* to = out + (begin + first + r) * out_stride + unit;
-                              unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
-                                store(to + c / G * L + c % G * H, tile[r][c], H - unit - c / G * L);
-                              });
-                            });
-                          });
-                        });
+  for_block_tiles<Cell>(
+      true, false, block_begin, block_end, [&](auto B, int64_t block) FUSEDRNN_LAMBDA {
+        const Accum* panel = s.panels + block * panel_size;
+        const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
+            panel + layout.weights_offset() / int64_t(sizeof(Accum)));
+        const int64_t unit = block * L;
+        for_tiles(end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
+          Tile<Accum, R, B * G> tile;
+          const Element* x[R];
+          Accum scale[R] = {};
+          unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+            x[r] = s.x + (begin + first + r) * s.x_row_stride;
+            if constexpr (std::is_same_v<Weight, Int8>) scale[r] = s.x_scale[begin + first + r];
+            unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
+              tile[r][c] = load(panel + c / G * panel_size + c % G * L);
+            });
+          });
+          accumulate_panels<InOrder<G>, R, B, Element, Weight>(
+              tile, x, layout.rows(s.input_size), weights, panel_size,
+              panel + layout.scales_offset() / int64_t(sizeof(Accum)), 2 * G * L, scale);
+          unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+            Accum* to = out + (begin + first + r) * out_stride + unit;
+            unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
+              store(to + c / G * L + c % G * H, tile[r][c], H - unit - c / G * L);
+            });
+          });
+        });
+      });
 }
 
-/// Quantises a row to int16: returns its scale, NaN if a value is not finite.
+/// Quantises a row to int16, in whole vectors: returns its scale, NaN if a value is not finite.
 template <class Scalar>
 float quantise_row(const Scalar* row, int64_t n, int32_t largest, Int16* out) {
   constexpr int L = kLanes<float>;
@@ -275,11 +285,7 @@ float quantise_row(const Scalar* row, int64_t n, int32_t largest, Int16* out) {
   const float inverse = scale == 0 ? 0 : float(largest) / max;
   for (int64_t k = 0; k < n; k += L) {
     const Vec<int32_t> values = rounded(load(row + k, n - k) * inverse);
-    if (n - k >= L) {
-      store_integers(out + k, values);
-    } else {
-      for (int64_t i = 0; i < n - k; ++i) out[k + i].value = int16_t(values[i]);
-    }
+    store_integers(out + k, values);
   }
   return scale;
 }
@@ -577,6 +583,7 @@ constexpr cpu::KernelsOf<Accum, Element> kernels_of(CellList<Cell...>) {
   common.lanes = kLanes<Accum>;
   common.block_columns = kPanelVectors * kLanes<Accum>;
   common.tile_rows = kRowsOf<Element, Weight>;
+  common.per_lane = kPerLane<Element>;
   common.in_place_rows = kInPlaceRows;
   if constexpr (std::is_same_v<Element, Int16>) {
     common.quantise_row = quantise_row<float>;

@@ -36,7 +36,7 @@ ForwardStrategy choose_strategy(const Layer& layer, const Common<Accum, Element>
   }
   LayerWork& work = strategy.work;
   const int64_t blocks = divide_up(layer.H, common.lanes);
-  const int64_t per_lane = sizeof(Accum) / sizeof(Element);
+  const int64_t per_lane = common.per_lane;
   work.rows = layer.B;
   work.steps = layer.T;
   work.input_size = layer.I / per_lane;
@@ -47,7 +47,11 @@ ForwardStrategy choose_strategy(const Layer& layer, const Common<Accum, Element>
   work.tile_rows = common.tile_rows;
   work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
   work.vector_cycles = work.vector_bytes == 64 ? 2 : 1;
-  if (frozen && frozen->type() != WeightType::float32) work.vector_bytes /= 2;
+  if (frozen && frozen->type() == WeightType::bfloat16) work.vector_bytes /= 2;
+  if (frozen && frozen->type() == WeightType::int8) {
+    work.vector_bytes = common.lanes * per_lane;
+    work.vector_cycles *= per_lane / 2;  // of lower and upper bytes
+  }
   work.packs_in_step = strategy.weights == WeightAccess::streamed;
   // T 100, B 1 fills one row of a tile in each step, but six in a GEMM over 100 steps.
   strategy.input_gemm = layer.T > 4 && multiplies_input(work, caches());
@@ -141,7 +145,7 @@ class Operands {
            const Common<Accumulator<Element>, Element>& common)
       : x_offset(size_t(layer.T), 0) {
     if constexpr (std::is_same_v<Element, Int16>) {
-      x_row_stride = scalar::round_up(layer.I, 2);
+      x_row_stride = scalar::round_up(layer.I, common.lanes);
       quantised.emplace(layer.N * x_row_stride);
       x_scale.emplace(layer.D, layer.N);
       h_scale.emplace(layer.D, layer.B);
@@ -182,7 +186,6 @@ class Operands {
           const float* row = layer.packed ? data + (first + b) * x.stride(0)
                                           : data + t * x.stride(0) + b * x.stride(1);
           Int16* to = (*quantised)[0] + (first + b) * x_row_stride;
-          to[x_row_stride - 1] = {0};
           (*x_scale)[0][first + b] = common.quantise_row(row, layer.I, largest, to);
         }
       }

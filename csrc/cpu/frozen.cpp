@@ -11,7 +11,7 @@ namespace {
 
 constexpr char kMagic[8] = {'f', 'u', 's', 'e', 'd', 'r', 'n', 'n'};
 constexpr int32_t kVersion = 1;
-constexpr int64_t kHeaderBytes = 128, kAlignment = 64;
+constexpr int64_t kHeaderBytes = 128, kSizesOffset = 64, kAlignment = 64;
 /// Column vectors in a block of a GEMM's panels.
 constexpr int64_t kPanelVectors = 4;
 
@@ -50,8 +50,8 @@ void for_each_in_gemm_panels(int64_t K, int64_t columns, int64_t lanes, const F&
 }  // namespace
 
 scalar::PanelLayout FrozenWeights::layout() const {
-  const int64_t lane_bytes = type() == WeightType::int8 ? 2 : 4;
-  const int64_t per_lane = type() == WeightType::float32 ? 1 : 2;
+  int64_t lane_bytes = sizeof(float), per_lane = type() == WeightType::float32 ? 1 : 2;
+  if (type() == WeightType::int8) lane_bytes = per_lane = header_.int8_per_lane;
   return {block_units(),
           cell().gates,
           cell().preacts,
@@ -59,6 +59,11 @@ scalar::PanelLayout FrozenWeights::layout() const {
           per_lane,
           sizeof(float),
           type() == WeightType::int8};
+}
+
+bool FrozenWeights::fits(const KernelTable& table) const {
+  return block_units() == table.f32.common.lanes &&
+         (type() != WeightType::int8 || header_.int8_per_lane == table.frozen_int8.common.per_lane);
 }
 
 int64_t FrozenWeights::panels_bytes() const {
@@ -108,11 +113,12 @@ FrozenWeights::FrozenWeights(const Tensor& packed) {
   // A field at a time: reading a bool of another value would be undefined.
   int64_t number[6];
   std::memcpy(&header_, data, offsetof(Header, sizes));
-  std::memcpy(number, data + 32, sizeof(number));
+  std::memcpy(number, data + kSizesOffset, sizeof(number));
   check(std::memcmp(header_.magic, kMagic, sizeof(kMagic)) == 0 && header_.version == kVersion);
   check(header_.cell >= 0 && header_.cell < scalar::Cells::count && header_.type >= 0 &&
         header_.type <= int32_t(WeightType::int8));
   check(header_.block_units == 4 || header_.block_units == 8 || header_.block_units == 16);
+  check(header_.int8_per_lane == 2 || header_.int8_per_lane == 4);
   header_.sizes = {number[0], number[1], number[2], number[3], number[4] == 1, number[5] == 1};
   const FrozenSizes& s = header_.sizes;
   const auto is_size = [](int64_t n, int64_t least) { return n >= least && n < int64_t(1) << 31; };
@@ -123,7 +129,8 @@ FrozenWeights::FrozenWeights(const Tensor& packed) {
 }
 
 Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, WeightType type,
-              int64_t block_units) {
+              const KernelTable& table) {
+  const int64_t block_units = table.f32.common.lanes;
   TORCH_CHECK(weights[0].device().is_cpu(), "_freeze: weights must be on the CPU, got ",
               weights[0].device());
   TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "_freeze: weights must be float32, got ",
@@ -145,14 +152,15 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
       cell.index,
       int32_t(type),
       int32_t(block_units),
+      int32_t(table.frozen_int8.common.per_lane),
       {layer.I, layer.H, layer.P, layer.D, layer.has_bias, layer.has_projection}});
   to.packed_ = at::zeros({to.bytes()}, weights[0].options().dtype(at::kByte));
-  auto* const data = static_cast<unsigned char*>(to.packed_.mutable_data_ptr());
+  unsigned char* const data = to.at(0, -kHeaderBytes);
   std::memcpy(data, &to.header_, offsetof(FrozenWeights::Header, sizes));
   std::memcpy(data, kMagic, sizeof(kMagic));
   const int64_t number[6] = {layer.I, layer.H,        layer.P,
                              layer.D, layer.has_bias, layer.has_projection};
-  std::memcpy(data + 32, number, sizeof(number));
+  std::memcpy(data + kSizesOffset, number, sizeof(number));
 
   const scalar::PanelLayout panel = to.layout();
   const int64_t H = layer.H, G = cell.gates, panel_bytes = panel.size(layer.I, layer.P);
@@ -164,6 +172,11 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
       const auto* const values = tensor.const_data_ptr<float>();
       const int64_t K = tensor.size(1);
       std::vector<float> scale(size_t(G * H), 0.0f);
+      const auto of_row = [&](int64_t offset, int64_t row) {
+        const int64_t unit = row % H;
+        return panels + unit / panel.units * panel_bytes + offset +
+               ((matrix * G + row / H) * panel.units + unit % panel.units) * 4;
+      };
       if (type == WeightType::int8) {
         for (int64_t row = 0; row < G * H; ++row) {
           float most = 0;
@@ -173,10 +186,7 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
             most = std::max(most, size);
           }
           scale[size_t(row)] = most / 127;
-          const int64_t unit = row % H;
-          write(panels + unit / panel.units * panel_bytes + panel.scales_offset() +
-                    ((matrix * G + row / H) * panel.units + unit % panel.units) * 4,
-                scale[size_t(row)]);
+          write(of_row(panel.scales_offset(), row), scale[size_t(row)]);
         }
       }
       to.for_each_weight(matrix, [&](int64_t at, int64_t row, int64_t k) {
@@ -188,7 +198,11 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
         } else {
           // A subnormal scale is less exact than its multiples.
           const float s = scale[size_t(row)], q = s > 0 ? std::nearbyint(value / s) : 0.0f;
-          write(panels + at, int8_t(std::min(std::max(q, -127.0f), 127.0f)));
+          const auto rounded = int8_t(std::min(std::max(q, -127.0f), 127.0f));
+          write(panels + at, rounded);
+          if (!panel.has_offsets()) return;
+          auto* const offset = of_row(panel.offsets_offset(), row);
+          write(offset, read<uint32_t>(offset) + (uint32_t(int32_t(rounded)) << 15));
         }
       });
     }

@@ -27,6 +27,8 @@ class FrozenWeights {
   WeightType type() const { return WeightType(header_.type); }
   /// Units in a panel's block.
   int64_t block_units() const { return header_.block_units; }
+  /// Whether the kernels of this table can read the panels.
+  bool fits(const KernelTable& table) const;
   const FrozenSizes& sizes() const { return header_.sizes; }
 
   const float* panels(int64_t d) const { return reinterpret_cast<const float*>(at(d, 0)); }
@@ -40,11 +42,11 @@ class FrozenWeights {
  private:
   struct Header {
     char magic[8];
-    int32_t version, cell, type, block_units;
+    int32_t version, cell, type, block_units, int8_per_lane;
     FrozenSizes sizes;
   };
   friend Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional,
-                       WeightType type, int64_t block_units);
+                       WeightType type, const KernelTable& table);
   explicit FrozenWeights(const Header& header) : header_(header) {}
 
   scalar::PanelLayout layout() const;
@@ -65,8 +67,8 @@ class FrozenWeights {
   Tensor packed_;
 };
 
-/// Packs weights (ops.cpp) in blocks of `block_units` units.
+/// Packs weights (ops.cpp) for the kernels of this table.
 Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, WeightType type,
-              int64_t block_units);
+              const KernelTable& table);
 
 }  // namespace fusedrnn::cpu

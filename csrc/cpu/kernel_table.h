@@ -44,6 +44,7 @@ struct Common {
   int64_t block_columns;  ///< columns in a GEMM panel block, units in a backward block
   int64_t tile_rows;      ///< batch rows in a tile
   int64_t in_place_rows;  ///< most rows of a run with weights in place
+  int64_t per_lane;       ///< neighbours along K in a lane of weights
   /// Prepacks one column block of a matrix [K, columns] with stride 1 along K or columns. Panels
   /// hold whole column vectors. Where Element is not Accum, row_stride must be 1.
   void (*prepack_gemm)(const Element* matrix, int64_t row_stride, int64_t column_stride, int64_t K,
@@ -59,7 +60,7 @@ struct Common {
                           int64_t a_stride, const Accum* b, int64_t b_stride, Accum* out,
                           int64_t out_stride);
   /// Quantises n values to integers of at most `largest` in size; gives their scale, NaN if one is
-  /// not finite. For int16 operands alone.
+  /// not finite. Writes whole vectors. For int16 operands alone.
   float (*quantise_row)(const float* values, int64_t n, int32_t largest, Int16* out);
 };
 

@@ -48,13 +48,12 @@ LayerOutput run_forward(const CellInfo& cell, const ForwardArgs& args) {
 
 /// Panels for this machine's vectors.
 FrozenWeights for_this_machine(const FrozenWeights& weights) {
-  const int64_t block_units = kernels().f32.common.lanes;
-  if (weights.block_units() == block_units) return weights;
+  if (weights.fits(kernels())) return weights;
   TORCH_WARN_ONCE(
       "fusedrnn: these weights were frozen on a machine with other vectors, and are packed anew in "
       "each call: freeze the model on this machine");
   return FrozenWeights(freeze(weights.cell(), weights.unfreeze(), weights.sizes().D == 2,
-                              weights.type(), block_units));
+                              weights.type(), kernels()));
 }
 
 LayerOutput run_frozen(const CellInfo& cell, const FrozenArgs& args) {
@@ -91,7 +90,7 @@ Tensor freeze_layer(const std::string& name, at::TensorList weights, bool bidire
   }
   for (int i = 0; i < scalar::Cells::count; ++i) {
     if (name == cell_info(i).name) {
-      return freeze(cell_info(i), weights, bidirectional, found, kernels().f32.common.lanes);
+      return freeze(cell_info(i), weights, bidirectional, found, kernels());
     }
   }
   TORCH_CHECK(false, "_freeze: there is no cell ", name);
@@ -124,7 +123,11 @@ struct Cpu {
 };
 
 std::string isa() { return kernels().isa; }
-int64_t lanes() { return kernels().f32.common.lanes; }
+/// Equal where frozen weights fit both.
+std::string panel_layout() {
+  return std::to_string(kernels().f32.common.lanes) + "x" +
+         std::to_string(kernels().frozen_int8.common.per_lane);
+}
 
 }  // namespace
 
@@ -136,7 +139,7 @@ TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
 }
 TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", &isa);
-  m.impl("_cpu_lanes", &lanes);
+  m.impl("_cpu_panel_layout", &panel_layout);
 }
 
 }  // namespace fusedrnn::cpu

@@ -23,11 +23,16 @@ inline constexpr int kTileRows = 2;
 /// Rows per tile with weights in place.
 inline constexpr int kInPlaceRows = kTileRows < 4 ? kTileRows : 4;
 
+/// Sums for each row: of lower and upper bytes where int16 operands are split.
+template <class Element>
+inline constexpr int kSumsPerRow = std::is_same_v<Element, Int16> && kSplitsInt16 ? 2 : 1;
+
 /// Rows per tile of these weights. Weights that are expanded in registers leave no operand for
 /// memory: 2 * 4 + 4 + 1 of AVX2's 16 registers.
 template <class Element, class Weight>
-inline constexpr int kRowsOf =
-    kLanesPerWeight<Element, Weight> > 1 && FUSEDRNN_VECTOR_BYTES == 32 ? 2 : kTileRows;
+inline constexpr int kRowsOf = kLanesPerWeight<Element, Weight> > 1 && FUSEDRNN_VECTOR_BYTES == 32
+                                   ? 2
+                                   : (kTileRows > 1 ? kTileRows / kSumsPerRow<Element> : 1);
 
 /// Chains of additions that hide an addition's latency; bfloat16's is longer.
 template <class Element>

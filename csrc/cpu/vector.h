@@ -94,11 +94,23 @@ FUSEDRNN_INLINE void store(Scalar* p, Vec<Scalar> v, int64_t n) {
 
 // ---- GEMM operands ------------------------------------------------------------------------------
 //
-// An operand lane is as wide as an accumulator: one float32, one float64, or two bfloat16
+// An operand lane is as wide as an accumulator: one float32, one float64, or two bfloat16 or int16
 // neighbours along K. An operand vector has the type Vec<Accumulator<Element>>.
+//
+// VNNI multiplies unsigned bytes. Four int16 neighbours, plus 32768, are then two lanes: their
+// lower bytes and their upper bytes.
 
+#if defined(FUSEDRNN_VNNI)
+inline constexpr bool kSplitsInt16 = true;
+#else
+inline constexpr bool kSplitsInt16 = false;
+#endif
+
+/// Elements of a row that one lane of weights meets.
 template <class Element>
-inline constexpr int kPerLane = sizeof(Accumulator<Element>) / sizeof(Element);
+inline constexpr int kPerLane =
+    std::is_same_v<Element, Int16> && kSplitsInt16 ? 4
+                                                   : sizeof(Accumulator<Element>) / sizeof(Element);
 
 /// The lanes that `size` elements fill: 13 for 13 float32, 7 for 13 bfloat16.
 template <class Element>
@@ -138,11 +150,12 @@ FUSEDRNN_INLINE Vec<Sum<Element>> broadcast_operand(const Element* p) {
   return lane - Vec<Sum<Element>>{};
 }
 
-/// sum + a_low * b_low + a_high * b_high for the int16 halves of each lane.
+/// sum + a_low * b_low + a_high * b_high for the int16 halves of each lane. With VNNI for its four
+/// bytes, which are unsigned in a and signed in b.
 FUSEDRNN_INLINE Vec<int32_t> multiply_add_pairs(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> b) {
 #if defined(FUSEDRNN_VNNI)
-  // GCC copies the sum before and after each _mm512_dpwssd_epi32.
-  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  // GCC copies the sum before and after each _mm512_dpbusd_epi32.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 #elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
   return sum +
@@ -179,11 +192,22 @@ FUSEDRNN_INLINE Vec<int32_t> rounded(Vec<float> v) {
   return bit_cast<Vec<int32_t>>(v + magic) - bit_cast<int32_t>(magic);
 }
 
-/// Stores whole vectors of integers.
+/// Stores a whole vector of int16 operands.
 FUSEDRNN_INLINE void store_integers(Int16* p, Vec<int32_t> v) {
+#if defined(FUSEDRNN_VNNI)
+  // Of four lanes the lower bytes, then the upper ones: eight bytes of sixteen.
+  // The forms with masks: GCC warns about an undefined operand in the others.
+  const __m512i order = _mm512_maskz_broadcast_i32x4(
+      __mmask16(-1), _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m512i bytes =
+      _mm512_maskz_shuffle_epi8(__mmask64(-1), bit_cast<__m512i>(v + 32768), order);
+  const __m512i packed = _mm512_maskz_compress_epi64(__mmask8(0x55), bytes);
+  __builtin_memcpy(p, &packed, 32);
+#else
   typedef int16_t Half __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
   const Half half = __builtin_convertvector(v, Half);
   __builtin_memcpy(p, &half, sizeof(half));
+#endif
 }
 
 /// The first n elements, at most one vector, as accumulators.
@@ -218,7 +242,8 @@ inline constexpr int kLanesPerWeight =
     std::is_same_v<Weight, BFloat16> && std::is_same_v<Element, float> ? 2 : 1;
 
 template <class Element, class Weight>
-using PanelLane = std::conditional_t<std::is_same_v<Weight, Int8>, uint16_t, Accumulator<Element>>;
+using PanelLane = std::conditional_t<std::is_same_v<Weight, Int8> && !kSplitsInt16, uint16_t,
+                                     Accumulator<Element>>;
 
 /// A vector of weights for operand lane `part` of kLanesPerWeight.
 template <class Element, class Weight, int part>
@@ -227,7 +252,9 @@ FUSEDRNN_INLINE Vec<Sum<Element>> load_weights(const PanelLane<Element, Weight>*
     const Vec<uint32_t> pairs = bit_cast<Vec<uint32_t>>(load(p));
     return bit_cast<Vec<float>>(part ? pairs & 0xffff0000u : pairs << 16);
   } else if constexpr (std::is_same_v<Weight, Int8>) {
-#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+#if defined(FUSEDRNN_VNNI)
+    return bit_cast<Vec<int32_t>>(load(p));
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
     __m256i bytes;
     __builtin_memcpy(&bytes, p, sizeof(bytes));
     return bit_cast<Vec<int32_t>>(_mm512_cvtepi8_epi16(bytes));
