@@ -243,27 +243,28 @@ void forward_input(const Forward<Accum, Element>& s, int64_t block_begin, int64_
         const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
             panel + layout.weights_offset() / int64_t(sizeof(Accum)));
         const int64_t unit = block * L;
-        for_tiles(end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
-          Tile<Accum, R, B * G> tile;
-          const Element* x[R];
-          Accum scale[R] = {};
-          unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-            x[r] = s.x + (begin + first + r) * s.x_row_stride;
-            if constexpr (std::is_same_v<Weight, Int8>) scale[r] = s.x_scale[begin + first + r];
-            unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
-              tile[r][c] = load(panel + c / G * panel_size + c % G * L);
+        for_tiles<kRowsOf<Element, Weight>>(
+            end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
+              Tile<Accum, R, B * G> tile;
+              const Element* x[R];
+              Accum scale[R] = {};
+              unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+                x[r] = s.x + (begin + first + r) * s.x_row_stride;
+                if constexpr (std::is_same_v<Weight, Int8>) scale[r] = s.x_scale[begin + first + r];
+                unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
+                  tile[r][c] = load(panel + c / G * panel_size + c % G * L);
+                });
+              });
+              accumulate_panels<InOrder<G>, R, B, Element, Weight>(
+                  tile, x, layout.rows(s.input_size), weights, panel_size,
+                  panel + layout.scales_offset() / int64_t(sizeof(Accum)), 2 * G * L, scale);
+              unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
+                Accum* to = out + (begin + first + r) * out_stride + unit;
+                unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
+                  store(to + c / G * L + c % G * H, tile[r][c], H - unit - c / G * L);
+                });
+              });
             });
-          });
-          accumulate_panels<InOrder<G>, R, B, Element, Weight>(
-              tile, x, layout.rows(s.input_size), weights, panel_size,
-              panel + layout.scales_offset() / int64_t(sizeof(Accum)), 2 * G * L, scale);
-          unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-            Accum* to = out + (begin + first + r) * out_stride + unit;
-            unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
-              store(to + c / G * L + c % G * H, tile[r][c], H - unit - c / G * L);
-            });
-          });
-        });
       });
 }
 
