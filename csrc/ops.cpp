@@ -73,6 +73,8 @@ TORCH_LIBRARY(fusedrnn, m) {
   scalar::Cells::for_each([&](auto cell) { define_ops<decltype(cell)>(m); });
   // The CPU instruction set in use.
   m.def("_cpu_isa() -> str");
+  // Threads of a call on the CPU.
+  m.def("_cpu_threads() -> int");
   // The algorithm of this thread's last pass on CUDA: stepwise, persistent_cta, persistent_cluster,
   // persistent_grid, or none before the first. Autograd runs a backward pass on another thread.
   m.def("_cuda_algorithm() -> str");

@@ -69,6 +69,9 @@ std::string isa() { return kernels().isa; }
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) { register_ops<Cpu>(m); }
-TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", &isa); }
+TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", &isa);
+  m.impl("_cpu_threads", &threads);
+}
 
 }  // namespace fusedrnn::cpu

@@ -1,0 +1,52 @@
+// How a thread waits for another thread's part.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fusedrnn::cpu {
+
+using Clock = std::chrono::steady_clock;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+/// One wait: it spins for 200 us, then it sleeps.
+///
+/// A sleep leaves this core idle, and the scheduler moves the awaited thread to it. A yield would
+/// not: the scheduler takes no thread from another core's queue for a busy core.
+class Waiter {
+ public:
+  void turn() {
+    ++turns_;
+    if (waited_ < kSpin && turns_ % kTurns != 0) return pause();
+    const auto now = Clock::now();
+    if (turns_ == kTurns) begin_ = now;
+    waited_ = now - begin_;
+    if (waited_ >= kSpin) std::this_thread::sleep_for(std::clamp(waited_ / 4, kShortest, kLongest));
+  }
+  int turns() const { return turns_; }
+  /// The time of all turns but some of the first and the last.
+  Clock::duration waited() const { return waited_; }
+
+ private:
+  static constexpr int kTurns = 64;  // about a microsecond
+  static constexpr Clock::duration kSpin = std::chrono::microseconds(200);
+  static constexpr Clock::duration kShortest = std::chrono::microseconds(50),
+                                   kLongest = std::chrono::microseconds(500);
+  int turns_ = 0;
+  Clock::time_point begin_;
+  Clock::duration waited_{0};
+};
+
+}  // namespace fusedrnn::cpu
