@@ -52,8 +52,8 @@ inline PoolChoice pool_choice() {
 /// On a quiet machine the call runs on torch's pool, whose threads are awake after torch's own ops.
 /// Joining that pool takes milliseconds if a worker sleeps or has lost its core. So sleepers are
 /// not woken for isolated calls, and after a stall this thread's calls use the library's own pool.
-/// They return to torch's after a second without a stall. If stalls take more time than sharing
-/// saves, even in the own pool, calls run alone for 1 to 64 ms.
+/// They return to torch's after a second without a stall. After three stalls in a row in the own
+/// pool, calls run alone for 1 to 64 ms.
 class PoolBackoff {
  public:
   /// Marks when an op's call begins and ends.
@@ -73,7 +73,7 @@ class PoolBackoff {
   static bool may_use_pool(int64_t work) {
     const State& s = state();
     const bool is_paused = s.pause.count() != 0 && Clock::now() < s.pause_end;
-    if (uses_own_pool()) return (work >= kWakes || Pool::is_awake()) && !is_paused;
+    if (uses_own_pool()) return (work >= kWakes || s.awake || Pool::is_awake()) && !is_paused;
     return work >= kLong || (s.awake && !is_paused);
   }
 
@@ -100,8 +100,7 @@ class PoolBackoff {
       }
     });
     const auto end = Clock::now();
-    const auto waited = end - done + job.held();
-    note(all_joined ? waited : end - start, end - start);
+    note(all_joined ? end - done + job.held() : Clock::duration::max(), end - start);
     job.rethrow();
   }
 
@@ -115,11 +114,13 @@ class PoolBackoff {
                                    kLongestPause = 64 * kPause;
   /// Workers of torch's pool sleep after 5 ms without a call. A 2 ms streak of calls wakes them.
   static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
+  static constexpr int kStallsInRow = 3;
   /// How long calls use the own pool after a stall. Doubles if the next stall comes soon.
   static constexpr Clock::duration kCalm = 1000 * kPause, kLongestCalm = 16 * kCalm;
   struct State {
     Clock::time_point now, last_end, streak_begin;  ///< call times
     bool awake = false;                             ///< torch's workers, most likely
+    int stalls = 0;                                 ///< calls in a row
     Clock::duration pause{0}, calm = kCalm;
     Clock::time_point pause_end, own_end;
   };
@@ -135,24 +136,29 @@ class PoolBackoff {
     const State& s = state();
     return s.now < s.own_end || Pool::in_forked_child() || torch_threads() > cores();
   }
-  /// Notes the caller's wait, and the time of the whole: alone it would have taken twice the rest.
+  /// Notes the caller's wait, and the time of the whole. A worker that did not join is an endless
+  /// wait. A call stalled if it waited longer than it worked.
   static void note(Clock::duration waited, Clock::duration time) {
-    if (waited < kStall && state().pause.count() == 0) return;
     State& s = state();
-    const auto now = Clock::now();
-    const bool is_own = uses_own_pool(), stalled = waited >= kStall && waited >= time - waited;
-    if (is_own ? waited >= kStall : stalled) {
-      if (!is_own) {
-        s.calm = now - s.own_end < s.calm ? std::min(2 * s.calm, kLongestCalm) : kCalm;
-      }
-      s.own_end = now + s.calm;
-    }
-    if (stalled && (is_own || pool_choice() == PoolChoice::torch)) {
-      s.pause = std::clamp(2 * s.pause, kPause, kLongestPause);
-      s.pause_end = now + s.pause;
-    } else {
+    const bool is_long = waited >= kStall, is_stall = is_long && waited >= time - waited;
+    if (!is_stall) {
+      s.stalls = 0;
       s.pause = s.pause > kPause ? s.pause / 2 : Clock::duration(0);
     }
+    if (!is_long) return;
+    const auto now = Clock::now();
+    const bool is_own = uses_own_pool();
+    if (is_own) {
+      s.own_end = now + s.calm;
+    } else if (is_stall) {
+      s.calm = now - s.own_end < s.calm ? std::min(2 * s.calm, kLongestCalm) : kCalm;
+      s.own_end = now + s.calm;
+    }
+    if (!is_stall || ++s.stalls < (is_own ? kStallsInRow : 1)) return;
+    // Without a choice of pools, a pause is the way out of torch's.
+    if (!is_own && pool_choice() != PoolChoice::torch) return;
+    s.pause = std::clamp(2 * s.pause, kPause, kLongestPause);
+    s.pause_end = now + s.pause;
   }
 };
 

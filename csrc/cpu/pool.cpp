@@ -166,7 +166,7 @@ class Threads {
   }
 
   /// Calls that follow each other find the threads awake.
-  static constexpr Clock::duration kSpin = std::chrono::microseconds(50);
+  static constexpr Clock::duration kSpin = std::chrono::microseconds(100);
 
   Slot slots_[32];
   Event jobs_;
