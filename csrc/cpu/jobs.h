@@ -31,7 +31,7 @@ class PartsJob : public TimedJob {
     }
   }
   void wait() noexcept override {
-    Waiter waiter;
+    Waiter waiter(kCallerSpin);
     while (done_.load(std::memory_order_acquire) < count_) waiter.turn();
     held_ = waiter.waited();
   }
@@ -55,8 +55,9 @@ class TeamsJob : public TimedJob {
     const int64_t runs = int64_t(teams_.size());
     for (int64_t k = 0; k < runs; ++k) {
       const int64_t r = (worker / members_ + k) % runs;
-      const auto waited = teams_[size_t(r)].run(
-          worker % members_, steps_, [&](int64_t i, int64_t p) { guard([&] { part_(r, i, p); }); });
+      const auto waited =
+          teams_[size_t(r)].run(worker % members_, steps_, worker == 0 ? kCallerSpin : kWorkerSpin,
+                                [&](int64_t i, int64_t p) { guard([&] { part_(r, i, p); }); });
       if (worker == 0) held_ = std::max(held_, waited);
     }
   }

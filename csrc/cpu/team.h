@@ -18,15 +18,16 @@ class Team {
  public:
   explicit Team(int64_t parts) : size_(parts), parts_(new Part[size_t(parts)]) {}
 
-  /// Returns the longest wait for a part that another thread had begun.
+  /// A waiting member sleeps after `spin`. Returns the longest wait for a part that another thread
+  /// had begun.
   template <class Step>
-  Clock::duration run(int64_t member, int64_t steps, Step&& step) {
+  Clock::duration run(int64_t member, int64_t steps, Clock::duration spin, Step&& step) {
     Clock::duration longest{0};
     int patience = kPatience;  // none after an absence, until the member has begun a part
     for (int64_t i = 0; i < steps; ++i) {
       work(member, i, step);
       for (int64_t p = 0; p < size_; ++p) {
-        Waiter waiter;
+        Waiter waiter(spin);
         while (parts_[p].done.load(std::memory_order_acquire) <= i) {
           if (parts_[p].begun.load(std::memory_order_relaxed) > i) {
             patience = kPatience;
