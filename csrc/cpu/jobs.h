@@ -16,7 +16,7 @@ class TimedJob : public Job {
   Clock::duration held() const { return held_; }
 
  protected:
-  Clock::duration held_{0};  ///< the caller's longest wait
+  Clock::duration held_{0};  ///< the caller's long waits
 };
 
 /// Parts that can be done in any order. Each thread takes the next one left.
@@ -58,7 +58,7 @@ class TeamsJob : public TimedJob {
       const auto waited =
           teams_[size_t(r)].run(worker % members_, steps_, worker == 0 ? kCallerSpin : kWorkerSpin,
                                 [&](int64_t i, int64_t p) { guard([&] { part_(r, i, p); }); });
-      if (worker == 0) held_ = std::max(held_, waited);
+      if (worker == 0) held_ += waited;
     }
   }
   void wait() noexcept override {}

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <ctime>
 #include <memory>
 #include <string>
 
@@ -87,6 +88,7 @@ class PoolBackoff {
       note(job->held(), Clock::now() - start);
       return job->rethrow();
     }
+    const auto start_of_cpu = cpu_time();
     TheJob job(arguments...);
     std::atomic<int64_t> joined{0};
     bool all_joined = true;
@@ -100,7 +102,10 @@ class PoolBackoff {
       }
     });
     const auto end = Clock::now();
-    note(all_joined ? end - done + job.held() : Clock::duration::max(), end - start);
+    auto waited = all_joined ? end - done + job.held() : Clock::duration::max();
+    // A worker that spins on the caller's core shows only as time that the caller did not run.
+    if (end - start >= kPause) waited = std::max(waited, end - start - (cpu_time() - start_of_cpu));
+    note(waited, end - start);
     job.rethrow();
   }
 
@@ -109,7 +114,6 @@ class PoolBackoff {
   static constexpr int64_t kLong = 1 << 27;
   /// About 50 us of multiplications: worth waking a thread of the own pool.
   static constexpr int64_t kWakes = 1 << 22;
-  static constexpr Clock::duration kStall = std::chrono::microseconds(100);
   static constexpr Clock::duration kPause = std::chrono::milliseconds(1),
                                    kLongestPause = 64 * kPause;
   /// Workers of torch's pool sleep after 5 ms without a call. A 2 ms streak of calls wakes them.
@@ -136,11 +140,21 @@ class PoolBackoff {
     const State& s = state();
     return s.now < s.own_end || Pool::in_forked_child() || torch_threads() > cores();
   }
+  /// The time that this thread has run, or without such a clock all time.
+  static Clock::duration cpu_time() {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+#else
+    return Clock::now().time_since_epoch();
+#endif
+  }
   /// Notes the caller's wait, and the time of the whole. A worker that did not join is an endless
   /// wait. A call stalled if it waited longer than it worked.
   static void note(Clock::duration waited, Clock::duration time) {
     State& s = state();
-    const bool is_long = waited >= kStall, is_stall = is_long && waited >= time - waited;
+    const bool is_long = waited >= kLongWait, is_stall = is_long && waited >= time - waited;
     if (!is_stall) {
       s.stalls = 0;
       s.pause = s.pause > kPause ? s.pause / 2 : Clock::duration(0);

@@ -18,11 +18,11 @@ class Team {
  public:
   explicit Team(int64_t parts) : size_(parts), parts_(new Part[size_t(parts)]) {}
 
-  /// A waiting member sleeps after `spin`. Returns the longest wait for a part that another thread
-  /// had begun.
+  /// A waiting member sleeps after `spin`. Returns the time of its long waits for parts that
+  /// other threads had begun.
   template <class Step>
   Clock::duration run(int64_t member, int64_t steps, Clock::duration spin, Step&& step) {
-    Clock::duration longest{0};
+    Clock::duration held{0};
     int patience = kPatience;  // none after an absence, until the member has begun a part
     for (int64_t i = 0; i < steps; ++i) {
       work(member, i, step);
@@ -37,10 +37,10 @@ class Team {
           }
           waiter.turn();
         }
-        longest = std::max(longest, waiter.waited());
+        if (waiter.waited() >= kLongWait) held += waiter.waited();
       }
     }
-    return longest;
+    return held;
   }
 
  private:

@@ -29,6 +29,9 @@ constexpr Clock::duration kCallerSpin = std::chrono::milliseconds(5);
 /// How long a worker spins. The caller may be waiting for this core.
 constexpr Clock::duration kWorkerSpin = std::chrono::microseconds(100);
 
+/// A shorter wait is part of sharing work.
+constexpr Clock::duration kLongWait = std::chrono::microseconds(100);
+
 /// One wait: it spins at first, then it sleeps.
 class Waiter {
  public:
