@@ -1,8 +1,8 @@
 """`python -m benchmarks latency`: single calls in the situations of a service; thread scaling.
 
 A service's slow calls find the other core busy, the workers asleep, or other threads in the
-process. Medians hide such calls. So this benchmark times each call by itself and reports the 50th
-and 99th percentiles and the maximum. Then it compares all threads with one thread.
+process. Medians hide such calls. So this benchmark times each call by itself and reports the 50th,
+90th and 99th percentiles and the maximum. Then it compares all threads with one thread.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,9 @@ from benchmarks.measure import MODES, in_turn
 
 RESULTS = report.RESULTS / "latency.json"
 STEPS = ("step H64", "step H256 x2")
+# Calls that threads share, for the situations in which a thread may lose its core.
+SHARED = ("B1 T100 H256", "GRU B1 T100 H256", "B8 T50 H128", "LSTMCell B32 H256")
+LONG = Case("B64 T60 H256", B=64, T=60, H=256)
 SCALING = ("step H256 x2", "B1 T100 H256", "B8 T50 H128", "tagger", "B64 T100 H256")
 CALLS = 10_000
 IDLE_SECONDS = 0.05
@@ -78,8 +82,16 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def situations(count: int, seconds: float) -> dict[str, Run]:
     """The situations by name; each gives the microseconds of up to `count` calls."""
+    many = 4 * cores()
 
     def quiet(candidate: Candidate, case: Case) -> list[float]:
         return latencies(candidate.prepare(case, "inference"), count, 2 * seconds)
@@ -95,6 +107,10 @@ def situations(count: int, seconds: float) -> dict[str, Run]:
                 return latencies(candidate.prepare(case, "inference"), count, seconds)
             finally:
                 neighbour.kill()
+
+    def more_threads_than_cores(candidate: Candidate, case: Case) -> list[float]:
+        with threads(many):
+            return latencies(candidate.prepare(case, "inference"), count, seconds)
 
     def one_thread(candidate: Candidate, case: Case) -> list[float]:
         with threads(1):
@@ -126,6 +142,7 @@ def situations(count: int, seconds: float) -> dict[str, Run]:
         "quiet": quiet,
         f"after {1e3 * IDLE_SECONDS:.0f} ms idle": after_idling,
         "busy neighbour process": busy_neighbour,
+        f"{many} threads on {cores()} cores": more_threads_than_cores,
         "one thread": one_thread,
         "DataLoader worker": data_loader_worker,
         f"{THREADS} Python threads": four_threads,
@@ -138,7 +155,11 @@ def latency_rows(
     """Percentiles in microseconds for each situation, case and candidate."""
     rows = []
     for name, run in situations(count, seconds).items():
-        cases = pick(STEPS) + (pick(["B1 T100 H256"]) if "idle" in name else [])
+        cases = pick(STEPS)
+        if "idle" in name:
+            cases += pick(["B1 T100 H256"])
+        if name == "quiet" or "busy" in name or "threads on" in name:
+            cases += [*pick(SHARED), LONG]
         for case, candidate in itertools.product(cases, candidates):
             samples = sorted(run(candidate, case))
             last = len(samples) - 1
@@ -148,13 +169,14 @@ def latency_rows(
                 "candidate": candidate.name,
                 "calls": len(samples),
                 "p50_us": samples[round(0.5 * last)],
+                "p90_us": samples[round(0.9 * last)],
                 "p99_us": samples[round(0.99 * last)],
                 "max_us": samples[-1],
             }
             rows.append(row)
             print(
-                f"{case.name:15}{name:25}{candidate.name:13}{row['calls']:7}"
-                f"{row['p50_us']:10.1f}{row['p99_us']:10.1f}{row['max_us']:10.1f}",
+                f"{case.name:18}{name:25}{candidate.name:13}{row['calls']:7}{row['p50_us']:10.1f}"
+                f"{row['p90_us']:10.1f}{row['p99_us']:10.1f}{row['max_us']:10.1f}",
                 flush=True,
             )
     return rows
@@ -189,7 +211,7 @@ def scaling_rows(names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
                 }
             )
             print(
-                f"{case.name:15}{mode:25}{name:13}{one:10.4f} ms, {all:10.4f} ms with {most} "
+                f"{case.name:18}{mode:25}{name:13}{one:10.4f} ms, {all:10.4f} ms with {most} "
                 f"threads{'' if all < 1.05 * one else ': slower'}",
                 flush=True,
             )
@@ -210,7 +232,8 @@ def _latency_table(rows: Sequence[report.Row]) -> list[str]:
         times = (
             " / ".join(
                 report.digits(found[case, situation, name][key])
-                for key in ("p50_us", "p99_us", "max_us")
+                for key in ("p50_us", "p90_us", "p99_us", "max_us")
+                if key in found[case, situation, name]  # older runs have no p90_us
             )
             for name in names
         )
@@ -252,8 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             candidates.append(OnnxRuntime())
         header = machine.header("cpu", candidates)
-        print(f"{'case':15}{'situation':25}{'candidate':13}{'calls':>7}", end="")
-        print(f"{'p50 us':>10}{'p99 us':>10}{'max us':>10}")
+        print(f"{'case':18}{'situation':25}{'candidate':13}{'calls':>7}", end="")
+        print(f"{'p50 us':>10}{'p90 us':>10}{'p99 us':>10}{'max us':>10}")
         rows = latency_rows(candidates, args.calls, args.seconds)
         run = {"header": header, "rows": rows, "scaling": scaling_rows(SCALING, args.seconds)}
         report.store(args.output, run)

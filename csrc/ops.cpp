@@ -89,6 +89,8 @@ TORCH_LIBRARY(fusedrnn, m) {
   // The CPU instruction set in use, and the layout of its frozen weights.
   m.def("_cpu_isa() -> str");
   m.def("_cpu_panel_layout() -> str");
+  // Threads of a call on the CPU.
+  m.def("_cpu_threads() -> int");
   // The algorithm of this thread's last pass on CUDA: stepwise, persistent_cta, persistent_cluster,
   // persistent_grid, or none before the first. Autograd runs a backward pass on another thread.
   m.def("_cuda_algorithm() -> str");

@@ -23,6 +23,7 @@ from fusedrnn import _functorch, _reference
 from fusedrnn._cells import Cell, States, cells
 
 _ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
+_POOLS = ("auto", "torch", "own")
 REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
@@ -57,6 +58,11 @@ def _load() -> None:
         warnings.warn(
             f"FUSEDRNN_CPU_ISA={isa} is none of {', '.join(_ISAS)}: using {cpu_isa()}",
             stacklevel=2,
+        )
+    pool = os.environ.get("FUSEDRNN_CPU_POOL", "")
+    if pool not in ("", *_POOLS):
+        warnings.warn(
+            f"FUSEDRNN_CPU_POOL={pool} is none of {', '.join(_POOLS)}: using auto", stacklevel=2
         )
 
 

@@ -140,6 +140,7 @@ TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
 TORCH_LIBRARY_IMPL(fusedrnn, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", &isa);
   m.impl("_cpu_panel_layout", &panel_layout);
+  m.impl("_cpu_threads", &threads);
 }
 
 }  // namespace fusedrnn::cpu

@@ -1,4 +1,4 @@
-// Work on torch's pool of threads, and whether a call may use the pool.
+// Work on several threads: torch's pool or the library's own, and whether a call may use them.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -6,11 +6,18 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <ctime>
+#include <memory>
+#include <string>
+
+#include "cores.h"
+#include "jobs.h"
 
 namespace fusedrnn::cpu {
 
-/// Threads in torch's pool: one where torch's headers have no pool.
-inline int64_t threads() {
+/// Threads that torch would use: one where torch's headers have no pool.
+inline int64_t torch_threads() {
 #ifdef INTRA_OP_PARALLEL
   return at::get_num_threads();
 #else
@@ -18,73 +25,154 @@ inline int64_t threads() {
 #endif
 }
 
-/// Decides whether a short call may use torch's pool. Joining costs milliseconds if a worker sleeps
-/// or has lost its core. So sleepers are not woken for isolated calls. After a call that a worker
-/// did not join, we back off for 1 to 256 ms.
-class PoolBackoff {
-  using Clock = std::chrono::steady_clock;
+/// Threads for a call: no more than cores that this process may use.
+inline int64_t threads() {
+  const int64_t count = torch_threads();
+  return count == 1 ? 1 : std::min(count, cores());
+}
 
+/// Whether this thread shares work already.
+inline bool in_parallel_region() { return at::in_parallel_region() || Pool::in_job(); }
+
+enum class PoolChoice { torch, own, automatic };
+
+/// FUSEDRNN_CPU_POOL=torch|own asks for one pool. An unknown name asks for none: _ops.py warns.
+inline PoolChoice pool_choice() {
+  static const PoolChoice chosen = [] {
+    const char* const value = std::getenv("FUSEDRNN_CPU_POOL");
+    const std::string name = value ? value : "";
+    return name == "torch" ? PoolChoice::torch
+           : name == "own" ? PoolChoice::own
+                           : PoolChoice::automatic;
+  }();
+  return chosen;
+}
+
+/// Decides which pool a call uses, if any.
+///
+/// On a quiet machine the call runs on torch's pool, whose threads are awake after torch's own ops.
+/// Joining that pool takes milliseconds if a worker sleeps or has lost its core. So sleepers are
+/// not woken for isolated calls, and after a stall this thread's calls use the library's own pool.
+/// They return to torch's after a second without a stall. After three stalls in a row in the own
+/// pool, calls run alone for 1 to 64 ms.
+class PoolBackoff {
  public:
   /// Marks when an op's call begins and ends.
   class Call {
    public:
     Call() {
       State& s = state();
-      const auto now = Clock::now();
-      if (now - s.last_end > kAsleep) s.streak_begin = now;
-      s.awake = now - s.streak_begin > kStreak;
+      s.now = Clock::now();
+      if (s.now - s.last_end > kAsleep) s.streak_begin = s.now;
+      s.awake = s.now - s.streak_begin > kStreak;
     }
     ~Call() { state().last_end = Clock::now(); }
     Call(const Call&) = delete;
   };
 
-  /// Whether this part of a call, of `work` multiplications, may use the pool.
+  /// Whether this part of a call, of `work` multiplications, may use a pool.
   static bool may_use_pool(int64_t work) {
     const State& s = state();
-    return work >= kLong || (s.awake && (s.pause.count() == 0 || Clock::now() >= s.pause_end));
+    const bool is_paused = s.pause.count() != 0 && Clock::now() < s.pause_end;
+    if (uses_own_pool()) return (work >= kWakes || s.awake || Pool::is_awake()) && !is_paused;
+    return work >= kLong || (s.awake && !is_paused);
   }
 
-  /// Calls task(worker) for each worker on the pool's threads. The caller is worker 0.
-  template <class F>
-  static void run(int64_t workers, const F& task) {
+  /// Runs a job of type `TheJob` on up to `workers` threads. The caller is worker 0.
+  template <class TheJob, class... Arguments>
+  static void run(int64_t workers, const Arguments&... arguments) {
+    const auto start = Clock::now();
+    if (uses_own_pool()) {
+      const auto job = std::make_shared<TheJob>(arguments...);
+      Pool::run(workers, job);
+      note(job->held(), Clock::now() - start);
+      return job->rethrow();
+    }
+    const auto start_of_cpu = cpu_time();
+    TheJob job(arguments...);
     std::atomic<int64_t> joined{0};
     bool all_joined = true;
-    const auto start = Clock::now();
     auto done = start;
     at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
       ++joined;
-      for (int64_t worker = begin; worker < end; ++worker) task(worker);
+      for (int64_t worker = begin; worker < end; ++worker) job.run(worker);
       if (begin == 0) {
         all_joined = joined == workers;
         done = Clock::now();
       }
     });
-    const auto waited = Clock::now() - done;
-    note(all_joined && (waited < kStall || waited < done - start));
+    const auto end = Clock::now();
+    auto waited = all_joined ? end - done + job.held() : Clock::duration::max();
+    // A worker that spins on the caller's core shows only as time that the caller did not run.
+    if (end - start >= kPause) waited = std::max(waited, end - start - (cpu_time() - start_of_cpu));
+    note(waited, end - start);
+    job.rethrow();
   }
 
  private:
   /// About a millisecond of multiplications: worth the wait for a worker.
   static constexpr int64_t kLong = 1 << 27;
-  static constexpr Clock::duration kStall = std::chrono::microseconds(100);
+  /// About 50 us of multiplications: worth waking a thread of the own pool.
+  static constexpr int64_t kWakes = 1 << 22;
   static constexpr Clock::duration kPause = std::chrono::milliseconds(1),
-                                   kLongestPause = 256 * kPause;
-  /// Workers sleep after 5 ms without a call. A 2 ms streak of calls wakes them.
+                                   kLongestPause = 64 * kPause;
+  /// Workers of torch's pool sleep after 5 ms without a call. A 2 ms streak of calls wakes them.
   static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
+  static constexpr int kStallsInRow = 3;
+  /// How long calls use the own pool after a stall. Doubles if the next stall comes soon.
+  static constexpr Clock::duration kCalm = 1000 * kPause, kLongestCalm = 16 * kCalm;
   struct State {
-    Clock::time_point last_end, streak_begin;  ///< call times
-    bool awake = false;                        ///< the workers, most likely
-    Clock::duration pause{0};
-    Clock::time_point pause_end;
+    Clock::time_point now, last_end, streak_begin;  ///< call times
+    bool awake = false;                             ///< torch's workers, most likely
+    int stalls = 0;                                 ///< calls in a row
+    Clock::duration pause{0}, calm = kCalm;
+    Clock::time_point pause_end, own_end;
   };
   static State& state() {
     static thread_local State s;
     return s;
   }
-  static void note(bool helped) {
+  /// torch's pool would start all its threads, also without cores for them. In a child of fork it
+  /// may hang.
+  static bool uses_own_pool() {
+    const PoolChoice choice = pool_choice();
+    if (choice != PoolChoice::automatic) return choice == PoolChoice::own;
+    const State& s = state();
+    return s.now < s.own_end || Pool::in_forked_child() || torch_threads() > cores();
+  }
+  /// The time that this thread has run, or without such a clock all time.
+  static Clock::duration cpu_time() {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+#else
+    return Clock::now().time_since_epoch();
+#endif
+  }
+  /// Notes the caller's wait, and the time of the whole. A worker that did not join is an endless
+  /// wait. A call stalled if it waited longer than it worked.
+  static void note(Clock::duration waited, Clock::duration time) {
     State& s = state();
-    s.pause = helped ? Clock::duration(0) : std::clamp(2 * s.pause, kPause, kLongestPause);
-    if (!helped) s.pause_end = Clock::now() + s.pause;
+    const bool is_long = waited >= kLongWait, is_stall = is_long && waited >= time - waited;
+    if (!is_stall) {
+      s.stalls = 0;
+      s.pause = s.pause > kPause ? s.pause / 2 : Clock::duration(0);
+    }
+    if (!is_long) return;
+    const auto now = Clock::now();
+    const bool is_own = uses_own_pool();
+    if (is_own) {
+      s.own_end = now + s.calm;
+    } else if (is_stall) {
+      s.calm = now - s.own_end < s.calm ? std::min(2 * s.calm, kLongestCalm) : kCalm;
+      s.own_end = now + s.calm;
+    }
+    if (!is_stall || ++s.stalls < (is_own ? kStallsInRow : 1)) return;
+    // Without a choice of pools, a pause is the way out of torch's.
+    if (!is_own && pool_choice() != PoolChoice::torch) return;
+    s.pause = std::clamp(2 * s.pause, kPause, kLongestPause);
+    s.pause_end = now + s.pause;
   }
 };
 
@@ -96,14 +184,11 @@ constexpr int64_t kSharedWork = 1 << 19;
 template <class F>
 void in_parallel(int64_t count, int64_t work, const F& task) {
   const int64_t workers = std::min(count, threads());
-  if (workers <= 1 || !PoolBackoff::may_use_pool(work) || at::in_parallel_region()) {
+  if (workers <= 1 || !PoolBackoff::may_use_pool(work) || in_parallel_region()) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  PoolBackoff::run(workers, [&](int64_t) {
-    for (int64_t i; (i = next++) < count;) task(i);
-  });
+  PoolBackoff::run<PartsJob<F>>(workers, count, task);
 }
 
 }  // namespace fusedrnn::cpu

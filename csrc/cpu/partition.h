@@ -8,7 +8,6 @@
 #include "batch.h"
 #include "parallel.h"
 #include "plan.h"
-#include "team.h"
 
 namespace fusedrnn::cpu {
 
@@ -35,7 +34,7 @@ class WorkPartition {
     work_ = layer.B * layer.cell.gates * layer.H * (layer.I + layer.P) * layer.T * layer.D;
     int64_t threads = 1;
     // A single row takes about twice as long a multiplication: it reads a weight for each.
-    if (work_ * (layer.B == 1 ? 2 : 1) >= kSharedWork && !at::in_parallel_region()) {
+    if (work_ * (layer.B == 1 ? 2 : 1) >= kSharedWork && !in_parallel_region()) {
       threads = std::max<int64_t>(cpu::threads() / layer.D, 1);
     }
     Split split;
@@ -54,14 +53,11 @@ class WorkPartition {
         for (int64_t i = 0; i < steps; ++i) step(r, i, 0, blocks_);
       });
     }
-    c10::SmallVector<Team, 2> teams;
-    for (size_t r = 0; r < groups.size(); ++r) teams.emplace_back(members);
-    PoolBackoff::run(int64_t(groups.size()) * members, [&](int64_t worker) {
-      const int64_t r = worker / members;
-      teams[size_t(r)].run(worker % members, steps, [&](int64_t i, int64_t part) {
-        step(r, i, begin_of(part), begin_of(part + 1));
-      });
-    });
+    const int64_t runs = int64_t(groups.size());
+    const auto part = [&](int64_t r, int64_t i, int64_t p) {
+      step(r, i, begin_of(p), begin_of(p + 1));
+    };
+    PoolBackoff::run<TeamsJob<decltype(part)>>(runs * members, runs, members, steps, part);
   }
 
   /// The member whose part begins with this block.

@@ -4,11 +4,8 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <thread>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "waiter.h"
 
 namespace fusedrnn::cpu {
 
@@ -17,38 +14,37 @@ namespace fusedrnn::cpu {
 /// A member does its own part, then waits for the other parts. A thread may start milliseconds
 /// late, or never while the pool serves another call. So after about a microsecond a waiting member
 /// takes over a part nobody has begun. A part gives the same result on any thread.
-/// thread.
 class Team {
  public:
   explicit Team(int64_t parts) : size_(parts), parts_(new Part[size_t(parts)]) {}
 
+  /// A waiting member sleeps after `spin`. Returns the time of its long waits for parts that
+  /// other threads had begun.
   template <class Step>
-  void run(int64_t member, int64_t steps, Step&& step) {
+  Clock::duration run(int64_t member, int64_t steps, Clock::duration spin, Step&& step) {
+    Clock::duration held{0};
     int patience = kPatience;  // none after an absence, until the member has begun a part
     for (int64_t i = 0; i < steps; ++i) {
       work(member, i, step);
       for (int64_t p = 0; p < size_; ++p) {
-        for (int spins = 0; parts_[p].done.load(std::memory_order_acquire) <= i;) {
+        Waiter waiter(spin);
+        while (parts_[p].done.load(std::memory_order_acquire) <= i) {
           if (parts_[p].begun.load(std::memory_order_relaxed) > i) {
             patience = kPatience;
-          } else if (spins >= patience && work(p, i, step)) {
+          } else if (waiter.turns() >= patience && work(p, i, step)) {
             patience = 0;
             continue;
           }
-          if (spins < kSpins) {
-            ++spins;
-            pause();
-          } else {
-            std::this_thread::yield();  // the part's thread may be waiting for this core
-          }
+          waiter.turn();
         }
+        if (waiter.waited() >= kLongWait) held += waiter.waited();
       }
     }
+    return held;
   }
 
  private:
-  static constexpr int kPatience = 64;  // pauses: about a microsecond
-  static constexpr int kSpins = 20000;
+  static constexpr int kPatience = 64;  // turns: about a microsecond
 
   struct alignas(64) Part {
     std::atomic<int64_t> begun{0}, done{0};  // in steps
@@ -63,14 +59,6 @@ class Team {
     step(i, p);
     parts_[p].done.store(i + 1, std::memory_order_release);
     return true;
-  }
-
-  static void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
   }
 
   int64_t size_;

@@ -1,0 +1,72 @@
+// The jobs of a layer: parts in any order, and steps shared by teams. No torch here.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "pool.h"
+#include "team.h"
+#include "waiter.h"
+
+namespace fusedrnn::cpu {
+
+/// A job that tells how long its caller waited for parts that other threads had begun.
+class TimedJob : public Job {
+ public:
+  Clock::duration held() const { return held_; }
+
+ protected:
+  Clock::duration held_{0};  ///< the caller's long waits
+};
+
+/// Parts that can be done in any order. Each thread takes the next one left.
+template <class F>
+class PartsJob : public TimedJob {
+ public:
+  PartsJob(int64_t count, const F& part) : count_(count), part_(part) {}
+  void run(int64_t) noexcept override {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+      guard([&] { part_(i); });
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+  void wait() noexcept override {
+    Waiter waiter(kCallerSpin);
+    while (done_.load(std::memory_order_acquire) < count_) waiter.turn();
+    held_ = waiter.waited();
+  }
+
+ private:
+  const int64_t count_;
+  const F part_;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
+
+/// The steps of some runs, with a team each. It does part(run, i, p) for all parts of all steps.
+template <class F>
+class TeamsJob : public TimedJob {
+ public:
+  TeamsJob(int64_t runs, int64_t members, int64_t steps, const F& part)
+      : members_(members), steps_(steps), part_(part) {
+    for (int64_t r = 0; r < runs; ++r) teams_.emplace_back(members);
+  }
+  /// A worker goes through all runs, its own first: the others may lack workers.
+  void run(int64_t worker) noexcept override {
+    const int64_t runs = int64_t(teams_.size());
+    for (int64_t k = 0; k < runs; ++k) {
+      const int64_t r = (worker / members_ + k) % runs;
+      const auto waited =
+          teams_[size_t(r)].run(worker % members_, steps_, worker == 0 ? kCallerSpin : kWorkerSpin,
+                                [&](int64_t i, int64_t p) { guard([&] { part_(r, i, p); }); });
+      if (worker == 0) held_ += waited;
+    }
+  }
+  void wait() noexcept override {}
+
+ private:
+  const int64_t members_, steps_;
+  const F part_;
+  std::vector<Team> teams_;
+};
+
+}  // namespace fusedrnn::cpu
