@@ -1,7 +1,7 @@
 """`make gpu`: builds and tests on an NVIDIA GPU, with the installed torch and no network.
 
     python -m tools.gpu [build] [peaks] [tests] [ecosystem] [sanitize] [bench] [step_cost]
-                        [clusters] [training] [profile]
+                        [clusters] [training] [cpu] [profile]
 
 Runs all stages by default, each under eight minutes. Later stages run after a failure; the exit
 status is then 1. Results go to benchmarks/results/<device>.json, each command's last lines to
@@ -258,6 +258,27 @@ def training(results: Path) -> list[Command]:
     ]
 
 
+def cpu(results: Path) -> list[Command]:
+    """The machine's CPU with 1 to 16 threads: a machine with a GPU has many cores."""
+    measure = [sys.executable, "-m", "benchmarks", "--baseline", "torch", "--seconds", "0.3"]
+    cases = ["LSTMCell B32 H256", "B1 T100 H256", "B1 T50 H1024", "B4 T50 H256", "B8 T50 H128"]
+    cases += ["B32 T50 H512", "B64 T100 H256", "tagger", "GRU B64 T100 H256"]
+    return [
+        Command(
+            f"{threads} threads",
+            [
+                *measure,
+                *cases,
+                "--output",
+                str(results.with_name(f"{results.stem}-cpu-{threads}.json")),
+            ],
+            {"OMP_NUM_THREADS": str(threads)},
+        )
+        for threads in (1, 2, 4, 8, 16)
+        if threads <= (os.cpu_count() or 1)
+    ]
+
+
 def profile(results: Path) -> list[Command]:
     measure = [sys.executable, "-m", "benchmarks", "profile", "--run", str(results)]
     report = [sys.executable, "-m", "benchmarks", "--report", str(results)]
@@ -279,6 +300,7 @@ STAGES = {
         step_cost,
         clusters,
         training,
+        cpu,
         profile,
     )
 }
