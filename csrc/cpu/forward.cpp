@@ -1,5 +1,7 @@
 // A layer's forward pass on the CPU.
 #include <cstring>
+#include <memory>
+#include <utility>
 
 #include "gemm.h"
 #include "layer_cpu.h"
@@ -291,103 +293,201 @@ Scratch<Accum> multiply_input(const Layer& layer, const KernelsOf<Accum, Element
   return product;
 }
 
+/// A forward pass, with all memory that its steps use.
 template <class Element>
-LayerOutput run_frozen(const Layer& layer, const FrozenWeights& weights,
-                       const KernelsOf<float, Element>& kernels) {
-  const Common<float, Element>& common = kernels.common;
-  const Kernel<float, Element>& kernel = kernels.cells[layer.cell.index];
-  const BatchLayout layout(layer);
-  const ForwardStrategy strategy = choose_strategy(layer, common, kernel.blocks_per_tile, &weights);
-  const WorkPartition partition(layer, layout, strategy.work, strategy.input_gemm,
-                                divide_up(layer.H, common.lanes), kernel.blocks_per_tile);
-  LayerOutput out = new_output<Element>(layer, false);
-  const Operands<Element> operands(layer, layout, common);
-  const int64_t stride = scalar::round_up(layer.cell.gates * layer.H, common.lanes);
-  const int64_t panel_size = kernel.forward_panel_size(layer.I, layer.P);
-  const Scratch<float> x_product =
-      strategy.input_gemm ? multiply_input(layer, kernels, operands, layer.P, stride,
-                                           [&](int64_t d, int64_t block, int64_t, float*) {
-                                             return weights.panels(d) + block * panel_size;
-                                           })
-                          : Scratch<float>();
-  const auto runs = forward_runs<Element, float>(layer, layout, partition, kernel, operands, out,
-                                                 [&](Forward<float, Element>& s, int64_t d) {
-                                                   s.panels = weights.panels(d);
-                                                   s.panels_have_input = true;
-                                                   s.projection_panels = weights.projection(d);
-                                                   s.x_product = x_product.get(d);
-                                                   s.x_product_stride = stride;
-                                                 });
-  partition.execute(layer.T, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
-    kernel.forward_step(runs[r], i, begin, end);
-  });
-  return out;
+class ForwardCall {
+ public:
+  using Accum = Accumulator<Element>;
+
+  ForwardCall(const Layer& layer, bool save)
+      : layer_(layer),
+        kernels_(table<Element>()),
+        kernel_(kernels_.cells[layer.cell.index]),
+        strategy_(choose_strategy(layer, kernels_.common, kernel_.blocks_per_tile)),
+        blocks_(divide_up(layer.H, kernels_.common.lanes)),
+        layout_(layer),
+        partition_(layer, layout_, strategy_.work, strategy_.input_gemm, blocks_,
+                   kernel_.blocks_per_tile),
+        out_(new_output<Element>(layer, save)),
+        weights_(step_weights<Element>(layer, strategy_.input_gemm)),
+        operands_(layer, layout_, kernels_.common),
+        product_stride_(scalar::round_up(layer.cell.gates * layer.H, kernels_.common.lanes)),
+        x_product_(strategy_.input_gemm ? multiply() : Scratch<Accum>()),
+        panel_size_(kernel_.forward_panel_size(strategy_.input_gemm ? 0 : layer.I, layer.P)),
+        prepacks_(strategy_.weights == WeightAccess::prepacked),
+        panels_(prepacks_ ? Scratch<Accum>(layer.D, blocks_ * panel_size_) : Scratch<Accum>()),
+        projection_panels_(layer.has_projection ? prepack_projection<Accum>(layer)
+                                                : Scratch<Accum>()),
+        runs_(forward_runs<Element, Accum>(layer_, layout_, partition_, kernel_, operands_, out_,
+                                           [&](Forward<Accum, Element>& s, int64_t d) {
+                                             s.weights = weights_[size_t(d)];
+                                             s.panels = panels_.get(d);
+                                             s.projection_panels = projection_panels_.get(d);
+                                             s.x_product = x_product_.get(d);
+                                             s.x_product_stride = product_stride_;
+                                           })) {}
+
+  /// Only steps with packed weights may give up: the others read the caller's.
+  LayerOutput run(const std::shared_ptr<void>& owner) {
+    if (prepacks_) {
+      prepack_all(layer_.D * blocks_, layer_.D * blocks_ * panel_size_, [&](int64_t i) {
+        prepack(i / blocks_, i % blocks_, panels_[i / blocks_] + i % blocks_ * panel_size_);
+      });
+    }
+    if (strategy_.weights == WeightAccess::streamed) {
+      run_streamed(partition_, runs_, kernel_, panel_size_,
+                   [&](int64_t d, int64_t block, Accum* panel) { prepack(d, block, panel); });
+    } else {
+      const PoolBackoff::Owner keep(prepacks_ ? owner : nullptr);
+      partition_.execute(layer_.T, [this](int64_t r, int64_t i, int64_t begin, int64_t end) {
+        kernel_.forward_step(runs_[r], i, begin, end);
+      });
+    }
+    return std::move(out_);
+  }
+
+ private:
+  void prepack(int64_t d, int64_t block, Accum* panel) const {
+    kernel_.prepack_forward(weights_[size_t(d)], layer_.I, layer_.H, layer_.P, block, panel);
+  }
+  Scratch<Accum> multiply() const {
+    return multiply_input(layer_, kernels_, operands_, 0, product_stride_,
+                          [&](int64_t d, int64_t block, int64_t count, Accum* scratch) {
+                            Weights<Element> input = weights_[size_t(d)];
+                            input.ih = const_data<Element>(layer_.weights[size_t(d)].ih);
+                            input.hh = nullptr;
+                            const int64_t size = kernel_.forward_panel_size(layer_.I, 0);
+                            for (int64_t b = 0; b < count; ++b) {
+                              kernel_.prepack_forward(input, layer_.I, layer_.H, 0, block + b,
+                                                      scratch + b * size);
+                            }
+                            return static_cast<const Accum*>(scratch);
+                          });
+  }
+
+  const Layer& layer_;
+  const KernelsOf<Accum, Element>& kernels_;
+  const Kernel<Accum, Element>& kernel_;
+  const ForwardStrategy strategy_;
+  const int64_t blocks_;
+  const BatchLayout layout_;
+  const WorkPartition partition_;
+  LayerOutput out_;
+  const c10::SmallVector<Weights<Element>, 2> weights_;
+  const Operands<Element> operands_;
+  const int64_t product_stride_;
+  const Scratch<Accum> x_product_;
+  const int64_t panel_size_;
+  const bool prepacks_;
+  const Scratch<Accum> panels_, projection_panels_;
+  const Runs<Forward<Accum, Element>> runs_;
+};
+
+/// The same with frozen weights.
+template <class Element>
+class FrozenCall {
+ public:
+  FrozenCall(const Layer& layer, const FrozenWeights& weights)
+      : layer_(layer),
+        packed_(weights),
+        kernels_(kernels_of(weights)),
+        kernel_(kernels_.cells[layer.cell.index]),
+        strategy_(choose_strategy(layer, kernels_.common, kernel_.blocks_per_tile, &weights)),
+        layout_(layer),
+        partition_(layer, layout_, strategy_.work, strategy_.input_gemm,
+                   divide_up(layer.H, kernels_.common.lanes), kernel_.blocks_per_tile),
+        out_(new_output<Element>(layer, false)),
+        operands_(layer, layout_, kernels_.common),
+        product_stride_(scalar::round_up(layer.cell.gates * layer.H, kernels_.common.lanes)),
+        x_product_(strategy_.input_gemm ? multiply() : Scratch<float>()),
+        runs_(forward_runs<Element, float>(layer_, layout_, partition_, kernel_, operands_, out_,
+                                           [&](Forward<float, Element>& s, int64_t d) {
+                                             s.panels = packed_.panels(d);
+                                             s.panels_have_input = true;
+                                             s.projection_panels = packed_.projection(d);
+                                             s.x_product = x_product_.get(d);
+                                             s.x_product_stride = product_stride_;
+                                           })) {}
+
+  LayerOutput run(const std::shared_ptr<void>& owner) {
+    const PoolBackoff::Owner keep(owner);
+    partition_.execute(layer_.T, [this](int64_t r, int64_t i, int64_t begin, int64_t end) {
+      kernel_.forward_step(runs_[r], i, begin, end);
+    });
+    return std::move(out_);
+  }
+
+ private:
+  static const KernelsOf<float, Element>& kernels_of(const FrozenWeights& weights) {
+    if constexpr (std::is_same_v<Element, Int16>) {
+      return kernels().frozen_int8;
+    } else {
+      return weights.type() == WeightType::bfloat16 ? kernels().frozen_bf16 : kernels().f32;
+    }
+  }
+  Scratch<float> multiply() const {
+    const int64_t panel_size = kernel_.forward_panel_size(layer_.I, layer_.P);
+    return multiply_input(layer_, kernels_, operands_, layer_.P, product_stride_,
+                          [&](int64_t d, int64_t block, int64_t, float*) {
+                            return packed_.panels(d) + block * panel_size;
+                          });
+  }
+
+  const Layer& layer_;
+  const FrozenWeights packed_;
+  const KernelsOf<float, Element>& kernels_;
+  const Kernel<float, Element>& kernel_;
+  const ForwardStrategy strategy_;
+  const BatchLayout layout_;
+  const WorkPartition partition_;
+  LayerOutput out_;
+  const Operands<Element> operands_;
+  const int64_t product_stride_;
+  const Scratch<float> x_product_;
+  const Runs<Forward<float, Element>> runs_;
+};
+
+/// Runs TheCall(layer, argument). On the own pool, if a part is held for too long, the call begins
+/// anew, alone and in new memory. The thread with the part goes on in the old memory, which its job
+/// keeps. That memory includes a copy of the input, whose own memory the caller may free.
+template <class TheCall, class Argument>
+LayerOutput run_or_begin_anew(const Layer& layer, const Argument& argument) {
+  if (!PoolBackoff::may_give_up()) return TheCall(layer, argument).run(nullptr);
+  struct Kept {
+    Layer layer;
+    TheCall call;
+    Kept(const Layer& of, const Argument& argument) : layer(copy(of)), call(layer, argument) {}
+    /// By this thread: torch's copy of a large tensor waits for torch's pool.
+    static Layer copy(Layer layer) {
+      const Tensor from = std::exchange(
+          layer.input, at::detail::empty_cpu(layer.input.sizes(), layer.input.scalar_type()));
+      const int64_t rows = layer.packed ? 1 : from.size(1), bytes = from.size(-1) * from.itemsize();
+      const int64_t stride = layer.packed ? 0 : from.stride(1);
+      const auto* const data = static_cast<const unsigned char*>(from.const_data_ptr());
+      auto* to = static_cast<unsigned char*>(layer.input.mutable_data_ptr());
+      for (int64_t t = 0; t < from.size(0); ++t) {
+        for (int64_t b = 0; b < rows; ++b, to += bytes) {
+          std::memcpy(to, data + (t * from.stride(0) + b * stride) * from.itemsize(),
+                      size_t(bytes));
+        }
+      }
+      return layer;
+    }
+  };
+  try {
+    const auto kept = std::make_shared<Kept>(layer, argument);
+    return kept->call.run(kept);
+  } catch (const GaveUp&) {
+    const PoolBackoff::Alone alone;
+    return TheCall(layer, argument).run(nullptr);
+  }
 }
 
 }  // namespace
 
 template <class Element>
 LayerOutput forward(const Layer& layer, bool save) {
-  using Accum = Accumulator<Element>;
-  const int64_t D = layer.D, H = layer.H, P = layer.P;
-  const Common<Accum, Element>& common = table<Element>().common;
-  const Kernel<Accum, Element>& kernel = kernel_of<Element>(layer.cell);
-  const ForwardStrategy strategy = choose_strategy(layer, common, kernel.blocks_per_tile);
-  const int64_t blocks = divide_up(H, common.lanes);
-  const BatchLayout layout(layer);
-  const WorkPartition partition(layer, layout, strategy.work, strategy.input_gemm, blocks,
-                                kernel.blocks_per_tile);
-
-  LayerOutput out = new_output<Element>(layer, save);
-  const auto weights = step_weights<Element>(layer, strategy.input_gemm);
-  const int64_t x_product_stride = scalar::round_up(layer.cell.gates * H, common.lanes);
-  const Operands<Element> operands(layer, layout, common);
-  const Scratch<Accum> x_product =
-      strategy.input_gemm
-          ? multiply_input(layer, table<Element>(), operands, 0, x_product_stride,
-                           [&](int64_t d, int64_t block, int64_t count, Accum* scratch) {
-                             Weights<Element> input = weights[size_t(d)];
-                             input.ih = const_data<Element>(layer.weights[size_t(d)].ih);
-                             input.hh = nullptr;
-                             const int64_t size = kernel.forward_panel_size(layer.I, 0);
-                             for (int64_t b = 0; b < count; ++b) {
-                               kernel.prepack_forward(input, layer.I, H, 0, block + b,
-                                                      scratch + b * size);
-                             }
-                             return static_cast<const Accum*>(scratch);
-                           })
-          : Scratch<Accum>();
-  const int64_t panel_size = kernel.forward_panel_size(strategy.input_gemm ? 0 : layer.I, P);
-  const auto prepack = [&](int64_t d, int64_t block, Accum* panel) {
-    kernel.prepack_forward(weights[size_t(d)], layer.I, H, P, block, panel);
-  };
-  const bool prepacks = strategy.weights == WeightAccess::prepacked;
-  const Scratch<Accum> panels =
-      prepacks ? Scratch<Accum>(D, blocks * panel_size) : Scratch<Accum>();
-  if (prepacks) {
-    prepack_all(D * blocks, D * blocks * panel_size, [&](int64_t i) {
-      prepack(i / blocks, i % blocks, panels[i / blocks] + i % blocks * panel_size);
-    });
-  }
-  const Scratch<Accum> projection_panels =
-      layer.has_projection ? prepack_projection<Accum>(layer) : Scratch<Accum>();
-
-  const auto runs = forward_runs<Element, Accum>(layer, layout, partition, kernel, operands, out,
-                                                 [&](Forward<Accum, Element>& s, int64_t d) {
-                                                   s.weights = weights[size_t(d)];
-                                                   s.panels = panels.get(d);
-                                                   s.projection_panels = projection_panels.get(d);
-                                                   s.x_product = x_product.get(d);
-                                                   s.x_product_stride = x_product_stride;
-                                                 });
-  if (strategy.weights == WeightAccess::streamed) {
-    run_streamed(partition, runs, kernel, panel_size, prepack);
-  } else {
-    partition.execute(layer.T, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
-      kernel.forward_step(runs[r], i, begin, end);
-    });
-  }
-  return out;
+  return run_or_begin_anew<ForwardCall<Element>>(layer, save);
 }
 
 template LayerOutput forward<float>(const Layer&, bool);
@@ -395,15 +495,8 @@ template LayerOutput forward<double>(const Layer&, bool);
 template LayerOutput forward<BFloat16>(const Layer&, bool);
 
 LayerOutput forward_frozen(const Layer& layer, const FrozenWeights& weights) {
-  const KernelTable& table = kernels();
-  switch (weights.type()) {
-    case WeightType::bfloat16:
-      return run_frozen<float>(layer, weights, table.frozen_bf16);
-    case WeightType::int8:
-      return run_frozen<Int16>(layer, weights, table.frozen_int8);
-    default:
-      return run_frozen<float>(layer, weights, table.f32);
-  }
+  return weights.type() == WeightType::int8 ? run_or_begin_anew<FrozenCall<Int16>>(layer, weights)
+                                            : run_or_begin_anew<FrozenCall<float>>(layer, weights);
 }
 
 }  // namespace fusedrnn::cpu

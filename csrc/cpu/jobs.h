@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "pool.h"
@@ -14,9 +16,14 @@ namespace fusedrnn::cpu {
 class TimedJob : public Job {
  public:
   Clock::duration held() const { return held_; }
+  /// Lets the caller give up. Threads in the job may then go on in memory that the owner holds.
+  void set_owner(std::shared_ptr<void> owner) { owner_ = std::move(owner); }
+  bool gave_up() const { return gave_up_; }
 
  protected:
   Clock::duration held_{0};  ///< the caller's long waits
+  std::shared_ptr<void> owner_;
+  bool gave_up_ = false;
 };
 
 /// Parts that can be done in any order. Each thread takes the next one left.
@@ -55,17 +62,38 @@ class TeamsJob : public TimedJob {
     const int64_t runs = int64_t(teams_.size());
     for (int64_t k = 0; k < runs; ++k) {
       const int64_t r = (worker / members_ + k) % runs;
-      const auto waited =
-          teams_[size_t(r)].run(worker % members_, steps_, worker == 0 ? kCallerSpin : kWorkerSpin,
-                                [&](int64_t i, int64_t p) { guard([&] { part_(r, i, p); }); });
+      const auto waited = teams_[size_t(r)].run(
+          worker % members_, steps_, worker == 0 ? kCallerSpin : kWorkerSpin,
+          [&](int64_t i, Clock::duration wait) {
+            if (worker == 0 && owner_ && wait >= patience(k * steps_ + i, wait)) {
+              gave_up_ = true;
+              fail();
+            }
+            return gave_up_or_failed(worker);
+          },
+          [&](int64_t i, int64_t p) { guard([&] { part_(r, i, p); }); });
       if (worker == 0) held_ += waited;
+      if (gave_up_or_failed(worker)) return;
     }
   }
   void wait() noexcept override {}
 
  private:
+  /// The caller of a job that has thrown still waits for the parts that others have begun.
+  bool gave_up_or_failed(int64_t worker) const {
+    return worker == 0 ? gave_up_ : owner_ && failed();
+  }
+  /// How long the caller waits for a held part: a part of the time that the call would take alone,
+  /// by the time of its steps so far.
+  Clock::duration patience(int64_t steps_done, Clock::duration wait) const {
+    const auto each = (Clock::now() - start_ - wait) / (steps_done + 1);
+    return std::max(kLongWait, each * (int64_t(teams_.size()) * members_ * steps_) / kPatience);
+  }
+  static constexpr int kPatience = 4;
+
   const int64_t members_, steps_;
   const F part_;
+  const Clock::time_point start_ = Clock::now();
   std::vector<Team> teams_;
 };
 

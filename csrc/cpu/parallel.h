@@ -48,6 +48,9 @@ inline PoolChoice pool_choice() {
   return chosen;
 }
 
+/// Thrown where a caller gave up the wait for a held part.
+struct GaveUp {};
+
 /// Decides which pool a call uses, if any.
 ///
 /// On a quiet machine the call runs on torch's pool, whose threads are awake after torch's own ops.
@@ -70,9 +73,29 @@ class PoolBackoff {
     Call(const Call&) = delete;
   };
 
+  /// Lets jobs on the own pool give up: `owner` holds all memory that their parts read and write.
+  class Owner {
+   public:
+    explicit Owner(std::shared_ptr<void> owner) { state().owner = std::move(owner); }
+    ~Owner() { state().owner = nullptr; }
+    Owner(const Owner&) = delete;
+  };
+  /// Calls of this thread use no pool.
+  class Alone {
+   public:
+    Alone() { state().is_alone = true; }
+    ~Alone() { state().is_alone = false; }
+    Alone(const Alone&) = delete;
+  };
+  /// Whether a call would use the own pool, whose jobs may give up.
+  static bool may_give_up() {
+    return uses_own_pool() && !state().is_alone && threads() > 1 && !in_parallel_region();
+  }
+
   /// Whether this part of a call, of `work` multiplications, may use a pool.
   static bool may_use_pool(int64_t work) {
     const State& s = state();
+    if (s.is_alone) return false;
     const bool is_paused = s.pause.count() != 0 && Clock::now() < s.pause_end;
     if (uses_own_pool()) return (work >= kWakes || s.awake || Pool::is_awake()) && !is_paused;
     return work >= kLong || (s.awake && !is_paused);
@@ -84,8 +107,10 @@ class PoolBackoff {
     const auto start = Clock::now();
     if (uses_own_pool()) {
       const auto job = std::make_shared<TheJob>(arguments...);
+      job->set_owner(state().owner);
       Pool::run(workers, job);
       note(job->held(), Clock::now() - start);
+      if (job->gave_up()) throw GaveUp();
       return job->rethrow();
     }
     const auto start_of_cpu = cpu_time();
@@ -127,6 +152,8 @@ class PoolBackoff {
     int stalls = 0;                                 ///< calls in a row
     Clock::duration pause{0}, calm = kCalm;
     Clock::time_point pause_end, own_end;
+    std::shared_ptr<void> owner;
+    bool is_alone = false;
   };
   static State& state() {
     static thread_local State s;

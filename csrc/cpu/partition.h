@@ -45,7 +45,8 @@ class WorkPartition {
     }
   }
 
-  /// Runs every step of every run: step(run, i, block_begin, block_end).
+  /// Runs every step of every run: step(run, i, block_begin, block_end). With PoolBackoff::Owner
+  /// the owner holds this partition and all that step uses.
   template <class F>
   void execute(int64_t steps, const F& step) const {
     if (members == 1 || !PoolBackoff::may_use_pool(work_)) {
@@ -54,7 +55,7 @@ class WorkPartition {
       });
     }
     const int64_t runs = int64_t(groups.size());
-    const auto part = [&](int64_t r, int64_t i, int64_t p) {
+    const auto part = [this, step](int64_t r, int64_t i, int64_t p) {
       step(r, i, begin_of(p), begin_of(p + 1));
     };
     PoolBackoff::run<TeamsJob<decltype(part)>>(runs * members, runs, members, steps, part);

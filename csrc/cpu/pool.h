@@ -27,10 +27,13 @@ class Job {
   }
 
  protected:
-  /// Calls part(), unless a part has thrown before.
+  /// Whether a part has thrown, or the caller has given up.
+  bool failed() const { return failed_.load(std::memory_order_relaxed); }
+  void fail() { failed_.store(true, std::memory_order_relaxed); }
+  /// Calls part(), unless the job has failed.
   template <class F>
   void guard(const F& part) noexcept {
-    if (failed_.load(std::memory_order_relaxed)) return;
+    if (failed()) return;
     try {
       part();
     } catch (...) {

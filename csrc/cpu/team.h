@@ -18,13 +18,16 @@ class Team {
  public:
   explicit Team(int64_t parts) : size_(parts), parts_(new Part[size_t(parts)]) {}
 
-  /// A waiting member sleeps after `spin`. Returns the time of its long waits for parts that
-  /// other threads had begun.
-  template <class Step>
-  Clock::duration run(int64_t member, int64_t steps, Clock::duration spin, Step&& step) {
+  /// A waiting member sleeps after `spin`. It leaves early if give_up(i, waited) is true, in step i
+  /// after a wait of this time. Returns the time of its long waits for parts that other threads had
+  /// begun.
+  template <class GiveUp, class Step>
+  Clock::duration run(int64_t member, int64_t steps, Clock::duration spin, GiveUp&& give_up,
+                      Step&& step) {
     Clock::duration held{0};
     int patience = kPatience;  // none after an absence, until the member has begun a part
     for (int64_t i = 0; i < steps; ++i) {
+      if (give_up(i, Clock::duration(0))) return held;
       work(member, i, step);
       for (int64_t p = 0; p < size_; ++p) {
         Waiter waiter(spin);
@@ -36,6 +39,9 @@ class Team {
             continue;
           }
           waiter.turn();
+          if (waiter.waited() >= kLongWait && give_up(i, waiter.waited())) {
+            return held + waiter.waited();
+          }
         }
         if (waiter.waited() >= kLongWait) held += waiter.waited();
       }
