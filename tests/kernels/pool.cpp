@@ -115,6 +115,44 @@ static void check_exceptions() {
   run_many(20, 0);
 }
 
+/// A caller does not wait for a part that a worker holds. The worker goes on in memory that the job
+/// keeps, and the caller frees its own.
+static void check_giving_up() {
+  struct Memory {
+    std::vector<std::atomic<int64_t>> value = std::vector<std::atomic<int64_t>>(2 * 64);
+    std::atomic<bool> held{false}, released{false};
+  };
+  int64_t gave_up = 0;
+  std::vector<std::weak_ptr<Memory>> left;
+  for (int64_t n = 0; n < 40; ++n) {
+    const auto memory = std::make_shared<Memory>();
+    const auto caller = std::this_thread::get_id();
+    const auto part = [m = memory.get(), caller](int64_t, int64_t i, int64_t p) {
+      if (std::this_thread::get_id() != caller && !m->held.exchange(true)) {
+        while (!m->released) lose_core(50);
+      }
+      m->value[size_t(i % 2 * 64 + p)] = i + 1;
+    };
+    const auto job = std::make_shared<TeamsJob<decltype(part)>>(1, 2, 30, part);
+    job->set_owner(memory);
+    Pool::run(2, job);
+    job->rethrow();
+    gave_up += job->gave_up();
+    expect(job->gave_up() == memory->held, "a caller gives up where a worker holds a part");
+    expect(job->gave_up() || memory->value[64] == 30, "all steps are done");
+    memory->released = true;
+    left.push_back(memory);
+  }
+  expect(gave_up > 0, "a worker held a part");
+  for (int i = 0; i < 10000; ++i) {
+    bool all_free = true;
+    for (const auto& memory : left) all_free &= memory.expired();
+    if (all_free) return run_many(20, 0);
+    lose_core(1000);
+  }
+  expect(false, "the last thread in a job frees its memory");
+}
+
 static void check_nesting() {
   std::atomic<int64_t> foreign{0};
   run<PartsJob>(
@@ -164,6 +202,7 @@ int main(int argc, char** argv) {
     in_threads(4, 2000);
     in_threads(40, 100);  // more callers than the pool has room for jobs
     check_exceptions();
+    check_giving_up();
     check_nesting();
   }
   std::printf("passed\n");
