@@ -56,8 +56,9 @@ struct GaveUp {};
 /// On a quiet machine the call runs on torch's pool, whose threads are awake after torch's own ops.
 /// Joining that pool takes milliseconds if a worker sleeps or has lost its core. So sleepers are
 /// not woken for isolated calls, and after a stall this thread's calls use the library's own pool.
-/// They return to torch's after a second without a stall. After three stalls in a row in the own
-/// pool, calls run alone for 1 to 64 ms.
+/// They try torch's again after a second, and after up to 16 s if that stalls again: torch's
+/// spinning threads would disturb the own pool's. After three stalls in a row in the own pool,
+/// calls run alone for 1 to 64 ms.
 class PoolBackoff {
  public:
   /// Marks when an op's call begins and ends.
@@ -144,7 +145,7 @@ class PoolBackoff {
   /// Workers of torch's pool sleep after 5 ms without a call. A 2 ms streak of calls wakes them.
   static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
   static constexpr int kStallsInRow = 3;
-  /// How long calls use the own pool after a stall. Doubles if the next stall comes soon.
+  /// How long calls use the own pool after a stall in torch's. Doubles if the next comes soon.
   static constexpr Clock::duration kCalm = 1000 * kPause, kLongestCalm = 16 * kCalm;
   struct State {
     Clock::time_point now, last_end, streak_begin;  ///< call times
@@ -189,9 +190,7 @@ class PoolBackoff {
     if (!is_long) return;
     const auto now = Clock::now();
     const bool is_own = uses_own_pool();
-    if (is_own) {
-      s.own_end = now + s.calm;
-    } else if (is_stall) {
+    if (is_stall && !is_own) {
       s.calm = now - s.own_end < s.calm ? std::min(2 * s.calm, kLongestCalm) : kCalm;
       s.own_end = now + s.calm;
     }
