@@ -146,7 +146,7 @@ class PoolBackoff {
   static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
   static constexpr int kStallsInRow = 3;
   /// How long calls use the own pool after a stall in torch's. Doubles if the next comes soon.
-  static constexpr Clock::duration kCalm = 1000 * kPause, kLongestCalm = 16 * kCalm;
+  static constexpr Clock::duration kCalm = 500 * kPause, kLongestCalm = 4 * kCalm;
   struct State {
     Clock::time_point now, last_end, streak_begin;  ///< call times
     bool awake = false;                             ///< torch's workers, most likely
