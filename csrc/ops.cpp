@@ -22,10 +22,11 @@
 // float32, bfloat16 or int8, the type of weight_ih and weight_hh there. weight_hr and the biases
 // stay float32. int8 has a scale for each row of weights, and needs a cell with states within
 // [-1, 1] and no projection. The tensor is for this machine's vectors; on another machine a
-// <cell>_frozen op gives the same numbers, but packs anew in each call. _unfreeze gives the weights
+// <cell>_frozen op has the same weights, but packs anew in each call. _unfreeze gives the weights
 // back: exactly, or as bfloat16 and int8 have rounded them. <cell>_frozen has no gradient, and
-// takes float32, bfloat16 and float16 input. It computes in float32. With int8 weights, operands
-// are quantised to int16, and a row is NaN from a token on that is not finite.
+// takes float32, bfloat16 and float16 input. It computes in float32. With int8 weights, states are
+// quantised to int16. The input is too, or to int8 where the CPU has VNNI. A row is NaN from a
+// token on that is not finite.
 //
 // float32, float64, bfloat16 and float16; one type and device for all tensors but batch_sizes. Any
 // strides. No op writes to its inputs. An unused output has the gradient None. The backward ops

@@ -26,6 +26,10 @@ struct Float16 {
 struct Int16 {
   int16_t value;
 };
+/// An integer from -128 to 127, plus 128: values quantised from float32, with one scale for a row.
+struct UInt8 {
+  uint8_t value;
+};
 /// Weights with a scale for each row block and unit.
 struct Int8 {
   int8_t value;
@@ -33,11 +37,16 @@ struct Int8 {
 
 /// The type that sums Elements' products.
 template <class Element>
-using Accumulator = std::conditional_t<sizeof(Element) == 2, float, Element>;
+using Accumulator = std::conditional_t<sizeof(Element) <= 2, float, Element>;
 
 /// The output's type for operands of type Element.
 template <class Element>
 using OutputOf = std::conditional_t<std::is_same_v<Element, Int16>, float, Element>;
+
+/// The input's type beside states of type Element. Beside int16 states, kernels choose between
+/// int16 and bytes (Common::x_bytes).
+template <class Element>
+using StoredInput = std::conditional_t<std::is_same_v<Element, Int16>, void, Element>;
 
 /// The largest operand that is multiplied by int8 weights. K products of it and 127 fit an int32:
 /// K 1024 allows 16512.
@@ -78,10 +87,10 @@ struct Forward : Sequence<Accum> {
   const Accum* projection_panels = nullptr;  ///< weights.hr transposed, from prepack_gemm
 
   /// Either the input, whose features are contiguous (and even in number for bfloat16), ...
-  const Element* x = nullptr;
-  const int64_t* x_offset = nullptr;  ///< [steps] elements from x to the step's batch row 0
+  const StoredInput<Element>* x = nullptr;
+  const int64_t* x_offset = nullptr;  ///< [steps] values from x to the step's batch row 0
   int64_t x_row_stride = 0;
-  const float* x_scale = nullptr;  ///< [N] scales of an int16 x
+  const float* x_scale = nullptr;  ///< [N] scales of a quantised x
   const float* h_scale = nullptr;  ///< [B] scales of an int16 h
   /// ... or, when not null, the GEMM weight_ih x with the biases: [N, G*H].
   const Accum* x_product = nullptr;

@@ -418,8 +418,9 @@ def freeze(model: Model, dtype: torch.dtype = torch.float32, *, inplace: bool = 
     and no gradient. state_dict() still has the weights under their names, in float32; with
     bfloat16 and int8 as these types have rounded them. load_state_dict() packs a plain model's.
 
-    With int8 each row of weight_ih and weight_hh has a scale; inputs and states are quantised to 15
-    bits by row and token. torch.ao.quantization.quantize_dynamic quantises them to 8 bits.
+    With int8 each row of weight_ih and weight_hh has a scale. Inputs are quantised by token, to 8
+    bits where the CPU has AVX512-VNNI and to 15 elsewhere; states to 15 bits by row.
+    torch.ao.quantization.quantize_dynamic quantises both to 8 bits.
     Projected LSTMs and plain RNNs with relu, whose states have no bound, get bfloat16 weights.
 
     Args:

@@ -42,7 +42,7 @@ LayerWork backward_work(const Layer& layer, const Common<Accum>& common) {
       layer.has_projection ? 1 : divide_up(std::max(layer.H, layer.P), common.block_columns);
   work.tile_rows = common.tile_rows;
   work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
-  work.vector_cycles = work.vector_bytes == 64 ? 2 : 1;
+  work.vector_cycles = work.input_vector_cycles = work.vector_bytes == 64 ? 2 : 1;
   return work;
 }
 

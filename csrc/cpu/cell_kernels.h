@@ -97,14 +97,21 @@ FUSEDRNN_INLINE void for_block_tiles(bool has_panels, bool reverse, int64_t begi
   }
 }
 
-/// tile += a times the weights of B panels, `rows` panel rows of them from `weights` on. Of int8
-/// weights: `scales` in each panel, `offsets` elements behind them the offsets; a_scale[r] of row
-/// r.
+/// The input's row of operands, `offset` values behind the first.
+template <class Element, class Accum = Accumulator<Element>>
+FUSEDRNN_INLINE const InputOf<Element>* input_row(const Forward<Accum, Element>& s,
+                                                  int64_t offset) {
+  return static_cast<const InputOf<Element>*>(s.x) + offset;
+}
+
+/// tile += a times the weights of B panels, `rows` panel rows of them from `weights` on. int8
+/// weights have `scales` in each panel, and the weights' sums `sums_offset` elements behind them.
+/// a_scale[r] is row r's scale.
 template <class Map, int R, int B, class Element, class Weight, class Accum = Accumulator<Element>>
 FUSEDRNN_INLINE void accumulate_panels(Tile<Accum, R, B * Map::columns>& tile,
                                        const Element* const (&a)[R], int64_t rows,
                                        const PanelLane<Element, Weight>* weights,
-                                       int64_t panel_size, const Accum* scales, int64_t offsets,
+                                       int64_t panel_size, const Accum* scales, int64_t sums_offset,
                                        const Accum (&a_scale)[R]) {
   constexpr int L = kLanes<Accum>;
   const int64_t panel_lanes =
@@ -126,11 +133,12 @@ FUSEDRNN_INLINE void accumulate_panels(Tile<Accum, R, B * Map::columns>& tile,
       const Vec<Accum> scale = load(from);
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
         Vec<int32_t> sum = sums[r][column];
-        if constexpr (P == 2) {  // the upper bytes count 256, and each operand is 32768 too large
-          const Vec<int32_t> offset = bit_cast<Vec<int32_t>>(load(from + offsets));
-          sum = bit_cast<Vec<int32_t>>(bit_cast<Vec<uint32_t>>(sum) +
-                                       (bit_cast<Vec<uint32_t>>(sums[R + r][column]) << 8) -
-                                       bit_cast<Vec<uint32_t>>(offset));
+        if constexpr (kPerLane<Element> == 4) {
+          // Upper bytes count 256. Each operand is 128 or 32768 too large.
+          Vec<uint32_t> all = bit_cast<Vec<uint32_t>>(sum);
+          if constexpr (P == 2) all += bit_cast<Vec<uint32_t>>(sums[R + r][column]) << 8;
+          const Vec<uint32_t> weights_sum = bit_cast<Vec<uint32_t>>(load(from + sums_offset));
+          sum = bit_cast<Vec<int32_t>>(all - (weights_sum << (P == 2 ? 15 : 7)));
         }
         tile[r][column] += __builtin_convertvector(sum, Vec<Accum>) * (scale * a_scale[r]);
       });
@@ -168,7 +176,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
   unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
     unroll<B * S>([&](auto c) FUSEDRNN_LAMBDA { tile[r][c] = bias[c / S][c % S]; });
   });
-  const Element* x[R] = {};
+  const InputOf<Element>* x[R] = {};
   if (s.x_product) {
     unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
       const Accum* at =
@@ -180,7 +188,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
     });
   } else {
     unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-      x[r] = s.x + s.x_offset[t] + s.row[first + r] * s.x_row_stride;
+      x[r] = input_row(s, s.x_offset[t] + s.row[first + r] * s.x_row_stride);
     });
   }
   if (has_panels) {
@@ -195,7 +203,7 @@ FUSEDRNN_INLINE void accumulate_preacts(const Forward<Accum, Element>& s,
           scale[r] = s.x_scale[s.step_offset[t] + s.row[first + r]];
         });
       }
-      accumulate_panels<InputPreacts<Cell>, R, B, Element, Weight>(
+      accumulate_panels<InputPreacts<Cell>, R, B, InputOf<Element>, Weight>(
           tile, x, input_rows, weights, panel_size, scales, 2 * G * L, scale);
     }
     if constexpr (std::is_same_v<Weight, Int8>) {
@@ -243,19 +251,19 @@ void forward_input(const Forward<Accum, Element>& s, int64_t block_begin, int64_
         const auto* weights = reinterpret_cast<const PanelLane<Element, Weight>*>(
             panel + layout.weights_offset() / int64_t(sizeof(Accum)));
         const int64_t unit = block * L;
-        for_tiles<kRowsOf<Element, Weight>>(
+        for_tiles<kRowsOf<InputOf<Element>, Weight>>(
             end - begin, [&](auto R, int64_t first) FUSEDRNN_LAMBDA {
               Tile<Accum, R, B * G> tile;
-              const Element* x[R];
+              const InputOf<Element>* x[R];
               Accum scale[R] = {};
               unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
-                x[r] = s.x + (begin + first + r) * s.x_row_stride;
+                x[r] = input_row(s, (begin + first + r) * s.x_row_stride);
                 if constexpr (std::is_same_v<Weight, Int8>) scale[r] = s.x_scale[begin + first + r];
                 unroll<B * G>([&](auto c) FUSEDRNN_LAMBDA {
                   tile[r][c] = load(panel + c / G * panel_size + c % G * L);
                 });
               });
-              accumulate_panels<InOrder<G>, R, B, Element, Weight>(
+              accumulate_panels<InOrder<G>, R, B, InputOf<Element>, Weight>(
                   tile, x, layout.rows(s.input_size), weights, panel_size,
                   panel + layout.scales_offset() / int64_t(sizeof(Accum)), 2 * G * L, scale);
               unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
@@ -268,9 +276,8 @@ void forward_input(const Forward<Accum, Element>& s, int64_t block_begin, int64_
       });
 }
 
-/// Quantises a row to int16, in whole vectors: returns its scale, NaN if a value is not finite.
-template <class Scalar>
-float quantise_row(const Scalar* row, int64_t n, int32_t largest, Int16* out) {
+/// Quantises a row of the input, in whole vectors: returns its scale, NaN if a value is not finite.
+inline float quantise_row(const float* row, int64_t n, int32_t largest, void* out) {
   constexpr int L = kLanes<float>;
   Vec<float> most = {};
   for (int64_t k = 0; k < n; k += L) {
@@ -286,7 +293,7 @@ float quantise_row(const Scalar* row, int64_t n, int32_t largest, Int16* out) {
   const float inverse = scale == 0 ? 0 : float(largest) / max;
   for (int64_t k = 0; k < n; k += L) {
     const Vec<int32_t> values = rounded(load(row + k, n - k) * inverse);
-    store_integers(out + k, values);
+    store_integers(static_cast<InputOf<Int16>*>(out) + k, values);
   }
   return scale;
 }
@@ -587,7 +594,9 @@ constexpr cpu::KernelsOf<Accum, Element> kernels_of(CellList<Cell...>) {
   common.per_lane = kPerLane<Element>;
   common.in_place_rows = kInPlaceRows;
   if constexpr (std::is_same_v<Element, Int16>) {
-    common.quantise_row = quantise_row<float>;
+    common.x_bytes = sizeof(InputOf<Element>);
+    common.largest_x = sizeof(InputOf<Element>) == 1 ? 127 : 32767;
+    common.quantise_row = quantise_row;
   } else {
     common.prepack_gemm = prepack_gemm<Element>;
     common.gemm = gemm<Element>;

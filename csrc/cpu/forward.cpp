@@ -48,11 +48,12 @@ ForwardStrategy choose_strategy(const Layer& layer, const Common<Accum, Element>
   work.parts = layer.has_projection ? 1 : divide_up(blocks, blocks_per_tile);
   work.tile_rows = common.tile_rows;
   work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
-  work.vector_cycles = work.vector_bytes == 64 ? 2 : 1;
+  work.vector_cycles = work.input_vector_cycles = work.vector_bytes == 64 ? 2 : 1;
   if (frozen && frozen->type() == WeightType::bfloat16) work.vector_bytes /= 2;
   if (frozen && frozen->type() == WeightType::int8) {
     work.vector_bytes = common.lanes * per_lane;
     work.vector_cycles *= per_lane / 2;  // of lower and upper bytes
+    work.input_vector_cycles *= per_lane / 2 * common.x_bytes / 2;
   }
   work.packs_in_step = strategy.weights == WeightAccess::streamed;
   // T 100, B 1 fills one row of a tile in each step, but six in a GEMM over 100 steps.
@@ -139,7 +140,7 @@ void run_streamed(const WorkPartition& partition, const Runs<Forward<Accum, Elem
   });
 }
 
-/// A layer's input as operands. int16 operands have scales: a token's input, a row's states.
+/// A layer's input as operands. Quantised operands have scales: a token's input, a row's states.
 template <class Element>
 class Operands {
  public:
@@ -148,7 +149,7 @@ class Operands {
       : x_offset(size_t(layer.T), 0) {
     if constexpr (std::is_same_v<Element, Int16>) {
       x_row_stride = scalar::round_up(layer.I, common.lanes);
-      quantised.emplace(layer.N * x_row_stride);
+      quantised.emplace(layer.N * x_row_stride * common.x_bytes);
       x_scale.emplace(layer.D, layer.N);
       h_scale.emplace(layer.D, layer.B);
       x = (*quantised)[0];
@@ -179,7 +180,7 @@ class Operands {
   void quantise(const Layer& layer, const BatchLayout& layout, const Common<float, Int16>& common) {
     const Tensor& x = layer.input;
     const auto* const data = x.const_data_ptr<float>();
-    const int32_t largest = largest_operand(layer.I);
+    const int32_t largest = std::min(common.largest_x, largest_operand(layer.I));
     in_row_parts<float>(layer.T, 8 * layer.N * layer.I, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = layout.step_offset[t];
@@ -187,7 +188,7 @@ class Operands {
         for (int64_t b = 0; b < rows; ++b) {
           const float* row = layer.packed ? data + (first + b) * x.stride(0)
                                           : data + t * x.stride(0) + b * x.stride(1);
-          Int16* to = (*quantised)[0] + (first + b) * x_row_stride;
+          void* to = (*quantised)[0] + (first + b) * x_row_stride * common.x_bytes;
           (*x_scale)[0][first + b] = common.quantise_row(row, layer.I, largest, to);
         }
       }
@@ -228,10 +229,10 @@ class Operands {
     }
   }
 
-  const Element* x = nullptr;
-  Indices x_offset;  ///< [T] elements from x to the step's batch row 0
+  const StoredInput<Element>* x = nullptr;
+  Indices x_offset;  ///< [T] values from x to the step's batch row 0
   int64_t x_row_stride = 0;
-  std::optional<Scratch<Int16>> quantised;
+  std::optional<Scratch<unsigned char>> quantised;
   std::optional<Scratch<float>> x_scale, h_scale;  ///< [N] and [B] for each direction
 };
 

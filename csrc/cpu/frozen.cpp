@@ -10,7 +10,7 @@ namespace fusedrnn::cpu {
 namespace {
 
 constexpr char kMagic[8] = {'f', 'u', 's', 'e', 'd', 'r', 'n', 'n'};
-constexpr int32_t kVersion = 1;
+constexpr int32_t kVersion = 2;
 constexpr int64_t kHeaderBytes = 128, kSizesOffset = 64, kAlignment = 64;
 /// Column vectors in a block of a GEMM's panels.
 constexpr int64_t kPanelVectors = 4;
@@ -200,9 +200,9 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
           const float s = scale[size_t(row)], q = s > 0 ? std::nearbyint(value / s) : 0.0f;
           const auto rounded = int8_t(std::min(std::max(q, -127.0f), 127.0f));
           write(panels + at, rounded);
-          if (!panel.has_offsets()) return;
-          auto* const offset = of_row(panel.offsets_offset(), row);
-          write(offset, read<uint32_t>(offset) + (uint32_t(int32_t(rounded)) << 15));
+          if (!panel.has_sums()) return;
+          auto* const sum = of_row(panel.sums_offset(), row);
+          write(sum, read<int32_t>(sum) + rounded);
         }
       });
     }

@@ -59,9 +59,12 @@ struct Common {
   void (*gemm_transposed)(int64_t K, int64_t rows, int64_t columns, const Accum* a,
                           int64_t a_stride, const Accum* b, int64_t b_stride, Accum* out,
                           int64_t out_stride);
-  /// Quantises n values to integers of at most `largest` in size; gives their scale, NaN if one is
-  /// not finite. Writes whole vectors. For int16 operands alone.
-  float (*quantise_row)(const float* values, int64_t n, int32_t largest, Int16* out);
+  // For int16 operands alone.
+  int64_t x_bytes;    ///< of a quantised input value
+  int32_t largest_x;  ///< of quantised input values, in size; largest_operand may be smaller
+  /// Quantises n input values to integers of at most `largest` in size; gives their scale, NaN if
+  /// one is not finite. Writes whole vectors.
+  float (*quantise_row)(const float* values, int64_t n, int32_t largest, void* out);
 };
 
 template <class Accum, class Element = Accum>

@@ -33,7 +33,7 @@ double read_cycles(double bytes, const Caches& caches) {
 double row_cycles(int64_t rows, const LayerWork& work) {
   const int64_t tiles = divide_up(rows, work.tile_rows);
   const double tile = double(rows) / double(tiles);
-  return double(tiles) * std::max(tile, (4 + tile) / 4) / 2 * double(work.vector_cycles);
+  return double(tiles) * std::max(tile, (4 + tile) / 4) / 2;
 }
 
 /// The longer of both hides most of the shorter: of equal times 0.6.
@@ -42,11 +42,13 @@ double joined(double arithmetic, double memory) { return std::hypot(arithmetic, 
 double step_cycles(const LayerWork& work, bool input_gemm, int64_t members, int64_t groups,
                    const Caches& caches) {
   const int64_t rows = divide_up(work.rows, groups);
-  const double K = double(work.output_size + (input_gemm ? 0 : work.input_size));
+  const double input = input_gemm ? 0 : double(work.input_size), output = double(work.output_size);
   // The longest part: 5 parts of 3 threads are 2, 2 and 1.
   const double share = double(divide_up(work.parts, members)) / double(work.parts);
-  const double vectors = share * double(work.vectors), weights = vectors * K;
-  double arithmetic = weights * row_cycles(rows, work) + vectors * double(rows) * kCell;
+  const double vectors = share * double(work.vectors), weights = vectors * (output + input);
+  const double cycles_of_k =
+      output * double(work.vector_cycles) + input * double(work.input_vector_cycles);
+  double arithmetic = vectors * (row_cycles(rows, work) * cycles_of_k + double(rows) * kCell);
   if (work.packs_in_step) arithmetic += weights * kPack;
   const double cycles =
       joined(arithmetic, read_cycles(weights * double(work.vector_bytes), caches));
@@ -59,7 +61,7 @@ double step_cycles(const LayerWork& work, bool input_gemm, int64_t members, int6
 double input_cycles(const LayerWork& work, const Caches& caches) {
   const double products = double(work.rows * work.steps * work.vectors);
   const double bytes = products * double(work.vector_bytes);
-  return products * double(work.input_size * work.vector_cycles) / 2 +
+  return products * double(work.input_size * work.input_vector_cycles) / 2 +
          2 * read_cycles(bytes, caches);
 }
 

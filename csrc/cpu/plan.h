@@ -18,7 +18,9 @@ struct LayerWork {
   int64_t tile_rows;      ///< rows in a full tile
   int64_t vector_bytes;   ///< of a vector of weights: 32 on AVX2, 8 there for int8
   int64_t vector_cycles;  ///< half cycles of a multiply-add: 2 where a core has one such unit
-  bool packs_in_step;     ///< whether each thread packs its weights within the step
+  /// The same for the input: less than vector_cycles where only the states are split int16.
+  int64_t input_vector_cycles;
+  bool packs_in_step;  ///< whether each thread packs its weights within the step
 };
 
 /// Whether the input's part shall be one GEMM. Sums are rounded in another order then, so this does

@@ -98,13 +98,21 @@ FUSEDRNN_INLINE void store(Scalar* p, Vec<Scalar> v, int64_t n) {
 // neighbours along K. An operand vector has the type Vec<Accumulator<Element>>.
 //
 // VNNI multiplies unsigned bytes. Four int16 neighbours, plus 32768, are then two lanes: their
-// lower bytes and their upper bytes.
+// lower bytes and their upper bytes. The input is quantised to bytes there: four to a lane.
 
 #if defined(FUSEDRNN_VNNI)
 inline constexpr bool kSplitsInt16 = true;
 #else
 inline constexpr bool kSplitsInt16 = false;
 #endif
+
+/// The input's operands beside states of type Element.
+template <class Element>
+using InputOf = std::conditional_t<std::is_same_v<Element, Int16> && kSplitsInt16, UInt8, Element>;
+
+template <class Element>
+inline constexpr bool kIsQuantised =
+    std::is_same_v<Element, Int16> || std::is_same_v<Element, UInt8>;
 
 /// Elements of a row that one lane of weights meets.
 template <class Element>
@@ -138,9 +146,9 @@ FUSEDRNN_INLINE Vec<Accumulator<Element>> load_operands(const Element* p, int64_
   }
 }
 
-/// The lanes of an operand and of a sum of products: int32 for int16.
+/// The lanes of an operand and of a sum of products: int32 for quantised operands.
 template <class Element>
-using Sum = std::conditional_t<std::is_same_v<Element, Int16>, int32_t, Accumulator<Element>>;
+using Sum = std::conditional_t<kIsQuantised<Element>, int32_t, Accumulator<Element>>;
 
 /// Broadcasts the lane at p.
 template <class Element>
@@ -176,7 +184,7 @@ FUSEDRNN_INLINE void multiply_add(Vec<Sum<Element>>& sum, Vec<Sum<Element>> a,
                                   Vec<Sum<Element>> b) {
   if constexpr (kPerLane<Element> == 1) {
     sum += a * b;
-  } else if constexpr (std::is_same_v<Element, Int16>) {
+  } else if constexpr (kIsQuantised<Element>) {
     sum = multiply_add_pairs(sum, a, b);
   } else {
 #if defined(FUSEDRNN_BFLOAT16)
@@ -191,6 +199,14 @@ FUSEDRNN_INLINE Vec<int32_t> rounded(Vec<float> v) {
   const float magic = ExpConstants<float>::round;
   return bit_cast<Vec<int32_t>>(v + magic) - bit_cast<int32_t>(magic);
 }
+
+#if defined(FUSEDRNN_VNNI)
+/// Stores a whole vector of bytes, plus 128.
+FUSEDRNN_INLINE void store_integers(UInt8* p, Vec<int32_t> v) {
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(__mmask16(-1), bit_cast<__m512i>(v + 128));
+  __builtin_memcpy(p, &bytes, sizeof(bytes));
+}
+#endif
 
 /// Stores a whole vector of int16 operands.
 FUSEDRNN_INLINE void store_integers(Int16* p, Vec<int32_t> v) {
