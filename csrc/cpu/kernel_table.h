@@ -79,7 +79,7 @@ struct KernelTable {
   KernelsOf<double> f64;
   const KernelsOf<float, BFloat16>* bf16;  ///< null: convert bfloat16 to float32
   KernelsOf<float> frozen_bf16;            ///< float32 operands and bfloat16 weights
-  KernelsOf<float, Int16> frozen_int8;     ///< int16 operands and int8 weights
+  KernelsOf<float, Int16> frozen_int8;     ///< int16 states and int8 weights
 };
 
 /// The best table for this machine. FUSEDRNN_CPU_ISA=baseline|avx2|avx512|avx512vnni|avx512bf16
