@@ -582,7 +582,7 @@ def test_weights_packed_for_other_vectors(dtype: torch.dtype, tmp_path: Any) -> 
     if _ops.cpu_isa() == "baseline":
         pytest.skip("no narrower vectors here")
     script = (
-        "import sys, torch, fusedrnn; torch.manual_seed(3); m = torch.nn.LSTM(5, 21, 2);"
+        "import sys, torch, fusedrnn; torch.manual_seed(3); m = torch.nn.LSTM(5, 18, 2);"
         f"f = fusedrnn.freeze(m, {dtype}); x = torch.randn(4, 3, 5);"
         f"torch.save((m.state_dict(), f, x, f(x)[0], f.packed_l0), sys.argv[1])"
     )
@@ -595,14 +595,14 @@ def test_weights_packed_for_other_vectors(dtype: torch.dtype, tmp_path: Any) -> 
     has_8_bits = dtype == torch.int8 and LARGEST_INPUT == 127
     assert_close(frozen(x)[0], expected, atol=0.02 if has_8_bits else 1e-5, rtol=0)
     assert frozen.packed_l0.numel() != packed.numel()
-    plain = nn.LSTM(5, 21, 2)
+    plain = nn.LSTM(5, 18, 2)
     plain.load_state_dict(state)
     assert torch.equal(freeze(plain, dtype).packed_l0, frozen.packed_l0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # once a process
-        args = (None, None, packed, 21, 21, False, None, None)
+        args = (None, None, packed, 18, 18, False, None, None)
         found = OPS.lstm_frozen(x, *args)
-    args = (None, None, frozen.packed_l0, 21, 21, False, None, None)
+    args = (None, None, frozen.packed_l0, 18, 18, False, None, None)
     assert all(torch.equal(a, b) for a, b in zip(found, OPS.lstm_frozen(x, *args), strict=True))
 
 

@@ -122,7 +122,8 @@ FUSEDRNN_INLINE void accumulate(Tile<Sum<Element>, R, B * Map::columns>& tile, A
     });
   };
   int64_t k = 0;
-  constexpr int kTiles = kTilesInTurn<Element, R>;
+  // Where a tile has two rows at most, three rows make tiles of two and one: with the same sums.
+  constexpr int kTiles = kRowsOf<Element, Weight> > 2 ? kTilesInTurn<Element, R> : 1;
   if constexpr (kTiles > 1) {
     Tile<Sum<Element>, R, columns> more[kTiles - 1] = {};
     for (; k + kTiles <= size; k += kTiles) {
