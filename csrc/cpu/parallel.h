@@ -128,7 +128,8 @@ class PoolBackoff {
       }
     });
     const auto end = Clock::now();
-    auto waited = all_joined ? end - done + job.held() : Clock::duration::max();
+    // A worker that did not join has helped for no time.
+    auto waited = all_joined ? end - done + job.held() : end - start;
     // A worker that spins on the caller's core shows only as time that the caller did not run.
     if (end - start >= kPause) waited = std::max(waited, end - start - (cpu_time() - start_of_cpu));
     note(waited, end - start);
@@ -145,6 +146,8 @@ class PoolBackoff {
   /// Workers of torch's pool sleep after 5 ms without a call. A 2 ms streak of calls wakes them.
   static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
   static constexpr int kStallsInRow = 3;
+  /// A thread that lost its core is away for a time slice, 3 or 4 ms.
+  static constexpr Clock::duration kLostCore = 2 * kPause;
   /// How long calls use the own pool after a stall in torch's. Doubles if the next comes soon.
   static constexpr Clock::duration kCalm = 500 * kPause, kLongestCalm = 4 * kCalm;
   struct State {
@@ -178,25 +181,25 @@ class PoolBackoff {
     return Clock::now().time_since_epoch();
 #endif
   }
-  /// Notes the caller's wait, and the time of the whole. A worker that did not join is an endless
-  /// wait. A call stalled if it waited longer than it worked.
+  /// Notes the caller's wait, and the time of the whole. A call stalled if it waited longer than it
+  /// worked. A short wait means a thread that slept: then calls pause. A long one means a thread
+  /// that lost its core: then calls use the own pool.
   static void note(Clock::duration waited, Clock::duration time) {
     State& s = state();
-    const bool is_long = waited >= kLongWait, is_stall = is_long && waited >= time - waited;
-    if (!is_stall) {
+    if (waited < kLongWait || waited < time - waited) {
       s.stalls = 0;
       s.pause = s.pause > kPause ? s.pause / 2 : Clock::duration(0);
+      return;
     }
-    if (!is_long) return;
     const auto now = Clock::now();
-    const bool is_own = uses_own_pool();
-    if (is_stall && !is_own) {
+    ++s.stalls;
+    if (uses_own_pool()) {
+      if (s.stalls < kStallsInRow) return;
+    } else if (waited >= kLostCore && pool_choice() != PoolChoice::torch) {
       s.calm = now - s.own_end < s.calm ? std::min(2 * s.calm, kLongestCalm) : kCalm;
       s.own_end = now + s.calm;
+      return;
     }
-    if (!is_stall || ++s.stalls < (is_own ? kStallsInRow : 1)) return;
-    // Without a choice of pools, a pause is the way out of torch's.
-    if (!is_own && pool_choice() != PoolChoice::torch) return;
     s.pause = std::clamp(2 * s.pause, kPause, kLongestPause);
     s.pause_end = now + s.pause;
   }
