@@ -10,6 +10,7 @@
 #include <ctime>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "cores.h"
 #include "jobs.h"
@@ -147,7 +148,8 @@ class PoolBackoff {
   static constexpr Clock::duration kAsleep = 5 * kPause, kStreak = 2 * kPause;
   static constexpr int kStallsInRow = 3;
   /// A thread that lost its core is away for a time slice, 3 or 4 ms.
-  static constexpr Clock::duration kLostCore = 2 * kPause;
+  /// Two such stalls within this time mean a busy machine.
+  static constexpr Clock::duration kLostCore = 2 * kPause, kSoon = 50 * kPause;
   /// How long calls use the own pool after a stall in torch's. Doubles if the next comes soon.
   static constexpr Clock::duration kCalm = 500 * kPause, kLongestCalm = 4 * kCalm;
   struct State {
@@ -155,7 +157,7 @@ class PoolBackoff {
     bool awake = false;                             ///< torch's workers, most likely
     int stalls = 0;                                 ///< calls in a row
     Clock::duration pause{0}, calm = kCalm;
-    Clock::time_point pause_end, own_end;
+    Clock::time_point pause_end, own_end, lost_core;
     std::shared_ptr<void> owner;
     bool is_alone = false;
   };
@@ -196,6 +198,8 @@ class PoolBackoff {
     if (uses_own_pool()) {
       if (s.stalls < kStallsInRow) return;
     } else if (waited >= kLostCore && pool_choice() != PoolChoice::torch) {
+      const bool is_first = now - std::exchange(s.lost_core, now) > kSoon;
+      if (is_first) return;  // a quiet machine has them too, now and then
       s.calm = now - s.own_end < s.calm ? std::min(2 * s.calm, kLongestCalm) : kCalm;
       s.own_end = now + s.calm;
       return;
