@@ -115,7 +115,7 @@ def tagger_rows(checkpoint: Path) -> list[dict[str, Any]]:
     with torch.no_grad():
         for part in example.chunks(data.dev, args.batch_size):
             words, lengths, labels, *_ = example.make_batch(part, alone)
-            real = torch.arange(words.size(1)) < lengths[:, None]
+            real = labels != example.NO_LABEL
             found = {name: model(words, lengths).argmax(-1) for name, model in models.items()}
             total += int(real.sum())
             for name, label in found.items():
