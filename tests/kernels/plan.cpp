@@ -22,6 +22,7 @@ int main(int count, char** arguments) {
     work.tile_rows = n[5];
     work.vector_bytes = 4 * n[4];
     work.vector_cycles = n[4] == 16 ? 2 : 1;
+    work.input_vector_cycles = work.vector_cycles;
     work.packs_in_step = n[1] == 1;
     const Caches caches{n[7], n[8], n[9]};
     const bool gemm = n[1] > 4 && multiplies_input(work, caches);
