@@ -124,7 +124,7 @@ static void check_giving_up() {
   };
   int64_t gave_up = 0;
   std::vector<std::weak_ptr<Memory>> left;
-  for (int64_t n = 0; n < 40; ++n) {
+  for (int64_t n = 0; n < 100000 && gave_up < 20; ++n) {
     const auto memory = std::make_shared<Memory>();
     const auto caller = std::this_thread::get_id();
     const auto part = [m = memory.get(), caller](int64_t, int64_t i, int64_t p) {
