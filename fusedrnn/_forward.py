@@ -200,6 +200,13 @@ def _in_layout(
     return output.transpose(0, 1), final
 
 
+def check_states_of_lstm(hx: object) -> None:
+    """Raises if hx is neither None nor a pair."""
+    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        got = type(hx).__name__ + (f" of {len(hx)}" if isinstance(hx, (tuple, list)) else "")
+        raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
+
+
 def layers(
     module: nn.RNNBase,
     cell: Cell,

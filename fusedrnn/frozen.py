@@ -77,7 +77,7 @@ class _Frozen(nn.Module):
         self.mode: str | None = getattr(module, "mode", None)
         self.input_size: int = module.input_size  # type: ignore[assignment]
         self.hidden_size: int = module.hidden_size  # type: ignore[assignment]
-        self.bias = len(names) > (2 if not is_layer else 0) and any("bias" in n for n in names)
+        self.bias = any("bias" in name for name in names)
         self.num_layers: int = module.num_layers if is_layer else 1  # type: ignore[assignment]
         self.bidirectional = is_layer and bool(module.bidirectional)
         self.batch_first = is_layer and bool(module.batch_first)
@@ -258,11 +258,7 @@ class FrozenLSTM(_FrozenLayers):
             result = _ops.fast_frozen_layers(self.__dict__, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, tuple[Tensor, Tensor]]", result)
-        if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-            raise TypeError(
-                "LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got "
-                f"{type(hx).__name__}"
-            )
+        _forward.check_states_of_lstm(hx)
         output, (h_n, c_n) = self._layers(input, hx, lengths)
         return output, (h_n, c_n)
 

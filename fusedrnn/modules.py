@@ -146,11 +146,7 @@ class FusedLSTM(_FusedRNN):
             result = _ops.fast_layers(self.__dict__, _LSTM.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, tuple[Tensor, Tensor]]", result)
-        if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-            got = f"{type(hx).__name__}" + (
-                f" of {len(hx)}" if isinstance(hx, (tuple, list)) else ""
-            )
-            raise TypeError(f"LSTM: Expected hx to be a tuple of two tensors (h_0, c_0), got {got}")
+        _forward.check_states_of_lstm(hx)
         output, (h_n, c_n) = _forward.layers(self, _LSTM, input, hx, lengths)
         return output, (h_n, c_n)
 

@@ -84,6 +84,12 @@ unsigned char* FrozenWeights::at(int64_t d, int64_t offset) const {
   return data + kHeaderBytes + d * direction_bytes() + offset;
 }
 
+int64_t FrozenWeights::place(int64_t offset, int64_t vector, int64_t unit) const {
+  const scalar::PanelLayout panel = layout();
+  return unit / panel.units * panel.size(sizes().I, sizes().P) + offset +
+         (vector * panel.units + unit % panel.units) * int64_t(sizeof(float));
+}
+
 template <class F>
 void FrozenWeights::for_each_weight(int matrix, const F& f) const {
   const scalar::PanelLayout panel = layout();
@@ -163,7 +169,7 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
   std::memcpy(data + kSizesOffset, number, sizeof(number));
 
   const scalar::PanelLayout panel = to.layout();
-  const int64_t H = layer.H, G = cell.gates, panel_bytes = panel.size(layer.I, layer.P);
+  const int64_t H = layer.H, G = cell.gates;
   for (int64_t d = 0; d < layer.D; ++d) {
     const DirectionWeights& w = layer.weights[size_t(d)];
     auto* const panels = to.at(d, 0);
@@ -173,9 +179,7 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
       const int64_t K = tensor.size(1);
       std::vector<float> scale(size_t(G * H), 0.0f);
       const auto of_row = [&](int64_t offset, int64_t row) {
-        const int64_t unit = row % H;
-        return panels + unit / panel.units * panel_bytes + offset +
-               ((matrix * G + row / H) * panel.units + unit % panel.units) * 4;
+        return panels + to.place(offset, matrix * G + row / H, row % H);
       };
       if (type == WeightType::int8) {
         for (int64_t row = 0; row < G * H; ++row) {
@@ -223,8 +227,7 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
       for (int64_t row = 0; row < G * H; ++row) {
         const int64_t gate = row / H, unit = row % H;
         const auto add = [&](int64_t preact, float value) {
-          auto* const bias = panels + unit / panel.units * panel_bytes +
-                             (preact * panel.units + unit % panel.units) * 4;
+          auto* const bias = panels + to.place(0, preact, unit);
           write(bias, read<float>(bias) + value);
         };
         add(gate, ih[row]);
@@ -238,7 +241,7 @@ Tensor freeze(const CellInfo& cell, at::TensorList weights, bool bidirectional, 
 std::vector<Tensor> FrozenWeights::unfreeze() const {
   const scalar::PanelLayout panel = layout();
   const FrozenSizes& s = sizes();
-  const int64_t G = panel.gates, H = s.H, panel_bytes = panel.size(s.I, s.P);
+  const int64_t G = panel.gates, H = s.H;
   const auto options = at::TensorOptions(at::kFloat);
   std::vector<Tensor> weights;
   for (int64_t d = 0; d < s.D; ++d) {
@@ -254,10 +257,8 @@ std::vector<Tensor> FrozenWeights::unfreeze() const {
         } else if (type() == WeightType::bfloat16) {
           value = from_bfloat16(read<uint16_t>(panels + at));
         } else {
-          const int64_t unit = row % H;
           const auto scale =
-              read<float>(panels + unit / panel.units * panel_bytes + panel.scales_offset() +
-                          ((matrix * G + row / H) * panel.units + unit % panel.units) * 4);
+              read<float>(panels + place(panel.scales_offset(), matrix * G + row / H, row % H));
           value = float(read<int8_t>(panels + at)) * scale;
         }
       });

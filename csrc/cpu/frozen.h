@@ -58,6 +58,9 @@ class FrozenWeights {
   /// The bytes of direction d's parts from `offset` on.
   unsigned char* at(int64_t d, int64_t offset) const;
 
+  /// Where unit `unit` lies in vector `vector` of a panel's biases, scales or sums, which begin at
+  /// `offset`: bytes from the first panel.
+  int64_t place(int64_t offset, int64_t vector, int64_t unit) const;
   /// Calls f(byte offset in direction d's parts, row of the matrix, k) for every weight of
   /// weight_ih (matrix 0) or weight_hh (1).
   template <class F>

@@ -56,10 +56,10 @@ struct GaveUp {};
 ///
 /// On a quiet machine the call runs on torch's pool, whose threads are awake after torch's own ops.
 /// Joining that pool takes milliseconds if a worker sleeps or has lost its core. So sleepers are
-/// not woken for isolated calls, and after a stall this thread's calls use the library's own pool.
-/// They try torch's again after a second, and after up to 16 s if that stalls again: torch's
-/// spinning threads would disturb the own pool's. After three stalls in a row in the own pool,
-/// calls run alone for 1 to 64 ms.
+/// not woken for isolated calls. After two long stalls soon after each other, this thread's calls
+/// use the library's own pool. They try torch's again after half a second, and after up to 2 s if
+/// that stalls again: torch's spinning threads would disturb the own pool's. After three stalls in
+/// a row in the own pool, calls run alone for 1 to 64 ms.
 class PoolBackoff {
  public:
   /// Marks when an op's call begins and ends.
