@@ -61,8 +61,9 @@ LAYOUTS = ("padded", "packed", "lengths")
 
 
 def cell_of(kind: type[nn.Module]) -> Cell:
-    """The cell for a torch module; KeyError if it has none."""
-    return _ops.CELLS[kind.__name__.removesuffix("Cell").lower()]
+    """The cell for a torch module, a plain RNN's by tanh; KeyError if it has none."""
+    name = kind.__name__.removesuffix("Cell").lower()
+    return _ops.CELLS["rnn_tanh" if name == "rnn" else name]
 
 
 def runs_in(regime: str, kind: str, hidden: int = 1, proj_size: int = 0) -> bool:

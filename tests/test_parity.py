@@ -130,7 +130,11 @@ def run(
     if states is not None:
         states = [change(s.to(c.dtype).to(dtype)).detach().requires_grad_() for s in states]
         leaves += states
-    hx = None if states is None else c.cell.to_hx(states)
+    hx = None
+    if states is not None:
+        # cuDNN refuses states that are not contiguous.
+        is_torchs = isinstance(module, c.cell.plain)
+        hx = c.cell.to_hx([s.contiguous() for s in states] if is_torchs else states)
     if c.layout in ("packed", "unsorted"):
         packed = pack_padded_sequence(
             x, torch.tensor(c.lengths), c.batch_first, enforce_sorted=c.layout == "packed"
