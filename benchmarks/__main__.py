@@ -14,6 +14,7 @@ SUBCOMMANDS = (
     "frozen",
     "latency",
     "models",
+    "pass_cost",
     "peaks",
     "plan",
     "profile",

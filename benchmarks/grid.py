@@ -6,7 +6,8 @@ Subcommands:
   compiled   networks under torch.compile
   training   the tagger example
   peaks      a GPU's peaks beside the figures that the issue model assumes
-  step_cost  the cost of a step on a GPU
+  pass_cost  the cost of a step on a GPU, by pass and algorithm
+  step_cost  cuDNN's kernels on a GPU
   profile    kernels and counters in the slowest cases on a GPU
 
 A run over the whole grid is stored in benchmarks/results/, with pictures. A partial run is stored

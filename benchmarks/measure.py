@@ -27,6 +27,8 @@ from benchmarks.machine import Others
 # The workers of ONNX Runtime and OpenMP keep spinning after a call. They occupy the cores that the
 # next candidate needs, so each candidate warms up this long before its timed calls.
 WARM_SECONDS = 0.06
+# A GPU has no such workers.
+GPU_WARM_SECONDS = 0.01
 # A round is disturbed if other processes use more cores than this, because threads wait for each
 # other. The kernel counts their work roughly, in ticks per core.
 BUSY_CORES = max(0.15, 0.05 * (os.cpu_count() or 1))
@@ -42,6 +44,7 @@ def in_turn(
     calls: Mapping[str, Call],
     seconds: float,
     before: Callable[[str], None] = lambda name: None,
+    warm_seconds: float | None = None,
 ) -> dict[str, list[float]]:
     """Calls the candidates in turn, in rounds.
 
@@ -51,10 +54,12 @@ def in_turn(
         calls: the candidates.
         seconds: approximate duration; at least 3 rounds, or 5 if a round takes under 0.3 s.
         before: called with a candidate's name before its turn.
+        warm_seconds: a candidate's warm-up in each round; `WARM_SECONDS` by default.
 
     Returns:
         Milliseconds per call for each candidate: one median per round.
     """
+    warm = WARM_SECONDS if warm_seconds is None else warm_seconds
     calm: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
     begin = time.perf_counter()
@@ -66,7 +71,7 @@ def in_turn(
             times = {}
             for name, call in calls.items():
                 before(name)
-                times[name] = statistics.median(_samples(call))
+                times[name] = statistics.median(_samples(call, warm))
             (disturbed if (others.cores() or 0) > BUSY_CORES else calm).append(times)
             spent = time.perf_counter() - begin
             each = spent / (len(calm) + len(disturbed))
@@ -81,9 +86,9 @@ def in_turn(
     return {name: [times[name] for times in calm] for name in calls}
 
 
-def _samples(call: Call) -> list[float]:
+def _samples(call: Call, warm_seconds: float) -> list[float]:
     clock = time.perf_counter
-    end = clock() + WARM_SECONDS
+    end = clock() + warm_seconds
     count = 0
     while count == 0 or clock() < end:
         call()
@@ -299,7 +304,8 @@ def measure(
     }
     on_gpu = device == "cuda"
     waiting = {name: _synchronized(call) for name, call in calls.items()} if on_gpu else calls
-    times = in_turn(waiting, seconds)
+    warm = GPU_WARM_SECONDS if on_gpu else None
+    times = in_turn(waiting, seconds, warm_seconds=warm)
     clocks = gpu_clocks(calls, verify) if on_gpu else {}
     ours = times.pop("fusedrnn")
     sizes = dataclasses.asdict(case)

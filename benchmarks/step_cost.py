@@ -1,12 +1,6 @@
-"""`python -m benchmarks step_cost`: cuDNN's kernels on a GPU, and microseconds per step.
+"""`python -m benchmarks step_cost`: cuDNN's kernels on a GPU by cell, type, H and B.
 
-torch.profiler names the kernels that cuDNN runs for each cell. Then the benchmark times a step in
-cuDNN and in each of our regimes. `--clusters` measures the cluster regime instead, beside the grid
-and cuDNN.
-
-A step's time is the difference between long and short sequences, over the difference in steps. It
-excludes launches and the loading of weights. It includes all work that grows with the steps: the
-input GEMM, small here, and in training the weight-gradient GEMMs.
+torch.profiler names the kernels. The algorithms of our calls are read from their kernels' names.
 """
 
 from __future__ import annotations
@@ -15,9 +9,7 @@ import contextlib
 import itertools
 import os
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +21,9 @@ from benchmarks.cells import CELLS
 from benchmarks.measure import MODES
 from fusedrnn import _ops
 
-REGIMES = ("step", "alone", "grid")
-CLUSTERS = ("grid", "cluster")  # the regimes of --clusters
 # The dtype by kind; float32 has a kind for each GEMM precision.
 KINDS = {"tf32": "float32", "ieee": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 INPUT_SIZE = 8
-STEPS = (200, 1200)
 
 # The traits in csrc/cuda/exchange_*.cuh, which name a persistent kernel, and their regimes.
 _TRAITS = re.compile(r"\b(Cta|Grid|Cluster)\w*Traits<(?:(?:\w+::)*\w+Traits<)?(?:\w+::)*\w+Gemm<")
@@ -145,93 +134,10 @@ def cudnn_kernels(
     return found
 
 
-def _milliseconds(call: Call, device: str) -> float:
-    """The median over a few calls, each with the wait for its end."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    call()
-    times = []
-    for _ in range(5):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def step_times(
-    cells: Sequence[str],
-    kinds: Sequence[str],
-    sizes: Sequence[int],
-    rows: Sequence[int],
-    device: str = "cuda",
-    regimes: Sequence[str] = REGIMES,
-) -> list[dict[str, Any]]:
-    """Microseconds per step in cuDNN and in each regime that this GPU can run.
-
-    `tflops` counts the GEMMs with weight_hh in inference.
-    """
-    found = []
-    for cell, kind, H, B in itertools.product(cells, kinds, sizes, rows):
-        theirs, ours = _modules(cell, H, kind, device)
-        row: dict[str, Any] = {"cell": cell, "kind": kind, "H": H, "B": B}
-        for name in ("cudnn", *regimes):
-            module = theirs if name == "cudnn" else ours
-            us = {}
-            try:
-                with running("" if name == "cudnn" else name, kind):
-                    for mode in MODES:
-                        few, many = (
-                            _milliseconds(call_of(module, steps, B, mode), device)
-                            for steps in STEPS
-                        )
-                        us[mode] = 1e3 * (many - few) / (STEPS[1] - STEPS[0])
-            except RuntimeError as error:
-                if f"FUSEDRNN_CUDA_REGIME={name}: this device can't" not in str(error):
-                    raise
-                continue
-            row[name] = {
-                **{f"{mode}_us": round(value, 3) for mode, value in us.items()},
-                "tflops": round(2e-6 * B * CELLS[cell].gates * H * H / us["inference"], 3),
-            }
-        found.append(row)
-        print(f"{cell:9}{kind:9}H{H:<5}B{B:<4}{_times(row)}", flush=True)
-    return found
-
-
-def _times(row: dict[str, Any]) -> str:
-    times = (
-        f"{name} {row[name]['inference_us']:.2f} {row[name]['training_us']:.2f}"
-        for name in ("cudnn", *REGIMES, "cluster")
-        if name in row
-    )
-    return f"us per step: {', '.join(times)}"
-
-
-def _cluster_steps() -> list[dict[str, Any]]:
-    half, rows = ("bfloat16", "float16"), (1, 16, 64, 128)
-    return [
-        *step_times(("LSTM",), ("tf32",), (128, 256), rows, regimes=CLUSTERS),
-        *step_times(("LSTM",), half, (256, 512), rows, regimes=CLUSTERS),
-        *step_times(("GRU",), ("tf32", "float16"), (256,), (1, 64), regimes=CLUSTERS),
-    ]
-
-
-def _steps() -> list[dict[str, Any]]:
-    kinds, sizes = ("tf32", "ieee", "bfloat16"), (64, 128, 256, 512, 1024)
-    return [
-        *step_times(("LSTM",), kinds, sizes, (1, 16, 64, 128)),
-        *step_times(("GRU",), ("tf32", "float16"), (128, 512), (1, 64)),
-    ]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, stores under "step_cost" or "clusters", and reports; gives the exit status."""
+    """Measures, stores under "step_cost", and reports; gives the exit status."""
     parser = report.parser("step_cost", __doc__)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
-    parser.add_argument(
-        "--clusters", action="store_true", help='measure clusters; stored under "clusters"'
-    )
     args = parser.parse_args(argv)
     missing = CuDnn().available()
     if missing or "cuda" not in _ops.devices():
@@ -239,12 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     header = machine.header("cuda", [CuDnn()])
     print(report.caption(header))
-    output = args.output or report.results_of(header["device"])
-    if args.clusters:
-        report.store(output, {"clusters": {"header": header, "steps": _cluster_steps()}})
-        return 0
-    steps = _steps()
     kernels = cudnn_kernels(("tf32", "float16", "bfloat16"), (128, 512, 1024), (1, 64))
-    found = {"header": header, "cudnn_kernels": kernels, "steps": steps}
-    report.store(output, {"step_cost": found})
+    output = args.output or report.results_of(header["device"])
+    report.store(output, {"step_cost": {"header": header, "cudnn_kernels": kernels}})
     return 0

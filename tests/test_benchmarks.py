@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from benchmarks import (
     machine,
     measure,
     models,
+    pass_cost,
     profile,
     report,
     roofline,
@@ -945,31 +947,49 @@ def test_regimes_by_kernels(name: str, regime: str | None) -> None:
     assert step_cost.regimes_in([name]) == ({regime} if regime else set())
 
 
-def test_step_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the CPU, with a device that refuses a regime or fails otherwise."""
-    monkeypatch.setattr(step_cost, "STEPS", (2, 30))
-    refusal = "FUSEDRNN_CUDA_REGIME=grid: this device can't run a layer so"
-    call_of = step_cost.call_of
-
-    def refused(*args: Any) -> baselines.Call:
-        if os.environ["FUSEDRNN_CUDA_REGIME"] == "grid":
-            raise RuntimeError(refusal)
-        return call_of(*args)
-
-    monkeypatch.setattr(step_cost, "call_of", refused)
-    (row,) = step_cost.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
-    assert list(row) == ["cell", "kind", "H", "B", "cudnn", "step", "alone"]
-    assert set(row["alone"]) == {"inference_us", "training_us", "tflops"}
-    (row,) = step_cost.step_times(["GRU"], ["tf32"], [4], [1], "cpu", step_cost.CLUSTERS)
-    assert list(row) == ["cell", "kind", "H", "B", "cudnn", "cluster"]
-    refusal = "out of memory"
-    with pytest.raises(RuntimeError, match="out of memory"):
-        step_cost.step_times(["GRU"], ["bfloat16"], [4], [2], "cpu")
+def test_cudnn_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_cost, "kernels_of", lambda call: [call(), [("other", 3, 6.0)]][1])
     found = step_cost.cudnn_kernels(["ieee"], [4], [1], "cpu")
     assert tuple(row["cell"] for row in found) == LAYERS
     assert found[0]["training"] == ["3 x 2.0 us other"]
-    assert "us per step: cudnn" in capsys.readouterr().out
+
+
+def test_pass_cost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the CPU, with a device that refuses an algorithm or fails otherwise."""
+    monkeypatch.setattr(pass_cost, "steps_of", lambda algorithm, rows: (2, 30))
+    refusal = "FUSEDRNN_CUDA_REGIME=grid: this device can't run a layer so"
+    passes = pass_cost._passes
+
+    def refused(*args: Any) -> dict[str, float]:
+        if os.environ["FUSEDRNN_CUDA_REGIME"] == "grid":
+            raise RuntimeError(refusal)
+        return passes(*args)
+
+    monkeypatch.setattr(pass_cost, "_passes", refused)
+    rows = list(pass_cost.measured([("GRU", "tf32", 4, 2)], device="cpu"))
+    assert [(row["algorithm"], row["starts_at_zero"]) for row in rows] == [
+        ("cudnn", True),
+        *((name, at_zero) for name in ("alone", "cluster", "step") for at_zero in (True, False)),
+    ]
+    assert all(len(row[of]) == 2 for row in rows for of in pass_cost.PASSES)
+    refusal = "out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(pass_cost.measured([("LSTM", "bfloat16", 4, 2)], device="cpu"))
+
+
+def test_pass_cost_beside_the_model() -> None:
+    """The stored run; and a run in which another algorithm than the model's choice is faster."""
+    stored = json.loads((report.RESULTS / "nvidia_h200_steps.json").read_text())["steps"]
+    text = "\n".join(pass_cost.compared(stored))
+    lost = re.search(r"takes ([\d.]+) % longer than the fastest algorithm", text)
+    assert lost
+    assert float(lost[1]) < 1
+    layer = {"cell": "LSTM", "kind": "bfloat16", "H": 128, "B": 1, "starts_at_zero": True}
+    slow = {"algorithm": "alone", **layer, "inference": [2.0, 1.0]}
+    fast = {"algorithm": "grid", **layer, "inference": [1.0, 1.0]}
+    text = "\n".join(pass_cost.compared([slow, fast]))
+    assert "takes 100.0 % longer" in text
+    assert "| LSTM bfloat16 H128 B1, inference | alone | 2.00 | grid | 1.00 |" in text
 
 
 class Trainer:

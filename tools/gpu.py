@@ -87,12 +87,13 @@ class Outcome:
 def run(command: Command, limit: float, output: Path) -> Outcome:
     """Runs a command; kills it and its children after `limit` seconds."""
     print(f"-- {command.name}: {' '.join(command.args)}", flush=True)
-    paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+    own = command.environment.get("PYTHONPATH", "")
+    paths = (str(ROOT), own, os.environ.get("PYTHONPATH", ""))
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
         **command.environment,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
     start = time.monotonic()
     with output.open("w") as file:
@@ -154,7 +155,19 @@ def peaks(results: Path) -> list[Command]:
 
 # An illegal access fails all later tests. The timeout shows where a kernel hangs.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-PYTEST += ["--maxfail=25", "-o", "faulthandler_timeout=120"]
+PYTEST += ["-o", "faulthandler_timeout=120"]
+
+
+def pytest_in_parallel() -> list[str]:
+    """pytest, on several workers if pytest-xdist is there."""
+    if importlib.util.find_spec("xdist") is None or (os.cpu_count() or 1) < 4:
+        return [*PYTEST, "--maxfail=25"]
+    workers = str(min(12, os.cpu_count() or 1))
+    return [*PYTEST, "-n", workers, "--dist", "worksteal", "-p", "helpers.gpu_worker"]
+
+
+# Threads for each worker's references on the CPU, and where it finds its plugin.
+WORKER = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
 
 
 def tests(results: Path) -> list[Command]:
@@ -165,10 +178,13 @@ def tests(results: Path) -> list[Command]:
         Command("primitives", [*PYTEST, "tests/test_primitives.py"], passed=some_passed),
         Command(
             "CUDA",
-            [*PYTEST, "-k", "not cluster", "tests/test_cuda.py"],
+            [*pytest_in_parallel(), "-k", "not cluster and not memory", "tests/test_cuda.py"],
+            WORKER,
             share=5,
             passed=some_passed,
         ),
+        # Other processes would change the device's free memory.
+        Command("memory", [*PYTEST, "-k", "memory", "tests/test_cuda.py"], passed=some_passed),
         Command("CPU", [*PYTEST, *others]),
     ]
 
@@ -176,7 +192,8 @@ def tests(results: Path) -> list[Command]:
 def ecosystem(results: Path) -> list[Command]:
     names = ("compile", "functorch", "swap", "works_with")
     files = [f"tests/test_{name}.py" for name in names]
-    return [Command("ecosystem", [*PYTEST, "-k", "cuda", *files], passed=some_passed)]
+    args = [*pytest_in_parallel(), "-k", "cuda", *files]
+    return [Command("ecosystem", args, WORKER, passed=some_passed)]
 
 
 def clean_but_for_others(status: int, output: str) -> bool:
@@ -232,17 +249,18 @@ def bench(results: Path) -> list[Command]:
 
 
 def step_cost(results: Path) -> list[Command]:
-    measure = [sys.executable, "-m", "benchmarks", "step_cost"]
-    return [Command("step_cost", [*measure, "--output", str(results)])]
+    run = [sys.executable, "-m", "benchmarks"]
+    return [
+        Command("pass_cost", [*run, "pass_cost"], share=2),
+        Command("step_cost", [*run, "step_cost", "--output", str(results)]),
+    ]
 
 
 def clusters(results: Path) -> list[Command]:
     """A separate stage, because a hang of the youngest kernels must not affect other stages."""
-    measure = [sys.executable, "-m", "benchmarks", "step_cost", "--clusters"]
-    of_clusters = [*PYTEST, "-k", "cluster", "tests/test_cuda.py"]
+    of_clusters = [*pytest_in_parallel(), "-k", "cluster and not memory", "tests/test_cuda.py"]
     return [
-        Command("CUDA, clusters", of_clusters, share=4, passed=some_passed),
-        Command("step_cost, clusters", [*measure, "--output", str(results)], share=2),
+        Command("CUDA, clusters", of_clusters, WORKER, share=4, passed=some_passed),
         *sanitized(of_toolkit("compute-sanitizer"), "cluster"),
     ]
 
