@@ -70,6 +70,20 @@ ROWS, FUSED = "csrc/cuda/rows.cuh", "csrc/cuda/fused_step.cu"
 AROUND = "csrc/cuda/layer_kernels.cu"
 BUGS = [
     Bug(
+        "values prefetched behind the last token",
+        EXCHANGE,
+        "if (at < unsigned(tokens_)) {",
+        "if (at <= unsigned(tokens_)) {",
+        "outside of a buffer",
+    ),
+    Bug(
+        "units prefetched behind the last",
+        EXCHANGE,
+        "e.first_unit + unit < hidden_size &&",
+        "",
+        "outside of a buffer",
+    ),
+    Bug(
         "no wait for partial sums of other warps",
         EXCHANGE,
         "warp * Gemm::kScratchFloats);\n    sync_cta();",

@@ -49,7 +49,8 @@ class Device:
 
 
 A100 = Device("A100", 108, 80, 163 * 1024)
-H100 = Device("H100", 132, 90, 227 * 1024, (18, 18, 16, 16, 16, 16, 16, 16))
+# Multiprocessors that explain the clusters which an H200 runs at the same time (peaks).
+H100 = Device("H100", 132, 90, 227 * 1024, (18, 18, 18, 18, 18, 16, 16, 10))
 
 
 @dataclass(frozen=True)

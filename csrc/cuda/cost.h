@@ -5,10 +5,11 @@
 // the next wave. The call takes launches + waves * (prologue + steps * step).
 //
 // All figures are in kCoefficients and kDevices, each with its source:
-//   [M] modelled from the kernels' machine code, +-30 %
+//   [H200] measured on an H200 at 1.98 GHz: results/nvidia_h200_steps.json in benchmarks/
+//   [M] modelled from the kernels' machine code, and scaled by neighbours that were measured
 //   [P] published
 //   [G] guessed
-// No GPU has measured one. A measurement replaces a figure there and nowhere else.
+// A measurement replaces a figure there and nowhere else.
 #pragma once
 
 #include <algorithm>
@@ -37,8 +38,8 @@ constexpr DeviceRates kDevices[] = {
     // A100: clock, memory and capacity [P]; L2 by microbenchmarks [P]; half of the GEMMs' peaks
     // [G].
     {80, 1.41, 4500, 1550, 40e6, 150e3, 75e3, 15e3, 9e3},
-    // H100 SXM: the same sources.
-    {90, 1.75, 5500, 3350, 50e6, 450e3, 220e3, 45e3, 45e3},
+    // H100 SXM and H200: clock and L2 [H200], memory [P] of an H100, GEMMs [G].
+    {90, 1.98, 7800, 3350, 50e6, 450e3, 220e3, 45e3, 45e3},
     // B200: as two H100s [G].
     {100, 1.85, 10000, 8000, 126e6, 900e3, 450e3, 60e3, 30e3},
 };
@@ -62,32 +63,37 @@ struct PrologueCycles {
 constexpr struct Coefficients {
   // ---- persistent kernels: cycles ----
   //
-  // An LSTM's in bfloat16, exchanges included. Other types take up to 7 % more [M].
+  // An LSTM's in bfloat16, exchanges of a row included. Other types take up to 7 % more [M].
   //
   // Index: [half_registers][few_rows].
-  /// One CTA [M]. Its rows don't matter.
-  StepCycles cta[2][2] = {{{1280, 1390, 1720}, {850, 865, 1270}},
-                          {{720, 750, 1140}, {530, 540, 750}}};
-  /// A cluster [M].
-  TileCycles cluster[2] = {{{1140, 1150, 1405}, {1115, 1170, 1300}},
-                           {{900, 915, 1045}, {1000, 1045, 990}}};
-  /// The grid [M]. With few rows a tile is one GEMM.
-  TileCycles grid[2][2] = {{{{2380, 2400, 3200}, {2150, 2200, 3900}}, {{2000, 2020, 2240}, {}}},
-                           {{{1905, 1915, 2460}, {1700, 1740, 2320}}, {{1710, 1725, 1645}, {}}}};
-  /// The part of a chain that does not shrink with a cell's gates [G].
-  double without_gates = 0.6;
+  /// One CTA: few rows [H200], others [M]. Its rows don't matter.
+  StepCycles cta[2][2] = {{{1510, 1640, 2030}, {1010, 1130, 1445}},
+                          {{870, 910, 1370}, {655, 735, 990}}};
+  /// A cluster [H200].
+  TileCycles cluster[2] = {{{1540, 1640, 1750}, {1800, 1900, 1900}},
+                           {{1380, 1480, 1600}, {1500, 1600, 1650}}};
+  /// The grid [H200]. With few rows a tile is one GEMM.
+  TileCycles grid[2][2] = {{{{2850, 2900, 4400}, {2700, 2750, 4400}}, {{2200, 2240, 2420}, {}}},
+                           {{{2850, 2900, 4400}, {2700, 2750, 4400}}, {{2200, 2240, 2420}, {}}}};
+  /// More for each CTA of a group, whose words a CTA polls [H200].
+  double grid_per_cta = 17;
+  /// The part of a chain that does not shrink with a cell's gates [H200].
+  double without_gates = 0.75;
   /// float32 multiply-adds: a row of operands by a register of weights in each thread, forward and
-  /// backward, of one CTA and of the grid [M].
-  double fma_per_register[2][2] = {{5, 10}, {5.5, 12}};
+  /// backward, of one CTA and of the grid [H200].
+  double fma_per_register[2][2] = {{4.2, 6.6}, {4.8, 13}};
   /// Loads of 16 bytes, in batches of 8 or more [M]. Weights that become float16 take a fifth
   /// longer. Then kernels by multiply-adds [M].
   PrologueCycles prologue = {1000, 32}, fma_prologue = {1500, 15};
 
   // ---- persistent kernels: bytes ----
-  /// Distributed shared memory moves 11 to 15 bytes in a cycle to each multiprocessor [P].
-  double cluster_bytes_per_cycle = 13;
-  /// L2 to one multiprocessor, in a cycle [P].
-  double l2_bytes_per_cycle = 64;
+  /// Distributed shared memory moves so many bytes in a cycle to each multiprocessor, forward and
+  /// backward; nothing else goes on meanwhile [H200].
+  double cluster_bytes_per_cycle[2] = {8, 14};
+  /// A grid's operands from L2 to one multiprocessor, in a cycle [H200].
+  double l2_bytes_per_cycle = 16;
+  /// A prologue's weights from L2 to one multiprocessor, in a cycle [P].
+  double weight_bytes_per_cycle = 64;
   /// A grid's backward pass exchanges G operands a unit [counted in exchange_grid.cuh]. A
   /// reduce-scatter would exchange a quarter.
   double grid_backward_operands = 1;
@@ -95,10 +101,10 @@ constexpr struct Coefficients {
   // ---- launches: microseconds ----
   /// A launch that waits for the one before it [G].
   double launch_us = 2.5;
-  /// A stepwise step: its host's calls of cuBLAS and of one kernel [G].
-  double stepwise_us = 6;
-  /// The same of a step that is one kernel [G].
-  double fused_step_us = 3;
+  /// A stepwise step, forward and backward: its host's calls of cuBLAS and of one kernel [H200].
+  double stepwise_us[2] = {9.5, 12.5};
+  /// The same of a step that is one kernel [H200].
+  double fused_step_us = 3.7;
 } kCoefficients = {};
 
 /// A call's cost by one plan, without the work that all plans share (shared_us).
@@ -129,6 +135,18 @@ class CostModel {
   Cost of(const LaunchPlan& plan, int64_t active_clusters = 0) const {
     return plan.algorithm == Algorithm::stepwise ? of_stepwise()
                                                  : of_persistent(plan, active_clusters);
+  }
+
+  /// Whether a plan's kernel asks early for its steps' values. They come from memory where a call
+  /// has too many for half of L2: the GEMMs around it have the other half. Asking takes a step 20
+  /// to 80 cycles [H200], and up to 30 % of it is gained: a cluster's step at H256, B64 and T500
+  /// takes 1.0 us and not 1.37. A value is asked for a chunk ahead anyway, which suffices with many
+  /// chunks, and with the long steps of multiply-adds in one CTA.
+  bool prefetches(const LaunchPlan& plan) const {
+    if (plan.algorithm == Algorithm::stepwise) return false;
+    if (plan.algorithm == Algorithm::persistent_cta && uses_fma(plan)) return false;
+    const int64_t chunks = scalar::divide_up(plan.tile_rows, int64_t(shape_of(plan).chunk_rows));
+    return streamed_ * double(p_.steps) > device_.l2_bytes / 2 && chunks <= (is_backward() ? 2 : 4);
   }
 
   /// What all plans share: the input's GEMM, or the gradients' GEMMs.
@@ -174,7 +192,7 @@ class CostModel {
                             streamed_us() + 1e-3 * (products + states) / device_.l2_bytes_per_ns;
     const double gemm_us = 2e-3 * rows * D * G * H * H / flops_per_ns();
     const double launches_us =
-        D * (is_fused ? kCoefficients.fused_step_us : kCoefficients.stepwise_us);
+        D * (is_fused ? kCoefficients.fused_step_us : kCoefficients.stepwise_us[is_backward()]);
     Cost cost;
     cost.step_us = launches_us + std::max(moved_us, gemm_us);
     if (std::max(moved_us, gemm_us) > launches_us) {
@@ -204,16 +222,16 @@ class CostModel {
       // Forward every CTA receives h of all units; backward its 32 units' partial dh of each CTA.
       const double received = double(plan.ctas) * 32 * std::min(rows, double(p_.rows)) *
                               (is_backward() ? 4 : operand_bytes);
-      bound_by(Cost::cluster_bytes, received / k.cluster_bytes_per_cycle / cycles_per_us());
+      const double received_us =
+          received / k.cluster_bytes_per_cycle[is_backward()] / cycles_per_us();
+      if (received_us > cost.step_us) cost.bound = Cost::cluster_bytes;
+      cost.step_us += received_us;
     }
     if (is_grid) {
-      const double row_bytes = double(plan.max_units) * operand_bytes *
+      const double row_bytes = double(p_.hidden_size) * operand_bytes *
                                (is_backward() ? double(p_.gates) * k.grid_backward_operands : 1);
-      // Each CTA reads its group's rows, whole GEMMs of them.
-      const double all_rows = double(scalar::round_up(p_.rows, int64_t(shape_of(plan).chunk_rows)));
+      // Each CTA reads its group's rows.
       bound_by(Cost::l2_bytes, rows * row_bytes / k.l2_bytes_per_cycle / cycles_per_us());
-      bound_by(Cost::l2_bytes, 1e-3 * all_rows * row_bytes * double(p_.directions * plan.ctas) /
-                                   device_.l2_bytes_per_ns);
     }
     cost.step_us *= double(waves);
     bound_by(Cost::memory_bytes, streamed_us());
@@ -248,6 +266,9 @@ class CostModel {
                     : plan.algorithm == Algorithm::persistent_grid ? of_tile(k.grid[half][few])
                                                                    : of_tile(k.cluster[half]);
     cycles *= k.without_gates + (1 - k.without_gates) * double(p_.gates) / 4;
+    if (plan.algorithm == Algorithm::persistent_grid) {
+      cycles += chunks * k.grid_per_cta * double(plan.ctas);
+    }
     if (uses_fma(plan)) {
       cycles += chunks * double(chunk_rows) * weight_registers(plan) *
                 k.fma_per_register[plan.algorithm != Algorithm::persistent_cta][is_backward()];
@@ -269,8 +290,9 @@ class CostModel {
     // 256 threads load their weights, which float16 operands take from float32.
     const double bytes = 256 * 4 * registers * (plan.half_operands ? 2 : 1);
     const double l2_share = device_.l2_bytes_per_ns / double(p_.multiprocessors);
-    return std::max((c.start + c.per_register * registers) / cycles_per_us(),
-                    1e-3 * bytes / std::min(l2_share, k.l2_bytes_per_cycle * device_.clock_ghz));
+    return std::max(
+        (c.start + c.per_register * registers) / cycles_per_us(),
+        1e-3 * bytes / std::min(l2_share, k.weight_bytes_per_cycle * device_.clock_ghz));
   }
 
   const PlanProblem& p_;

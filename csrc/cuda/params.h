@@ -155,6 +155,7 @@ struct PersistentParams {
   int steps = 0, rows = 0, hidden_size = 0, directions = 0, tile_rows = 0;
   const int64_t* lengths = nullptr;      ///< [B], null: all steps
   const int64_t* step_offset = nullptr;  ///< [T + 1] row 0's token; null: padded
+  bool prefetches = false;               ///< whether the steps' values come from memory, not L2
 };
 
 template <class Element, class Accum = Accumulator<Element>>

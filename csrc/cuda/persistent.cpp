@@ -46,6 +46,7 @@ PersistentParams common_params(const Layer& layer, const LaunchPlan& plan,
   params.tile_rows = int(plan.tile_rows);
   params.lengths = const_data_of<int64_t>(layer.lengths);
   params.step_offset = const_data_of<int64_t>(step_offset);
+  params.prefetches = plan.prefetches;
   return params;
 }
 

@@ -17,6 +17,8 @@ struct PersistentBackwardKernel : Traits {
   using Value = std::remove_cv_t<std::remove_pointer_t<Pointer>>;
   using OutputGradient = Value<decltype(Direction::dy)>;
   static constexpr int kPairs = Traits::kPairs, kSaved = Cell::kSaved, kPreacts = Cell::kPreacts;
+  /// Not where registers are full: one CTA's 128 units with 8 rows, and its multiply-adds.
+  static constexpr bool kPrefetches = Traits::kInFragments ? kPairs <= 2 : !Traits::kOneChunk;
   PersistentBackwardParams<Element> params;
 
   /// Indices of the values that a thread carries. An inactive row's dh waits for its last step.
@@ -104,6 +106,15 @@ struct PersistentBackwardKernel : Traits {
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
     e.kernel_name = kernel_name<Cell, Traits, true>();
+    const StepPrefetch<Traits, kSaved, float, OutputGradient> prefetch(
+        e, params.hidden_size, tensors.saved, int64_t(kSaved) * params.hidden_size, tensors.dy,
+        params.dy_stride);
+    const bool prefetches = kPrefetches && params.prefetches;
+    for (int i = 1; prefetches && i <= kPrefetchSteps; ++i) {
+      for (int chunk = 0; chunk < e.chunks(); ++chunk) {
+        prefetch(e.token(params.steps - i) + chunk * Traits::kChunkRows);
+      }
+    }
     Carried carried(e.carried_memory());
     typename Traits::Gemm gemm;
     e.load(gemm, Weight(tensors.weight_hh, params.hidden_size,
@@ -117,6 +128,8 @@ struct PersistentBackwardKernel : Traits {
     // The tile's first token in a step, in the step after it, and one and two before it.
     unsigned after = 0, token = unsigned(e.token(last)), before = unsigned(e.token(last - 1));
     unsigned two_before = unsigned(e.token(last - 2));
+    int token_ahead = e.token(last - kPrefetchSteps);
+    const int tokens_back = kept(e.direction ? params.rows : -params.rows);
     int t = e.time(last);
     Inputs in;
     load(in, e, places, carried, 0, t, back, token, before);
@@ -208,7 +221,10 @@ struct PersistentBackwardKernel : Traits {
         e.commit(gemm, n, chunk);
         unroll<kPairs>([&](auto m) { results.dgates[m].set(dgates[m]); });
         start_rows(in, e, places, next_chunk, next_t, back, next_token);
+        if (prefetches) prefetch(token_ahead + chunk * Traits::kChunkRows);
       }
+      token_ahead =
+          params.step_offset ? e.token(last - n - 1 - kPrefetchSteps) : token_ahead + tokens_back;
       t += back;
       after = token;
       token = before;

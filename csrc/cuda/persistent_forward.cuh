@@ -45,6 +45,13 @@ struct PersistentForwardKernel : Traits {
     const auto& tensors = params.direction[blockIdx.z];
     Exchange e(params, tensors.exchange, memory);
     e.kernel_name = kernel_name<Cell, Traits, false>();
+    const StepPrefetch<Traits, kGates, float> prefetch(e, params.hidden_size, tensors.x_product,
+                                                       int64_t(kGates) * params.hidden_size);
+    for (int i = 0; params.prefetches && i < kPrefetchSteps; ++i) {
+      for (int chunk = 0; chunk < e.chunks(); ++chunk) {
+        prefetch(e.token(i) + chunk * Traits::kChunkRows);
+      }
+    }
     Carried carried(e.carried_memory());
     typename Traits::Gemm gemm;
     e.load(gemm, Weight(tensors.weight_hh, params.hidden_size));
@@ -78,6 +85,7 @@ struct PersistentForwardKernel : Traits {
 
     int t = e.time(0), token = e.token(0), next_token = e.token(1);
     const int next_time = kept(e.direction ? -1 : 1), tokens = kept(next_time * params.rows);
+    int token_ahead = e.token(kPrefetchSteps);
     load(t, 0, token);
     for (int i = 0; i < params.steps; ++i) {
 #pragma unroll 1
@@ -146,7 +154,9 @@ struct PersistentForwardKernel : Traits {
             }
           });
         }
+        if (params.prefetches) prefetch(token_ahead + chunk * Traits::kChunkRows);
       }
+      token_ahead = params.step_offset ? e.token(i + 1 + kPrefetchSteps) : token_ahead + tokens;
     }
     finish(e, carried, tensors);
   }

@@ -65,6 +65,7 @@ class Planner {
       if (allows(Algorithm::persistent_grid)) consider_grids();
       if (allows(Algorithm::persistent_cluster)) consider_clusters();
     }
+    best_.prefetches = model_.prefetches(best_);
     return best_;
   }
 

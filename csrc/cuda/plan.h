@@ -34,6 +34,7 @@ struct LaunchPlan {
   int64_t groups = 0;           ///< per direction
   int64_t tile_rows = 0;        ///< batch rows per group, the last one's may be fewer
   int64_t max_units = 0;        ///< hidden units that the kernel has room for
+  bool prefetches = false;      ///< whether a step's values come from memory, not L2
 };
 
 /// All that a plan depends on, but the kernels. The device's defaults are an H100's.

@@ -349,6 +349,11 @@ FUSEDRNN_DEVICE std::enable_if_t<sizeof(Half) == 2> store_if(bool condition, Hal
       : "l"(p), "h"(value.bits), "r"(uint32_t(condition)));
 }
 
+/// Brings the 32-byte sector at p to L2.
+FUSEDRNN_DEVICE void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 /// Loads from global memory through L2 alone: the SM's L1 does not see other SMs' writes.
 FUSEDRNN_DEVICE Words load_cg(const void* p) {
   Words w;

@@ -341,6 +341,7 @@ PersistentParams common_params(const Problem& p, const LaunchPlan& plan) {
   params.tile_rows = int(plan.tile_rows);
   params.lengths = p.lengths_or_null();
   params.step_offset = p.batch.packed ? p.step_offset.data() : nullptr;
+  params.prefetches = true;  // so that its addresses are seen
   return params;
 }
 

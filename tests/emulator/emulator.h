@@ -242,6 +242,8 @@ void load_if(bool condition, T& to, const T* p) {
     spoil(to);
   }
 }
+/// A read, so that an address outside of a buffer fails.
+inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile unsigned char*>(p); }
 template <class T>
 void store_if(bool condition, T* p, T value) {
   if (condition) *p = value;

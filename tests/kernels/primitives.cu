@@ -665,6 +665,7 @@ struct Conditions {
     const int64_t at = holds ? i : int64_t{1} << 45;
     float x;
     BFloat16 half;
+    if (holds) prefetch_l2(in + at);
     load_if(holds, x, in + at);
     load_if(holds, half, halves + at);
     store_if(holds, out + at, x);
@@ -699,7 +700,7 @@ void test_conditions() {
     wrong += found_halves[i].bits != (holds ? halves[i].bits : 0);
     for (int k = 0; k < 4; ++k) wrong += found_words[i].word[k] != (holds ? words[i].word[k] : 0);
   }
-  report("load_if, store_if, load_words_if", wrong, 6 * n);
+  report("prefetch_l2, load_if, store_if, load_words_if", wrong, 6 * n);
 }
 
 FUSEDRNN_DEVICE uint32_t word_of(const float* at, int next, BFloat16) {
