@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _ops
+from fusedrnn import _ops, _variant
 from fusedrnn._cells import Cell
 from fusedrnn.functional import run
 
 Lengths = Sequence[int] | Tensor
+ResetMask = Tensor | PackedSequence
 
 
 def _weights(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -185,19 +186,61 @@ def _in_layout(
     is_batched: bool,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
     """Output and final states in the input's layout."""
+    output_in_layout = _tokens_in_layout(module, output, packed, is_batched)
+    if packed is not None and packed.unsorted_indices is not None:
+        final = tuple(s.index_select(1, packed.unsorted_indices) for s in final)
+    if not is_batched:
+        final = tuple(s.squeeze(1) for s in final)
+    return output_in_layout, final
+
+
+def _tokens_in_layout(
+    module: Any, output: Tensor, packed: PackedSequence | None, is_batched: bool
+) -> Tensor | PackedSequence:
+    """A tensor [T, B, ...] or [N, ...] in the input's layout."""
     if packed is not None:
-        if packed.unsorted_indices is not None:
-            final = tuple(s.index_select(1, packed.unsorted_indices) for s in final)
         return PackedSequence(
             output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
-        ), final
+        )
     if not is_batched:
-        return output.squeeze(1), tuple(s.squeeze(1) for s in final)
+        return output.squeeze(1)
     if not module.batch_first:
-        return output, final
-    if _ops.can_reshape_in_place():
-        return output.transpose_(0, 1), final
-    return output.transpose(0, 1), final
+        return output
+    return output.transpose_(0, 1) if _ops.can_reshape_in_place() else output.transpose(0, 1)
+
+
+def _is_same_packing(a: PackedSequence, b: PackedSequence) -> bool:
+    if not torch.equal(a.batch_sizes, b.batch_sizes):
+        return False
+    orders = [a.sorted_indices, b.sorted_indices]
+    given = [order for order in orders if order is not None]
+    if len(given) < 2:
+        return not given
+    # A comparison on a GPU would wait for it.
+    return any(order.device.type != "cpu" for order in given) or torch.equal(*given)
+
+
+def _reset_tokens(
+    module: Any, mask: ResetMask, x: Tensor, packed: PackedSequence | None, is_batched: bool
+) -> Tensor:
+    """The mask as [T, B], or [N] if packed. x: the input, time-major."""
+    if isinstance(mask, PackedSequence) != (packed is not None):
+        raise TypeError(
+            "reset_mask should be a PackedSequence if the input is one, and a tensor otherwise, "
+            f"got: {type(mask).__name__}"
+        )
+    if isinstance(mask, PackedSequence):
+        assert packed is not None
+        if not is_dynamo_compiling() and not _is_same_packing(mask, packed):
+            raise RuntimeError("Expected reset_mask to be packed as the input, with its lengths")
+        _variant.check_reset_mask(mask.data, x.shape[:1], x)
+        return mask.data
+    tokens = list(x.shape[:2]) if is_batched else list(x.shape[:1])
+    swapped = is_batched and module.batch_first
+    _variant.check_reset_mask(mask, tokens[::-1] if swapped else tokens, x)
+    if not is_batched:
+        return mask.unsqueeze(1)
+    return mask.transpose(0, 1) if swapped else mask
 
 
 def check_states_of_lstm(hx: object) -> None:
@@ -208,26 +251,40 @@ def check_states_of_lstm(hx: object) -> None:
 
 
 def layers(
-    module: nn.RNNBase,
+    module: Any,
     cell: Cell,
     input: Tensor | PackedSequence,
     states: Sequence[Tensor] | None,
     lengths: Lengths | None,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-    """All layers of a module over all steps, in any layout. Errors as torch's where it has them."""
+    reset_mask: ResetMask | None = None,
+    reset_to: str = "zero",
+    return_cell_states: bool = False,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...], Tensor | PackedSequence | None]:
+    """All layers of a module over all steps, in any layout. Errors as torch's where it has them.
+
+    Returns:
+        Output, final states and, if wanted, the last layer's cell states of all steps.
+    """
     _check_flags(module)
     packed = input if isinstance(input, PackedSequence) else None
     x = _time_major(module, cell, input, lengths)
     is_batched = packed is not None or input.dim() == 3  # type: ignore[union-attr]
-    x, states, weights = _ops.autocast(
-        cell, True, x, states, _weights(module, _weight_names(module))
-    )
+    names = _weight_names(module)
+    options = module._fused_options or _variant.NEUTRAL
+    norms: Sequence[Tensor] = ()
+    if options.layer_norm is True:
+        ends = _variant.layer_ends(module.num_layers, module.bidirectional)
+        norms = _variant.norms_of(module, cell, ends)
+    x, states, weights = _ops.autocast(cell, True, x, states, [*_weights(module, names), *norms])
+    weights, norms = weights[: len(names)], weights[len(names) :]
     _check_input(module, x, weights[0])
     if states is not None:
         states = _initial_states(module, x, states, packed, is_batched)
     if x.device != weights[0].device or states is not None:
         _check_devices(x, states or (), weights[0])
-    output, final = run(
+    if reset_mask is not None:
+        reset_mask = _reset_tokens(module, reset_mask, x, packed, is_batched)
+    output, final, cells = run(
         cell.name,
         x,
         (None,) * cell.states if states is None else states,
@@ -238,26 +295,34 @@ def layers(
         module.bidirectional,
         None if packed is None else packed.batch_sizes,
         None if lengths is None else _checked_lengths(lengths, x, is_batched),
+        _variant.call_of(
+            cell, options, module.training, norms, reset_mask, reset_to, return_cell_states
+        ),
     )
-    return _in_layout(module, output, final, packed, is_batched)
+    return *_in_layout(module, output, final, packed, is_batched), (
+        None if cells is None else _tokens_in_layout(module, cells, packed, is_batched)
+    )
 
 
 def layers_of_h(
-    module: nn.RNNBase,
+    module: Any,
     cell: Cell,
     input: Tensor | PackedSequence,
     hx: Tensor | None,
     lengths: Lengths | None,
+    reset_mask: ResetMask | None,
+    reset_to: str,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """As `layers`, for a cell whose only state is h."""
     if hx is not None and not isinstance(hx, Tensor):
         raise TypeError(f"{_name(cell)}: Expected hx to be a tensor, got {type(hx).__name__}")
-    output, (h_n,) = layers(module, cell, input, None if hx is None else (hx,), lengths)
+    states = None if hx is None else (hx,)
+    output, (h_n,), _ = layers(module, cell, input, states, lengths, reset_mask, reset_to)
     return output, h_n
 
 
 def cell_step(
-    module: nn.RNNCellBase, cell: Cell, input: Tensor, states: Sequence[Tensor] | None
+    module: Any, cell: Cell, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:
     """One step of a module, as a layer of one step, and of one row if unbatched."""
     # Like torch's cells: the weights decide, not the attribute `bias`.
@@ -269,18 +334,30 @@ def cell_step(
     if states is not None and not is_batched:
         states = [s.unsqueeze(0) for s in states]
     check_step(input, states, ih.size(1), hh.size(1))
-    input, states, weights = _ops.autocast(
-        cell, False, input, states, [ih, hh, *(biases if there else [])]
-    )
+    plain = [ih, hh, *(biases if there else [])]
+    options = module._fused_options or _variant.NEUTRAL
+    if cell.has_candidate:
+        options = options._replace(recurrent_dropout_mode="candidate")
+    norms: Sequence[Tensor] = ()
+    if options.layer_norm is True:
+        norms = _variant.norms_of(module, cell, ("",))
+    input, states, weights = _ops.autocast(cell, False, input, states, [*plain, *norms])
+    weights, norms = weights[: len(plain)], weights[len(plain) :]
     _check_devices(input, states or (), weights[0])
-    _, final = _ops.layer(
-        cell,
+    _, final, _ = run(
+        cell.name,
         input.unsqueeze(0) if is_batched else input.view(1, 1, -1),
         (None,) * cell.states if states is None else [s.unsqueeze(0) for s in states],
         weights,
+        1,
+        0.0,
+        module.training,
         False,
         None,
         None,
+        None
+        if module._fused_options is None
+        else _variant.call_of(cell, options, module.training, norms),
     )
     if is_batched and _ops.can_reshape_in_place():
         return tuple(s.squeeze_(0) for s in final)
@@ -335,9 +412,7 @@ def check_dimensions(name: str, input: Tensor, hx: Tensor | None) -> None:
             raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
 
 
-def cell_of_h(
-    module: nn.RNNCellBase, name: str, cell: Cell, input: Tensor, hx: Tensor | None
-) -> Tensor:
+def cell_of_h(module: Any, name: str, cell: Cell, input: Tensor, hx: Tensor | None) -> Tensor:
     """As `cell_step`, for a cell whose only state is h. name: torch's, for errors."""
     check_dimensions(name, input, hx)
     (h,) = cell_step(module, cell, input, None if hx is None else (hx,))

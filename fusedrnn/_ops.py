@@ -18,9 +18,11 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.compiler import is_dynamo_compiling
+from torch.utils.checkpoint import checkpoint
 
 from fusedrnn import _functorch, _reference
 from fusedrnn._cells import Cell, States, cells
+from fusedrnn._variant import Variant
 
 _ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 _POOLS = ("auto", "torch", "own")
@@ -232,6 +234,66 @@ def layer(
         input, *states, weights, bidirectional, batch_sizes, lengths, False
     )
     return result[0], result[1:-1]
+
+
+def variant_layer(
+    cell: Cell,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    variant: Variant,
+) -> tuple[Tensor, States, Tensor | None]:
+    """As `layer`, of a variant: also the cell states of all steps, if it wants them."""
+    if lengths is not None and not is_dynamo_compiling():
+        check_lengths(lengths, input.size(0))
+    return _reference.layer(
+        cell, input, states, weights, bidirectional, batch_sizes, lengths, variant
+    )
+
+
+def checkpointed_layer(
+    cell: Cell,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    variant: Variant | None,
+) -> tuple[Tensor, States, Tensor | None]:
+    """As `layer` or `variant_layer`. Keeps its arguments alone, and runs again for the backward."""
+    n = 1 + cell.states
+    of_variant = [] if variant is None else variant.tensors()
+
+    def run(*tensors: Any) -> tuple[Tensor, States, Tensor | None]:
+        of_layer, rest = tensors[:n], tensors[n:]
+        args = (
+            cell,
+            of_layer[0],
+            of_layer[1:],
+            rest[: len(weights)],
+            bidirectional,
+            batch_sizes,
+            lengths,
+        )
+        if variant is None:
+            return *layer(*args), None
+        return variant_layer(*args, variant.with_tensors(rest[len(weights) :]))
+
+    tensors = (input, *states, *weights, *of_variant)
+    if (
+        not torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()  # they know no checkpoint
+    ):
+        return run(*tensors)
+    found: tuple[Tensor, States, Tensor | None] = checkpoint(
+        run, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
+    return found
 
 
 def freeze(

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import _forward, _ops, functional
+from fusedrnn import _forward, _ops, _variant, functional
 from fusedrnn._cells import Cell
 from fusedrnn._forward import Lengths
 from fusedrnn.modules import FUSED
@@ -436,7 +436,7 @@ def freeze(model: Model, dtype: torch.dtype = torch.float32, *, inplace: bool = 
 
     Warns:
         UserWarning: lists the recurrent modules left alone: subclasses, which may compute
-            differently.
+            differently, and modules with zoneout or layer norm.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: Expected model to be a module, got {type(model).__name__}")
@@ -452,8 +452,10 @@ def freeze(model: Model, dtype: torch.dtype = torch.float32, *, inplace: bool = 
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             continue
         plain = _plain_class(module)
-        if plain is None:
-            left.append(f"{name or 'the model'} ({type(module).__name__})")
+        options = _variant.changes(module, "zoneout", "layer_norm")
+        if plain is None or options:
+            reason = f": {options}" if options else ""
+            left.append(f"{name or 'the model'} ({type(module).__name__}{reason})")
         else:
             made[module] = _frozen(module, plain, dtype)
     if left:

@@ -7,13 +7,14 @@ L layers, N = sum(batch_sizes).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import _ops
+from fusedrnn._variant import Call, Options, Zoneout, call_of, check_reset_mask
 
 __all__ = ["gru", "lstm", "rnn"]
 
@@ -31,17 +32,33 @@ def run(
     bidirectional: bool,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
-) -> tuple[Tensor, States]:
-    """All layers, for a cell's name: the output and the final states, each [L*D, B, ...]."""
+    variant: Call | None = None,
+) -> tuple[Tensor, States, Tensor | None]:
+    """All layers, for a cell's name: the output and the final states, each [L*D, B, ...].
+
+    And the last layer's cell states of all steps, if the variant wants them.
+    """
     row, per = _ops.CELLS[cell], len(weights) // num_layers
+    cells: Tensor | None = None
 
     def run_layer(i: int, x: Tensor, of_layer: Sequence[Tensor | None]) -> tuple[Tensor, States]:
+        nonlocal cells
         if i > 0 and dropout > 0 and training:
             x = F.dropout(x, dropout, True)
         own = weights if num_layers == 1 else weights[i * per : (i + 1) * per]
-        return _ops.layer(row, x, of_layer, own, bidirectional, batch_sizes, lengths)
+        if variant is None:
+            return _ops.layer(row, x, of_layer, own, bidirectional, batch_sizes, lengths)
+        own, drawn = variant.draw(row, i, num_layers, x, of_layer, own, bidirectional, batch_sizes)
+        args = (row, x, of_layer, own, bidirectional, batch_sizes, lengths)
+        if variant.save_memory:
+            output, final, cells = _ops.checkpointed_layer(*args, drawn)
+        elif drawn is None:
+            return _ops.layer(*args)
+        else:
+            output, final, cells = _ops.variant_layer(*args, drawn)
+        return output, final
 
-    return over_layers(run_layer, num_layers, bidirectional, input, states)
+    return *over_layers(run_layer, num_layers, bidirectional, input, states), cells
 
 
 def over_layers(
@@ -79,6 +96,30 @@ def _check(
         )
 
 
+def _variant(
+    cell: str,
+    input: Tensor,
+    options: Options,
+    norms: Sequence[Tensor] | None,
+    num_layers: int,
+    training: bool,
+    bidirectional: bool,
+    reset_mask: Tensor | None,
+    reset_to: str,
+    return_cell_states: bool = False,
+) -> Call | None:
+    """The call's variant, checked."""
+    row = _ops.CELLS[cell]
+    count = num_layers * (2 if bidirectional else 1) * (4 if row.has_cell_state else 2)
+    if norms is not None and len(norms) != count:
+        raise ValueError(f"{cell}: got {len(norms)} norms, expected {count}")
+    if reset_mask is not None:
+        check_reset_mask(reset_mask, input.shape[:-1], input)
+    options = options._replace(layer_norm=norms is not None)
+    return call_of(row, options, training, norms or (), reset_mask, reset_to, return_cell_states)
+
+
+@overload
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
@@ -90,7 +131,59 @@ def lstm(
     bidirectional: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: Literal["sequence", "candidate"] = "sequence",
+    zoneout: Zoneout = 0.0,
+    weight_dropout: float = 0.0,
+    norms: Sequence[Tensor] | None = None,
+    reset_mask: Tensor | None = None,
+    reset_to: Literal["zero", "initial"] = "zero",
+    save_memory: bool = False,
+    return_cell_states: Literal[False] = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: Literal["sequence", "candidate"] = "sequence",
+    zoneout: Zoneout = 0.0,
+    weight_dropout: float = 0.0,
+    norms: Sequence[Tensor] | None = None,
+    reset_mask: Tensor | None = None,
+    reset_to: Literal["zero", "initial"] = "zero",
+    save_memory: bool = False,
+    return_cell_states: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: Literal["sequence", "candidate"] = "sequence",
+    zoneout: Zoneout = 0.0,
+    weight_dropout: float = 0.0,
+    norms: Sequence[Tensor] | None = None,
+    reset_mask: Tensor | None = None,
+    reset_to: Literal["zero", "initial"] = "zero",
+    save_memory: bool = False,
+    return_cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
     """All layers of an LSTM (Hochreiter and Schmidhuber 1997; equations of torch.nn.LSTM).
 
     Args:
@@ -106,18 +199,45 @@ def lstm(
         batch_sizes: [T] int64 on the CPU, as in PackedSequence.batch_sizes.
         lengths: [B] int64 on the device of input, in any order, zeros allowed. Tokens past a
             row's length are not read, and zero in the output.
+        recurrent_dropout: see FusedLSTM, and so are the next three; they apply while training, but
+            for zoneout, which else takes the expectation.
+        recurrent_dropout_mode: see FusedLSTM.
+        zoneout: see FusedLSTM.
+        weight_dropout: see FusedLSTM.
+        norms: for each layer, for each direction: norm_ih [4H], norm_hh [4H], norm_c [H],
+            norm_c_bias [H]; switches layer norm on.
+        reset_mask: [T, B], or [N] with batch_sizes, bool: see FusedLSTM.forward.
+        reset_to: "zero" or "initial": see FusedLSTM.forward.
+        save_memory: see FusedLSTM.
+        return_cell_states: whether the cell states of all steps are returned too.
 
     Returns:
         output `[T, B, D*P]` or `[N, D*P]`, h_n `[L*D, B, P]`, c_n `[L*D, B, H]`: the states after
-        each row's own last step.
+        each row's own last step. With return_cell_states also c of every step of the last layer,
+        `[T, B, D*H]` or `[N, D*H]`.
 
     Raises:
-        ValueError: the number of weights fits no LSTM.
+        ValueError: the number of weights or norms fits no LSTM; a probability is out of range.
         TypeError: lengths is no tensor.
         RuntimeError: a shape, type or device doesn't fit; T is 0; bad batch_sizes or lengths.
     """
     _check("lstm", weights, num_layers, bidirectional, lengths)
-    output, (h_n, c_n) = run(
+    options = Options(
+        recurrent_dropout, recurrent_dropout_mode, zoneout, weight_dropout, save_memory=save_memory
+    )
+    variant = _variant(
+        "lstm",
+        input,
+        options,
+        norms,
+        num_layers,
+        training,
+        bidirectional,
+        reset_mask,
+        reset_to,
+        return_cell_states,
+    )
+    output, (h_n, c_n), cells = run(
         "lstm",
         input,
         (None, None) if hx is None else hx,
@@ -128,8 +248,9 @@ def lstm(
         bidirectional,
         batch_sizes,
         lengths,
+        variant,
     )
-    return output, h_n, c_n
+    return (output, h_n, c_n) if cells is None else (output, h_n, c_n, cells)
 
 
 def gru(
@@ -143,6 +264,14 @@ def gru(
     bidirectional: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: Literal["sequence", "candidate"] = "sequence",
+    zoneout: float = 0.0,
+    weight_dropout: float = 0.0,
+    norms: Sequence[Tensor] | None = None,
+    reset_mask: Tensor | None = None,
+    reset_to: Literal["zero", "initial"] = "zero",
+    save_memory: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All layers of a GRU (Cho et al. 2014; equations of torch.nn.GRU, reset after the product).
 
@@ -157,16 +286,30 @@ def gru(
         bidirectional: see `lstm`.
         batch_sizes: see `lstm`.
         lengths: see `lstm`.
+        recurrent_dropout: see `lstm`.
+        recurrent_dropout_mode: see `lstm`.
+        zoneout: see `lstm`; one number.
+        weight_dropout: see `lstm`.
+        norms: for each layer, for each direction: norm_ih [3H], norm_hh [3H].
+        reset_mask: see `lstm`.
+        reset_to: see `lstm`.
+        save_memory: see `lstm`.
 
     Returns:
         output `[T, B, D*H]` or `[N, D*H]`, h_n `[L*D, B, H]`.
 
     Raises:
-        ValueError: the number of weights fits no GRU.
+        ValueError: the number of weights or norms fits no GRU; a probability is out of range.
         TypeError, RuntimeError: as `lstm`.
     """
     _check("gru", weights, num_layers, bidirectional, lengths)
-    output, (h_n,) = run(
+    options = Options(
+        recurrent_dropout, recurrent_dropout_mode, zoneout, weight_dropout, save_memory=save_memory
+    )
+    variant = _variant(
+        "gru", input, options, norms, num_layers, training, bidirectional, reset_mask, reset_to
+    )
+    output, (h_n,), _ = run(
         "gru",
         input,
         (hx,),
@@ -177,6 +320,7 @@ def gru(
         bidirectional,
         batch_sizes,
         lengths,
+        variant,
     )
     return output, h_n
 
@@ -193,6 +337,13 @@ def rnn(
     bidirectional: bool = False,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    weight_dropout: float = 0.0,
+    norms: Sequence[Tensor] | None = None,
+    reset_mask: Tensor | None = None,
+    reset_to: Literal["zero", "initial"] = "zero",
+    save_memory: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All layers of a plain RNN (Elman 1990; equations of torch.nn.RNN).
 
@@ -208,19 +359,33 @@ def rnn(
         bidirectional: see `lstm`.
         batch_sizes: see `lstm`.
         lengths: see `lstm`.
+        recurrent_dropout: see `lstm`; always one mask for the sequence.
+        zoneout: see `lstm`; one number.
+        weight_dropout: see `lstm`.
+        norms: for each layer, for each direction: norm_ih [H], norm_hh [H].
+        reset_mask: see `lstm`.
+        reset_to: see `lstm`.
+        save_memory: see `lstm`.
 
     Returns:
         output `[T, B, D*H]` or `[N, D*H]`, h_n `[L*D, B, H]`.
 
     Raises:
-        ValueError: the number of weights fits no RNN; an unknown nonlinearity.
+        ValueError: the number of weights or norms fits no RNN; an unknown nonlinearity; a
+            probability is out of range.
         TypeError, RuntimeError: as `lstm`.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     cell = f"rnn_{nonlinearity}"
     _check(cell, weights, num_layers, bidirectional, lengths)
-    output, (h_n,) = run(
+    options = Options(
+        recurrent_dropout, "sequence", zoneout, weight_dropout, save_memory=save_memory
+    )
+    variant = _variant(
+        cell, input, options, norms, num_layers, training, bidirectional, reset_mask, reset_to
+    )
+    output, (h_n,), _ = run(
         cell,
         input,
         (hx,),
@@ -231,5 +396,6 @@ def rnn(
         bidirectional,
         batch_sizes,
         lengths,
+        variant,
     )
     return output, h_n

@@ -15,9 +15,10 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from fusedrnn import _forward, _ops
+from fusedrnn import _forward, _ops, _variant
 from fusedrnn._cells import Cell
-from fusedrnn._forward import Lengths
+from fusedrnn._forward import Lengths, ResetMask
+from fusedrnn._variant import Option, Options, Zoneout
 
 __all__ = [
     "FusedGRU",
@@ -27,6 +28,8 @@ __all__ = [
     "FusedRNN",
     "FusedRNNCell",
 ]
+
+ResetTo = Literal["zero", "initial"]
 
 _LSTM, _GRU = _ops.CELLS["lstm"], _ops.CELLS["gru"]
 _RNN = {"tanh": _ops.CELLS["rnn_tanh"], "relu": _ops.CELLS["rnn_relu"]}
@@ -46,14 +49,58 @@ def _cell_of_mode(mode: str) -> Cell:
     return _RNN[mode[4:].lower()]
 
 
+def _extra_repr(own: str, options: Options | None) -> str:
+    changed = {} if options is None else options.non_default()
+    return ", ".join([own, *(f"{name}={value}" for name, value in changed.items())])
+
+
 class _FusedRNN(nn.RNNBase):
     """The layers' base class.
 
-    Their other code is in functions: a user's subclass may use any name for its own members.
+    Their other code is in functions: a user's subclass may use any name for its own members, also
+    the options' names, if fuse() extended it.
     """
+
+    recurrent_dropout = Option(0.0)
+    recurrent_dropout_mode = Option[str]("sequence")
+    zoneout = Option[Zoneout](0.0)
+    weight_dropout = Option(0.0)
+    layer_norm = Option(False)
+    save_memory = Option(False)
+    _fused_options: Options | None = None  # Option writes it
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the weights in place."""
+
+    def reset_parameters(self) -> None:
+        """Draws new weights as torch's layer does. A layer norm's scales are one, its biases 0."""
+        norms = {name: self._parameters.pop(name) for name in _variant.own_norms(self)}
+        super().reset_parameters()
+        self._parameters.update(norms)
+        _variant.reset_norms(self)
+
+    def extra_repr(self) -> str:
+        """As torch's layer, and the options that were changed."""
+        return _extra_repr(super().extra_repr(), self._fused_options)
+
+
+class _FusedCell(nn.RNNCellBase):
+    """The single steps' base class; see _FusedRNN."""
+
+    zoneout = Option[Zoneout](0.0)
+    layer_norm = Option(False)
+    _fused_options: Options | None = None  # Option writes it
+
+    def reset_parameters(self) -> None:
+        """Draws new weights as torch's cell does. A layer norm's scales are one, its biases 0."""
+        norms = {name: self._parameters.pop(name) for name in _variant.own_norms(self)}
+        super().reset_parameters()
+        self._parameters.update(norms)
+        _variant.reset_norms(self)
+
+    def extra_repr(self) -> str:
+        """As torch's cell, and the options that were changed."""
+        return _extra_repr(super().extra_repr(), self._fused_options)
 
 
 class FusedLSTM(_FusedRNN):
@@ -92,6 +139,13 @@ class FusedLSTM(_FusedRNN):
         proj_size: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: Literal["sequence", "candidate"] = "sequence",
+        zoneout: Zoneout = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        save_memory: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -106,6 +160,16 @@ class FusedLSTM(_FusedRNN):
             device,
             dtype,
         )
+        options = Options(
+            recurrent_dropout,
+            recurrent_dropout_mode,
+            zoneout,
+            weight_dropout,
+            layer_norm,
+            save_memory,
+        )
+        ends = _variant.layer_ends(num_layers, bidirectional)
+        _variant.set_up(self, _LSTM, options, ends, device, dtype)
 
     @overload
     def forward(
@@ -114,18 +178,54 @@ class FusedLSTM(_FusedRNN):
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Lengths | None = None,
+        return_cell_states: Literal[False] = False,
+        reset_mask: Tensor | None = None,
+        reset_to: ResetTo = "zero",
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        return_cell_states: Literal[False] = False,
+        reset_mask: PackedSequence | None = None,
+        reset_to: ResetTo = "zero",
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+        return_cell_states: Literal[True],
+        reset_mask: Tensor | None = None,
+        reset_to: ResetTo = "zero",
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        return_cell_states: Literal[True],
+        reset_mask: PackedSequence | None = None,
+        reset_to: ResetTo = "zero",
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor], PackedSequence]: ...
     def forward(
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        return_cell_states: bool = False,
+        reset_mask: ResetMask | None = None,
+        reset_to: ResetTo = "zero",
+    ) -> (
+        tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
+        | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
+    ):
         """Runs all layers over all steps.
 
         Args:
@@ -135,20 +235,37 @@ class FusedLSTM(_FusedRNN):
             lengths: B integers from 0 to T, in any order, list or tensor on any device: the steps
                 of each row. Padding is not read, and zero in the output; states are those
                 after each row's own last step.
+            return_cell_states: whether a third result has the cell states of all steps.
+            reset_mask: bool [T, B], [B, T] if batch_first, [T] unbatched, a PackedSequence if the
+                input is one. True discards the states before this step, in all layers, as
+                for a new episode; the reverse direction's are those after step t + 1.
+                Gradients stop there. Padding is not looked at.
+            reset_to: "zero" or "initial": the states after a reset, zero or hx.
 
         Returns:
             output `[T, B, D*P]` in the layout of the input, (h_n `[L*D, B, P]`, c_n `[L*D, B, H]`).
+            With return_cell_states also c of every step of the last layer, `[T, B, D*H]` in the
+            layout of the input.
 
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, in its words where it has them.
         """
-        if lengths is None and not is_dynamo_compiling():
+        if (
+            lengths is None
+            and reset_mask is None
+            and return_cell_states is False
+            and reset_to == "zero"
+            and self._fused_options is None
+            and not is_dynamo_compiling()
+        ):
             result = _ops.fast_layers(self.__dict__, _LSTM.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, tuple[Tensor, Tensor]]", result)
         _forward.check_states_of_lstm(hx)
-        output, (h_n, c_n) = _forward.layers(self, _LSTM, input, hx, lengths)
-        return output, (h_n, c_n)
+        output, (h_n, c_n), cells = _forward.layers(
+            self, _LSTM, input, hx, lengths, reset_mask, reset_to, return_cell_states
+        )
+        return (output, (h_n, c_n)) if cells is None else (output, (h_n, c_n), cells)
 
     if TYPE_CHECKING:
 
@@ -162,11 +279,22 @@ class _LayerOfH(_FusedRNN):
 
     @overload
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: ResetTo = "zero",
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset_mask: PackedSequence | None = None,
+        reset_to: ResetTo = "zero",
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(
         self,
@@ -174,6 +302,8 @@ class _LayerOfH(_FusedRNN):
         hx: Tensor | None = None,
         *,
         lengths: Lengths | None = None,
+        reset_mask: ResetMask | None = None,
+        reset_to: ResetTo = "zero",
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs all layers over all steps.
 
@@ -181,6 +311,8 @@ class _LayerOfH(_FusedRNN):
             input: as FusedLSTM.
             hx: h_0 `[L*D, B, H]`, without B if unbatched; None for zeros.
             lengths: as FusedLSTM.
+            reset_mask: as FusedLSTM.
+            reset_to: as FusedLSTM.
 
         Returns:
             output `[T, B, D*H]` in the layout of the input, h_n `[L*D, B, H]`.
@@ -190,11 +322,17 @@ class _LayerOfH(_FusedRNN):
         """
         # One class has the modes of tanh and relu. Another class's mode may be a user's attribute.
         cell = _cell_of_mode(self.mode) if isinstance(self, FusedRNN) else _GRU
-        if lengths is None and not is_dynamo_compiling():
+        if (
+            lengths is None
+            and reset_mask is None
+            and reset_to == "zero"
+            and self._fused_options is None
+            and not is_dynamo_compiling()
+        ):
             result = _ops.fast_layers(self.__dict__, cell.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, Tensor]", result)
-        return _forward.layers_of_h(self, cell, input, hx, lengths)
+        return _forward.layers_of_h(self, cell, input, hx, lengths, reset_mask, reset_to)
 
     if TYPE_CHECKING:
 
@@ -226,6 +364,13 @@ class FusedGRU(_LayerOfH):
         proj_size: Literal[0] = 0,  # where nn.GRU has it
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: Literal["sequence", "candidate"] = "sequence",
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        save_memory: bool = False,
     ) -> None:
         if proj_size:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -241,6 +386,16 @@ class FusedGRU(_LayerOfH):
             device=device,
             dtype=dtype,
         )
+        options = Options(
+            recurrent_dropout,
+            recurrent_dropout_mode,
+            zoneout,
+            weight_dropout,
+            layer_norm,
+            save_memory,
+        )
+        ends = _variant.layer_ends(num_layers, bidirectional)
+        _variant.set_up(self, _GRU, options, ends, device, dtype)
 
 
 class FusedRNN(_LayerOfH):
@@ -281,6 +436,13 @@ class FusedRNN(_LayerOfH):
         proj_size: Literal[0] = 0,  # where nn.RNN has it
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: Literal["sequence"] = "sequence",
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool = False,
+        save_memory: bool = False,
     ) -> None:
         if proj_size:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -301,9 +463,19 @@ class FusedRNN(_LayerOfH):
             dtype=dtype,
         )
         self.nonlinearity = nonlinearity
+        options = Options(
+            recurrent_dropout,
+            recurrent_dropout_mode,
+            zoneout,
+            weight_dropout,
+            layer_norm,
+            save_memory,
+        )
+        ends = _variant.layer_ends(num_layers, bidirectional)
+        _variant.set_up(self, _RNN[nonlinearity], options, ends, device, dtype)
 
 
-class FusedLSTMCell(nn.RNNCellBase):
+class FusedLSTMCell(_FusedCell):
     """One step of an LSTM; takes the place of torch.nn.LSTMCell.
 
     Args:
@@ -314,6 +486,8 @@ class FusedLSTMCell(nn.RNNCellBase):
         dtype: of the parameters: float32, float64, bfloat16 or float16.
     """
 
+    recurrent_dropout = Option(0.0)
+
     def __init__(
         self,
         input_size: int,
@@ -321,8 +495,14 @@ class FusedLSTMCell(nn.RNNCellBase):
         bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout: Zoneout = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        options = Options(recurrent_dropout, zoneout=zoneout, layer_norm=layer_norm)
+        _variant.set_up(self, _LSTM, options, ("",), device, dtype)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -340,7 +520,7 @@ class FusedLSTMCell(nn.RNNCellBase):
             ValueError, RuntimeError: as torch.nn.LSTMCell.
             TypeError: hx is not a pair of tensors.
         """
-        if not is_dynamo_compiling():
+        if self._fused_options is None and not is_dynamo_compiling():
             result = _ops.fast_cell(self.__dict__, _LSTM.index, input, hx)
             if result is not None:
                 return cast("tuple[Tensor, Tensor]", result)
@@ -355,8 +535,10 @@ class FusedLSTMCell(nn.RNNCellBase):
             """As forward."""
 
 
-class FusedGRUCell(nn.RNNCellBase):
+class FusedGRUCell(_FusedCell):
     """One step of a GRU; takes the place of torch.nn.GRUCell. Arguments: as FusedLSTMCell."""
+
+    recurrent_dropout = Option(0.0)
 
     def __init__(
         self,
@@ -365,8 +547,14 @@ class FusedGRUCell(nn.RNNCellBase):
         bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        options = Options(recurrent_dropout, zoneout=zoneout, layer_norm=layer_norm)
+        _variant.set_up(self, _GRU, options, ("",), device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Runs one step.
@@ -382,7 +570,7 @@ class FusedGRUCell(nn.RNNCellBase):
             ValueError, RuntimeError: as torch.nn.GRUCell.
             TypeError: hx is not a tensor.
         """
-        if not is_dynamo_compiling():
+        if self._fused_options is None and not is_dynamo_compiling():
             result = _ops.fast_cell(self.__dict__, _GRU.index, input, hx)
             if result is not None:
                 return cast(Tensor, result[0])
@@ -395,7 +583,7 @@ class FusedGRUCell(nn.RNNCellBase):
             """As forward."""
 
 
-class FusedRNNCell(nn.RNNCellBase):
+class FusedRNNCell(_FusedCell):
     """One step of a plain RNN; takes the place of torch.nn.RNNCell.
 
     Args:
@@ -417,9 +605,14 @@ class FusedRNNCell(nn.RNNCellBase):
         nonlinearity: Literal["tanh", "relu"] = "tanh",
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
+        options = Options(zoneout=zoneout, layer_norm=layer_norm)
+        _variant.set_up(self, _RNN[nonlinearity], options, ("",), device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Runs one step.
@@ -440,7 +633,7 @@ class FusedRNNCell(nn.RNNCellBase):
         if cell is None:
             _forward.check_dimensions("RNNCell", input, hx)
             raise RuntimeError(f"Unknown nonlinearity: {name}")
-        if not is_dynamo_compiling():
+        if self._fused_options is None and not is_dynamo_compiling():
             result = _ops.fast_cell(self.__dict__, cell.index, input, hx)
             if result is not None:
                 return cast(Tensor, result[0])

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fusedrnn import _variant
 from fusedrnn.modules import FUSED
 
 __all__ = ["fuse", "unfuse"]
@@ -53,6 +54,10 @@ _CALLED = (
 
 class _NoCounterpartError(Exception):
     """Why a module stays as it is."""
+
+
+class _VariantError(Exception):
+    """The options of a module that torch's has not."""
 
 
 def _new(plain: Class) -> nn.Module:
@@ -207,9 +212,16 @@ def _swap_all(function: str, model: Model, target: Callable[[nn.Module], Class |
             left[name] = f"{name or 'the model'} ({type(module).__name__}: {reason})"
             if _is_foreign(module):
                 foreign.append(f"{name}." if name else "")
+        except _VariantError as options:
+            raise RuntimeError(
+                f"{function}: {name or 'the model'} ({type(module).__name__}) has {options}, which "
+                "torch's modules have not. Without these options it can be swapped"
+            ) from None
     for module, cls in swaps:
         if cls is type(module):
             continue
+        if function == "unfuse":
+            _variant.forget(module)
         module.__class__ = cls
         if function == "unfuse" and isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN wants it
@@ -236,7 +248,13 @@ def _target_of_fuse(module: nn.Module, subclass: bool) -> Class | None:
 
 
 def _target_of_unfuse(module: nn.Module) -> Class | None:
-    return _counterpart(module, _to_plain) if isinstance(module, tuple(_PLAIN)) else None
+    if not isinstance(module, tuple(_PLAIN)):
+        return None
+    found = _counterpart(module, _to_plain)
+    names = ("recurrent_dropout", "zoneout", "weight_dropout", "layer_norm")
+    if options := _variant.changes(module, *names):
+        raise _VariantError(options)
+    return found
 
 
 def _log_others(model: nn.Module) -> None:
@@ -303,6 +321,8 @@ def unfuse(model: Model) -> Model:
 
     Raises:
         TypeError: model is no module.
+        RuntimeError: a module has recurrent dropout, zoneout, weight dropout or layer norm. The
+            model is then unchanged.
 
     Warns:
         UserWarning: lists the modules left alone: subclasses of fused modules.
