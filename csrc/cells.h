@@ -7,6 +7,9 @@
 // may have changed the output in place. `state` is c for a cell with a cell state, else h. Act has
 // sigmoid and tanh.
 //
+// Candidate says what happens to the candidate's tanh, g of an LSTM and n of a GRU: value() of it,
+// and slope(), the derivative of value() by the pre-activation as a function of the value.
+//
 // A backward step has two parts. prepare() computes kPrepared values from what the forward pass
 // saved. backward() needs the output's gradient too. A kernel that waits for this gradient calls
 // prepare() before the wait.
@@ -18,6 +21,28 @@
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
+/// The candidate as it is.
+struct WholeCandidate {
+  template <class V>
+  FUSEDRNN_INLINE V value(V tanh) const {
+    return tanh;
+  }
+  template <class V>
+  FUSEDRNN_INLINE V slope(V value) const {
+    return typename Value<V>::scalar(1) - value * value;
+  }
+};
+
+/// The candidate times a factor, 0 where recurrent dropout zeroes it.
+template <class V>
+struct ScaledCandidate {
+  V factor;
+  FUSEDRNN_INLINE V value(V tanh) const { return tanh * factor; }
+  FUSEDRNN_INLINE V slope(V value) const {
+    return factor == V{} ? V{} : factor - value * value / factor;
+  }
+};
+
 /// Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000, as in torch.nn.LSTM.
 /// Gates i f g o; saved: i f g o c.
 struct Lstm {
@@ -25,15 +50,16 @@ struct Lstm {
   static constexpr int kGates = 4, kPreacts = 4, kSaved = 5, kPrepared = 6;
   static constexpr int input_preact[kGates] = {0, 1, 2, 3};
   static constexpr int hidden_preact[kGates] = {0, 1, 2, 3};
-  static constexpr bool kHasCellState = true, kHasProjection = true;
-  static constexpr bool kIsBounded = true;  ///< |h| is at most 1 if it is at first
-  static constexpr int kSavedState = 4;     ///< the state's index in `saved`
+  static constexpr bool kHasCellState = true, kHasProjection = true, kHasCandidate = true;
+  static constexpr bool kIsBounded = true;   ///< |h| is at most 1 if it is at first
+  static constexpr int kSavedState = 4;      ///< the state's index in `saved`
+  static constexpr int kPreparedOutput = 5;  ///< in `prepared`: dc's derivative to dh
 
-  template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE V forward(const V* preact, V& c, V* saved) {
+  template <class Act = ExactActivations, class V, class Candidate = WholeCandidate>
+  static FUSEDRNN_INLINE V forward(const V* preact, V& c, V* saved, Candidate candidate = {}) {
     saved[0] = Act::sigmoid(preact[0]);
     saved[1] = Act::sigmoid(preact[1]);
-    saved[2] = Act::tanh(preact[2]);
+    saved[2] = candidate.value(Act::tanh(preact[2]));
     saved[3] = Act::sigmoid(preact[3]);
     saved[4] = c = saved[1] * c + saved[0] * saved[2];
     return output<Act>(saved);
@@ -46,14 +72,15 @@ struct Lstm {
 
   /// Derivatives of the gates' pre-activations: the first three to dc, the fourth to dh. Then f,
   /// and dc's derivative to dh.
-  template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE void prepare(const V* saved, V c_previous, V* prepared) {
+  template <class Act = ExactActivations, class V, class Candidate = WholeCandidate>
+  static FUSEDRNN_INLINE void prepare(const V* saved, V c_previous, V* prepared,
+                                      Candidate candidate = {}) {
     using Scalar = typename Value<V>::scalar;
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = Act::tanh(saved[4]);
     prepared[0] = g * i * (Scalar(1) - i);
     prepared[1] = c_previous * f * (Scalar(1) - f);
-    prepared[2] = i * (Scalar(1) - g * g);
+    prepared[2] = i * candidate.slope(g);
     prepared[3] = tanh_c * o * (Scalar(1) - o);
     prepared[4] = f;
     prepared[5] = o * (Scalar(1) - tanh_c * tanh_c);
@@ -79,16 +106,16 @@ struct Gru {
   static constexpr int kGates = 3, kPreacts = 4, kSaved = 5, kPrepared = 5;
   static constexpr int input_preact[kGates] = {0, 1, 2};
   static constexpr int hidden_preact[kGates] = {0, 1, 3};
-  static constexpr bool kHasCellState = false, kHasProjection = false;
+  static constexpr bool kHasCellState = false, kHasProjection = false, kHasCandidate = true;
   static constexpr bool kIsBounded = true;
   static constexpr int kSavedState = 4;
 
-  template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved) {
+  template <class Act = ExactActivations, class V, class Candidate = WholeCandidate>
+  static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved, Candidate candidate = {}) {
     using Scalar = typename Value<V>::scalar;
     saved[0] = Act::sigmoid(preact[0]);
     saved[1] = Act::sigmoid(preact[1]);
-    saved[2] = Act::tanh(preact[2] + saved[0] * preact[3]);
+    saved[2] = candidate.value(Act::tanh(preact[2] + saved[0] * preact[3]));
     saved[3] = preact[3];
     // Not n + z * (h - n), which loses h where |n| is much larger.
     return saved[4] = h = (Scalar(1) - saved[1]) * saved[2] + saved[1] * h;
@@ -100,11 +127,12 @@ struct Gru {
   }
 
   /// The derivatives of x_n and z to dh, of r to x_n. Then r and z.
-  template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE void prepare(const V* saved, V h_previous, V* prepared) {
+  template <class Act = ExactActivations, class V, class Candidate = WholeCandidate>
+  static FUSEDRNN_INLINE void prepare(const V* saved, V h_previous, V* prepared,
+                                      Candidate candidate = {}) {
     using Scalar = typename Value<V>::scalar;
     const V r = saved[0], z = saved[1], n = saved[2], h_n = saved[3];
-    prepared[0] = (Scalar(1) - z) * (Scalar(1) - n * n);
+    prepared[0] = (Scalar(1) - z) * candidate.slope(n);
     prepared[1] = (h_previous - n) * z * (Scalar(1) - z);
     prepared[2] = h_n * r * (Scalar(1) - r);
     prepared[3] = r;
@@ -132,12 +160,12 @@ struct Rnn {
   static constexpr int kGates = 1, kPreacts = 1, kSaved = 1, kPrepared = 1;
   static constexpr int input_preact[kGates] = {0};
   static constexpr int hidden_preact[kGates] = {0};
-  static constexpr bool kHasCellState = false, kHasProjection = false;
+  static constexpr bool kHasCellState = false, kHasProjection = false, kHasCandidate = false;
   static constexpr bool kIsBounded = Nonlinearity::kIsBounded;
   static constexpr int kSavedState = 0;
 
-  template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved) {
+  template <class Act = ExactActivations, class V, class Candidate = WholeCandidate>
+  static FUSEDRNN_INLINE V forward(const V* preact, V& h, V* saved, Candidate = {}) {
     return saved[0] = h = Nonlinearity::template value<Act>(preact[0]);
   }
 
@@ -146,8 +174,8 @@ struct Rnn {
     return saved[0];
   }
 
-  template <class Act = ExactActivations, class V>
-  static FUSEDRNN_INLINE void prepare(const V* saved, V, V* prepared) {
+  template <class Act = ExactActivations, class V, class Candidate = WholeCandidate>
+  static FUSEDRNN_INLINE void prepare(const V* saved, V, V* prepared, Candidate = {}) {
     prepared[0] = Nonlinearity::prepare(saved[0]);
   }
 

@@ -215,11 +215,16 @@ LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
   for (int64_t d = 0; d < layer.D; ++d) {
     const int64_t first = first_weight + d * per;
     const auto wants = [&](int64_t i) { return g.output_mask[first + i]; };
-    const Tensor dgates = gates.dgates[d], dinput = dgates.narrow(1, 0, inputs);
+    const Tensor dgates = gates.dgates[d];
+    const Tensor dinput = gates.dinput.defined() ? gates.dinput[d] : dgates.narrow(1, 0, inputs);
     if (wants_input) gemms.multiply(dinput, layer.weights[d].ih, out.input, d > 0);
     std::vector<Tensor> of(static_cast<size_t>(per));
     if (wants(0)) of[0] = product(dinput, x);
-    if (wants(1)) of[1] = hidden_weight_gradient(layer, dgates, gates.h_previous[d], gemms);
+    if (wants(1)) {
+      of[1] = gates.dhidden.defined()
+                  ? product(gates.dhidden[d], gates.h_previous[d])
+                  : hidden_weight_gradient(layer, dgates, gates.h_previous[d], gemms);
+    }
     if (layer.has_bias && (wants(2) || wants(3))) {
       // Two tensors: an optimizer may change one gradient in place.
       for (int64_t i : {2, 3}) {
@@ -239,35 +244,120 @@ LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
   return out;
 }
 
-OutputGradients::OutputGradients(const Layer& layer, const BackwardArgs& args) {
+Tensor OutputGradients::ready(const Layer& layer, const char* name, const Tensor& t,
+                              c10::IntArrayRef shape) const {
   const CellInfo& cell = layer.cell;
-  const auto ready = [&](const char* name, const Tensor& t, c10::IntArrayRef shape) {
-    FUSEDRNN_CHECK_BACKWARD(cell, t.scalar_type() == layer.type, "input has type ", layer.type,
-                            " but ", name, " has type ", t.scalar_type());
-    FUSEDRNN_CHECK_BACKWARD(cell, t.device() == layer.input.device(), "input is on ",
-                            layer.input.device(), " but ", name, " is on ", t.device());
-    FUSEDRNN_CHECK_BACKWARD(cell, t.sizes() == shape, "Expected ", name, " size ", shape, ", got ",
-                            t.sizes());
-    return in_type(t, layer.state_type).contiguous();
-  };
+  FUSEDRNN_CHECK_BACKWARD(cell, t.scalar_type() == layer.type, "input has type ", layer.type,
+                          " but ", name, " has type ", t.scalar_type());
+  FUSEDRNN_CHECK_BACKWARD(cell, t.device() == layer.input.device(), "input is on ",
+                          layer.input.device(), " but ", name, " is on ", t.device());
+  FUSEDRNN_CHECK_BACKWARD(cell, t.sizes() == shape, "Expected ", name, " size ", shape, ", got ",
+                          t.sizes());
+  return in_type(t, layer.state_type).contiguous();
+}
+
+OutputGradients::OutputGradients(const Layer& layer, const OutputGradientArgs& args,
+                                 const Tensor& saved_values, c10::IntArrayRef saved_shape,
+                                 const c10::List<bool>& mask, int64_t weights) {
+  const CellInfo& cell = layer.cell;
   const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
-  FUSEDRNN_CHECK_BACKWARD(cell, args.output || !layer.has_projection,
-                          "output is needed with a projection");
-  if (layer.has_projection) output = ready("output", *args.output, output_shape);
-  if (args.grad_output) dy = ready("grad_output", *args.grad_output, output_shape);
-  if (args.grad_h_n) dh_n = ready("grad_h_n", *args.grad_h_n, {layer.D, layer.B, layer.P});
-  if (args.grad_c_n) dc_n = ready("grad_c_n", *args.grad_c_n, {layer.D, layer.B, layer.H});
-  FUSEDRNN_CHECK_BACKWARD(
-      cell,
-      args.saved.scalar_type() == layer.compute_type &&
-          args.saved.device() == layer.input.device() &&
-          args.saved.sizes() == c10::IntArrayRef({layer.D, layer.N, cell.saved, layer.H}),
-      "saved must be what the forward op returned with save=True");
-  saved = args.saved.contiguous();
-  output_mask.assign(args.output_mask.begin(), args.output_mask.end());
-  const size_t wanted = 1 + cell.states() + layer.D * layer.weights_per_direction();
+  if (args.grad_output) dy = ready(layer, "grad_output", *args.grad_output, output_shape);
+  if (args.grad_h_n) dh_n = ready(layer, "grad_h_n", *args.grad_h_n, {layer.D, layer.B, layer.P});
+  if (args.grad_c_n) dc_n = ready(layer, "grad_c_n", *args.grad_c_n, {layer.D, layer.B, layer.H});
+  FUSEDRNN_CHECK_BACKWARD(cell,
+                          saved_values.scalar_type() == layer.compute_type &&
+                              saved_values.device() == layer.input.device() &&
+                              saved_values.sizes() == saved_shape,
+                          "saved must be what the forward op returned with save=True");
+  saved = saved_values.contiguous();
+  output_mask.assign(mask.begin(), mask.end());
+  const size_t wanted = size_t(1 + cell.states() + weights);
   FUSEDRNN_CHECK_BACKWARD(cell, output_mask.size() == wanted, "Expected ", wanted,
                           " entries in output_mask, got ", output_mask.size());
+}
+
+OutputGradients::OutputGradients(const Layer& layer, const BackwardArgs& args)
+    : OutputGradients(layer, args, args.saved, {layer.D, layer.N, layer.cell.saved, layer.H},
+                      args.output_mask, layer.D * layer.weights_per_direction()) {
+  FUSEDRNN_CHECK_BACKWARD(layer.cell, args.output || !layer.has_projection,
+                          "output is needed with a projection");
+  if (layer.has_projection) {
+    output = ready(layer, "output", *args.output, layer.shape(layer.D * layer.P));
+  }
+}
+
+OutputGradients::OutputGradients(const Layer& layer, const LayerVariant& variant,
+                                 const VariantBackwardArgs& args)
+    : OutputGradients(
+          layer, args, args.saved, {layer.D, layer.N, variant.saved.size}, args.output_mask,
+          layer.D * (layer.weights_per_direction() + variant.norms_per_direction(layer))) {
+  if (args.grad_cells && layer.cell.has_cell_state) {
+    dcells = ready(layer, "grad_cells", *args.grad_cells, layer.shape(layer.D * layer.H));
+  }
+}
+
+LayerVariant::LayerVariant(const Layer& layer, const VariantArgs& args)
+    : reset_to_initial(args.reset_to_initial),
+      candidate_scale(args.candidate_scale),
+      zoneout_h(args.zoneout_h),
+      zoneout_c(args.zoneout_c),
+      saved(layer.H, layer.cell.gates, layer.cell.saved, layer.cell.has_cell_state,
+            !args.norms.empty()) {
+  const CellInfo& cell = layer.cell;
+  const Tensor& x = args.input;
+  const auto mask = [&](const char* name, const OptionalTensor& t, std::vector<int64_t> shape) {
+    if (!t) return Tensor();
+    FUSEDRNN_CHECK(cell, t->device() == x.device(), "input is on ", x.device(), " but ", name,
+                   " is on ", t->device());
+    FUSEDRNN_CHECK(cell, t->scalar_type() == at::kBool, name, " must have type Bool, got ",
+                   t->scalar_type());
+    FUSEDRNN_CHECK(cell, t->sizes() == shape, "Expected ", name, " size ", c10::IntArrayRef(shape),
+                   ", got ", t->sizes());
+    check_allocated(cell, name, *t);
+    return t->contiguous();
+  };
+  // [D, *tokens, features]; no features: [*tokens].
+  const auto of_tokens = [&](int64_t features) {
+    std::vector<int64_t> shape = layer.shape(features);
+    if (features) {
+      shape.insert(shape.begin(), layer.D);
+    } else {
+      shape.pop_back();
+    }
+    return shape;
+  };
+  reset_mask = mask("reset_mask", args.reset_mask, of_tokens(0));
+  if (args.hidden_mask) {
+    check_like(cell, "hidden_mask", *args.hidden_mask, x, {layer.D, layer.B, layer.P});
+    hidden_mask = in_type(*args.hidden_mask, layer.compute_type).contiguous();
+  }
+  FUSEDRNN_CHECK(cell, cell.has_candidate || !args.candidate_mask,
+                 "candidate_mask: the cell has no candidate");
+  candidate_mask = mask("candidate_mask", args.candidate_mask, of_tokens(layer.H));
+  zoneout_h_mask = mask("zoneout_h_mask", args.zoneout_h_mask, of_tokens(layer.P));
+  FUSEDRNN_CHECK(cell, cell.has_cell_state || (!args.zoneout_c_mask && args.zoneout_c == 0),
+                 "zoneout_c: the cell has no cell state");
+  zoneout_c_mask = mask("zoneout_c_mask", args.zoneout_c_mask, of_tokens(layer.H));
+  for (const double share : {zoneout_h, zoneout_c}) {
+    FUSEDRNN_CHECK(cell, share >= 0 && share <= 1,
+                   "zoneout_h and zoneout_c must be from 0 to 1, got ", share);
+  }
+  if (args.norms.empty()) return;
+  const int64_t per = 2 + 2 * cell.has_cell_state;
+  FUSEDRNN_CHECK(cell, int64_t(args.norms.size()) == per * layer.D, "Expected ", per * layer.D,
+                 " norms, got ", args.norms.size());
+  for (int64_t d = 0; d < layer.D; ++d) {
+    const auto norm = [&](int64_t i, const char* name, int64_t size) {
+      const Tensor& t = args.norms[size_t(d * per + i)];
+      FUSEDRNN_CHECK(cell, t.defined(), name, " is undefined");
+      check_like(cell, name, t, x, {size});
+      return in_type(t, layer.compute_type).contiguous();
+    };
+    const int64_t gates = cell.gates * layer.H;
+    norms.push_back({norm(0, "norm_ih", gates), norm(1, "norm_hh", gates),
+                     cell.has_cell_state ? norm(2, "norm_c", layer.H) : Tensor(),
+                     cell.has_cell_state ? norm(3, "norm_c_bias", layer.H) : Tensor()});
+  }
 }
 
 }  // namespace fusedrnn

@@ -12,6 +12,7 @@
 
 #include "cells.h"
 #include "ops.h"
+#include "sequence.h"
 
 namespace fusedrnn {
 
@@ -21,7 +22,7 @@ struct CellInfo {
   int index;  ///< in scalar::Cells
   int64_t gates, preacts, saved;
   std::array<int64_t, 4> hidden_preact;  ///< [gates]
-  bool has_cell_state, has_projection, is_bounded;
+  bool has_cell_state, has_projection, has_candidate, is_bounded;
 
   /// States that a cell carries from step to step: h, and c if it has one.
   int64_t states() const { return 1 + has_cell_state; }
@@ -32,7 +33,7 @@ struct CellInfo {
                   Cell::kGates,        Cell::kPreacts,
                   Cell::kSaved,        {},
                   Cell::kHasCellState, Cell::kHasProjection,
-                  Cell::kIsBounded};
+                  Cell::kHasCandidate, Cell::kIsBounded};
     for (int g = 0; g < Cell::kGates; ++g) {
       info.hidden_preact[size_t(g)] = Cell::hidden_preact[g];
       // layer_gradients relies on it: the input's pre-activations come first, gate by gate.
@@ -95,12 +96,66 @@ struct Layer {
   void read_weights(const Tensor& input, at::TensorList list, at::ScalarType operand_type);
 };
 
+/// A variant's arguments, checked, in the kernels' types (ops.cpp). Undefined where absent.
+struct LayerVariant {
+  LayerVariant(const Layer& layer, const VariantArgs& args);
+
+  Tensor reset_mask, hidden_mask, candidate_mask, zoneout_h_mask, zoneout_c_mask;
+  bool reset_to_initial;
+  double candidate_scale, zoneout_h, zoneout_c;
+  struct Norms {
+    Tensor ih, hh, c, c_bias;
+  };
+  c10::SmallVector<Norms, 2> norms;  ///< a direction's each, or empty
+  SavedVariant saved;
+
+  bool has_norms() const { return !norms.empty(); }
+  int64_t norms_per_direction(const Layer& layer) const {
+    return has_norms() ? 2 + 2 * layer.cell.has_cell_state : 0;
+  }
+  /// One direction's, without cells and gradients.
+  template <class Accum>
+  Variant<Accum> of_direction(const Layer& layer, int64_t d) const {
+    Variant<Accum> v;
+    const auto mask = [&](const Tensor& t, int64_t size) {
+      return t.defined() ? t.const_data_ptr<bool>() + d * size : nullptr;
+    };
+    const auto data = [](const Tensor& t) {
+      return t.defined() ? t.const_data_ptr<Accum>() : nullptr;
+    };
+    v.reset_mask = mask(reset_mask, 0);
+    v.reset_to_initial = reset_to_initial;
+    if (hidden_mask.defined()) v.hidden_mask = data(hidden_mask) + d * layer.B * layer.P;
+    v.candidate_mask = mask(candidate_mask, layer.N * layer.H);
+    v.candidate_scale = Accum(candidate_scale);
+    v.zoneout_h_mask = mask(zoneout_h_mask, layer.N * layer.P);
+    v.zoneout_c_mask = mask(zoneout_c_mask, layer.N * layer.H);
+    v.zoneout_h = Accum(zoneout_h);
+    v.zoneout_c = Accum(zoneout_c);
+    v.has_norms = has_norms();
+    v.saved_size = saved.size;
+    v.cells_stride = layer.D * layer.H;
+    if (has_norms()) {
+      const Norms& of = norms[size_t(d)];
+      v.norm_ih = data(of.ih);
+      v.norm_hh = data(of.hh);
+      v.norm_c = data(of.c);
+      v.norm_c_bias = data(of.c_bias);
+      v.bias_ih = data(layer.weights[size_t(d)].bias_ih);
+      v.bias_hh = data(layer.weights[size_t(d)].bias_hh);
+    }
+    return v;
+  }
+};
+
 /// Operands for the weight-gradient GEMMs, all directions, filled by the backward steps. They
 /// cover M tokens: all N, or those that layer_gradients is given.
 struct GateGradients {
   Tensor dgates;      ///< [D, M, S*H]
   Tensor h_previous;  ///< [D, M, P]
   Tensor dr, h_raw;   ///< [D, M, P], [D, M, H]; with a projection
+  /// [D, M, G*H] gradients of the GEMMs with weight_ih and weight_hh; undefined: they are dgates.
+  Tensor dinput, dhidden;
 };
 
 /// The GEMMs and sums for layer_gradients, from the backend. Matrices are row-major.
@@ -118,12 +173,20 @@ struct Gemms {
 /// A backward op's arguments besides the layer, checked.
 struct OutputGradients {
   OutputGradients(const Layer& layer, const BackwardArgs& args);
+  OutputGradients(const Layer& layer, const LayerVariant& variant, const VariantBackwardArgs& args);
 
   Tensor dy;          ///< [T, B, D*P] or [N, D*P], contiguous; undefined: zeros. The others too
   Tensor dh_n, dc_n;  ///< [D, B, P], [D, B, H]
   Tensor output;      ///< as dy; with a projection
-  Tensor saved;       ///< [D, N, A, H]
+  Tensor saved;       ///< [D, N, A, H]; of a variant [D, N, LayerVariant::saved.size]
+  Tensor dcells;      ///< of a variant: [T, B, D*H] or [N, D*H]
   std::vector<bool> output_mask;  ///< input, states, weights
+
+ private:
+  OutputGradients(const Layer& layer, const OutputGradientArgs& args, const Tensor& saved,
+                  c10::IntArrayRef saved_shape, const c10::List<bool>& output_mask,
+                  int64_t weights);
+  Tensor ready(const Layer& layer, const char* name, const Tensor& t, c10::IntArrayRef shape) const;
 };
 
 /// A backward op's results: GEMMs for the gradients of input and weights, empty tensors for

@@ -18,6 +18,24 @@
 //   h_n, c_n     [D, B, P], [D, B, H]: after each row's own last step
 //   saved        for the same backend's backward op, unchanged
 //
+// <cell>_variant is the layer with more in its steps; <cell>_variant_backward gives its gradients,
+// the norms' behind the weights'. "tokens" is [T, B], or [N] when packed.
+//   reset_mask         [*tokens] bool: the row's states begin again before this step. In the
+//   reverse
+//                      direction, too, that is before the step at this time
+//   reset_to_initial   from h0 and c0 (they get the gradient), else from zeros
+//   hidden_mask        [D, B, P] factors of h as weight_hh's operand, of the input's type
+//   candidate_mask     [D, *tokens, H] bool: false zeroes the candidate (an LSTM's g, a GRU's n),
+//   true
+//                      scales it by candidate_scale. Not for plain RNNs
+//   zoneout_h_mask     [D, *tokens, P] bool: true keeps h from before the step; zoneout_c_mask
+//                      [D, *tokens, H] for c. Without a mask zoneout_h and zoneout_c are the shares
+//                      of h and c from before
+//   norms              for each direction the scales of layer norms: norm_ih [G*H] of weight_ih x,
+//                      norm_hh [G*H] of weight_hh h, and for a cell state norm_c [H] and its bias
+//                      [H]; or empty. Biases are added behind the norms
+//   cells              [T, B, D*H] or [N, D*H], c after each step; empty without a cell state
+//
 // _freeze prepacks a layer's float32 weights, as listed above, into one uint8 tensor. `type`:
 // float32, bfloat16 or int8, the type of weight_ih and weight_hh there. weight_hr and the biases
 // stay float32. int8 has a scale for each row of weights, and needs a cell with states within
@@ -48,6 +66,7 @@ const char* schema_type() {
   if constexpr (std::is_same_v<Type, at::TensorList>) return "Tensor[] ";
   if constexpr (std::is_same_v<Type, bool>) return "bool ";
   if constexpr (std::is_same_v<Type, int64_t>) return "int ";
+  if constexpr (std::is_same_v<Type, double>) return "float ";
   if constexpr (std::is_same_v<Type, c10::List<bool>>) return "bool[] ";
 }
 
@@ -77,6 +96,15 @@ void define_ops(torch::Library& m) {
                                 of_cell_state("Tensor grad_c0, ") + "Tensor[] grad_weights";
   define(name + "_backward", backward, gradients);
   define("_" + name + "_backward_differentiable", backward, gradients);
+  const std::string variant = layer + FUSEDRNN_VARIANT_ARGS(FUSEDRNN_ARG) "";
+  define(
+      name + "_variant", variant + FUSEDRNN_FORWARD_ARGS(FUSEDRNN_ARG) "",
+      "Tensor output, Tensor h_n, " + of_cell_state("Tensor c_n, ") + "Tensor cells, Tensor saved");
+  const std::string variant_backward =
+      FUSEDRNN_OUTPUT_GRADIENT_ARGS(FUSEDRNN_ARG, FUSEDRNN_CELL_STATE_ARG) variant +
+      FUSEDRNN_VARIANT_BACKWARD_ARGS(FUSEDRNN_ARG) "";
+  define(name + "_variant_backward", variant_backward, gradients);
+  define("_" + name + "_variant_backward_differentiable", variant_backward, gradients);
 }
 #undef FUSEDRNN_ARG
 #undef FUSEDRNN_CELL_STATE_ARG

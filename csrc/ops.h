@@ -46,6 +46,19 @@ using OptionalTensor = std::optional<Tensor>;
   ARG(int64_t, output_size)                   \
   FUSEDRNN_LAYOUT_ARGS(ARG)
 
+/// What a variant's op takes behind the layer's arguments.
+#define FUSEDRNN_VARIANT_ARGS(ARG)           \
+  ARG(const OptionalTensor&, reset_mask)     \
+  ARG(bool, reset_to_initial)                \
+  ARG(const OptionalTensor&, hidden_mask)    \
+  ARG(const OptionalTensor&, candidate_mask) \
+  ARG(double, candidate_scale)               \
+  ARG(const OptionalTensor&, zoneout_h_mask) \
+  ARG(const OptionalTensor&, zoneout_c_mask) \
+  ARG(double, zoneout_h)                     \
+  ARG(double, zoneout_c)                     \
+  ARG(at::TensorList, norms)
+
 #define FUSEDRNN_OUTPUT_GRADIENT_ARGS(ARG, CELL_STATE) \
   ARG(const OptionalTensor&, grad_output)              \
   ARG(const OptionalTensor&, grad_h_n)                 \
@@ -58,6 +71,12 @@ using OptionalTensor = std::optional<Tensor>;
 #define FUSEDRNN_BACKWARD_ARGS(ARG)  \
   ARG(const OptionalTensor&, output) \
   ARG(const Tensor&, saved)          \
+  ARG(const c10::List<bool>&, output_mask)
+
+/// A variant's backward op has these behind its layer's and variant's.
+#define FUSEDRNN_VARIANT_BACKWARD_ARGS(ARG) \
+  ARG(const OptionalTensor&, grad_cells)    \
+  ARG(const Tensor&, saved)                 \
   ARG(const c10::List<bool>&, output_mask)
 
 #define FUSEDRNN_FIELD(type, name) type name;
@@ -76,12 +95,25 @@ struct OutputGradientArgs {
 struct BackwardArgs : OutputGradientArgs, LayerArgs {
   FUSEDRNN_BACKWARD_ARGS(FUSEDRNN_FIELD)
 };
+struct VariantArgs : LayerArgs {
+  FUSEDRNN_VARIANT_ARGS(FUSEDRNN_FIELD)
+};
+struct VariantForwardArgs : VariantArgs {
+  FUSEDRNN_FORWARD_ARGS(FUSEDRNN_FIELD)
+};
+struct VariantBackwardArgs : OutputGradientArgs, VariantArgs {
+  FUSEDRNN_VARIANT_BACKWARD_ARGS(FUSEDRNN_FIELD)
+};
 #undef FUSEDRNN_FIELD
 
 /// A forward op's results; c_n is undefined without a cell state.
 struct LayerOutput {
   Tensor output, h_n, c_n, saved;
   Tensor& cell_state() { return c_n; }
+};
+/// A variant's: `cells` is empty without a cell state.
+struct VariantOutput : LayerOutput {
+  Tensor cells;
 };
 /// A backward op's results; likewise c0.
 struct LayerGradients {
@@ -126,6 +158,22 @@ auto flat(const BackwardArgs& args) {
                             flat<Cell>(static_cast<const LayerArgs&>(args)),
                         FUSEDRNN_BACKWARD_ARGS(FUSEDRNN_ITEM) std::tuple<>());
 }
+template <class Cell>
+auto flat(const VariantArgs& args) {
+  return std::tuple_cat(flat<Cell>(static_cast<const LayerArgs&>(args)),
+                        FUSEDRNN_VARIANT_ARGS(FUSEDRNN_ITEM) std::tuple<>());
+}
+template <class Cell>
+auto flat(const VariantForwardArgs& args) {
+  return std::tuple_cat(flat<Cell>(static_cast<const VariantArgs&>(args)),
+                        FUSEDRNN_FORWARD_ARGS(FUSEDRNN_ITEM) std::tuple<>());
+}
+template <class Cell>
+auto flat(const VariantBackwardArgs& args) {
+  return std::tuple_cat(FUSEDRNN_OUTPUT_GRADIENT_ARGS(FUSEDRNN_ITEM, FUSEDRNN_CELL_STATE_ITEM)
+                            flat<Cell>(static_cast<const VariantArgs&>(args)),
+                        FUSEDRNN_VARIANT_BACKWARD_ARGS(FUSEDRNN_ITEM) std::tuple<>());
+}
 #undef FUSEDRNN_ITEM
 #undef FUSEDRNN_CELL_STATE_ITEM
 /// Without `saved`, as an op with frozen weights gives it.
@@ -138,6 +186,11 @@ template <class Cell>
 auto flat(LayerOutput&& out) {
   std::tuple<Tensor> saved(std::move(out.saved));
   return std::tuple_cat(flat_states<Cell>(std::move(out)), std::move(saved));
+}
+template <class Cell>
+auto flat(VariantOutput&& out) {
+  std::tuple<Tensor, Tensor> rest(std::move(out.cells), std::move(out.saved));
+  return std::tuple_cat(flat_states<Cell>(std::move(out)), std::move(rest));
 }
 template <class Cell>
 auto flat(LayerGradients&& out) {
@@ -153,7 +206,7 @@ Args structured(const Items&... items) {
   const auto args = [](const auto&... all) { return Args{all...}; };
   if constexpr (Cell::kHasCellState) {
     return args(items...);
-  } else if constexpr (std::is_same_v<Args, BackwardArgs>) {
+  } else if constexpr (std::is_base_of_v<OutputGradientArgs, Args>) {
     return [&](const auto& grad_output, const auto& grad_h_n, const auto& input, const auto& h0,
                const auto&... rest) {
       return args(grad_output, grad_h_n, absent, input, h0, absent, rest...);
@@ -188,6 +241,15 @@ struct OpTypes {
                                      decltype(flat<Cell>(std::declval<LayerOutput>()))>::type;
   using Backward = typename Signature<decltype(flat<Cell>(std::declval<const BackwardArgs&>())),
                                       decltype(flat<Cell>(std::declval<LayerGradients>()))>::type;
+};
+template <class Cell>
+struct VariantOpTypes {
+  using Forward =
+      typename Signature<decltype(flat<Cell>(std::declval<const VariantForwardArgs&>())),
+                         decltype(flat<Cell>(std::declval<VariantOutput>()))>::type;
+  using Backward =
+      typename Signature<decltype(flat<Cell>(std::declval<const VariantBackwardArgs&>())),
+                         decltype(flat<Cell>(std::declval<LayerGradients>()))>::type;
 };
 template <class Cell>
 using FrozenOp = typename Signature<decltype(flat<Cell>(std::declval<const FrozenArgs&>())),
@@ -227,6 +289,21 @@ const auto& differentiable_backward_op() {
 }
 
 template <class Cell>
+const auto& variant_forward_op() {
+  static const auto op = find_op<typename VariantOpTypes<Cell>::Forward>(std::string("fusedrnn::") +
+                                                                         Cell::kName + "_variant");
+  return op;
+}
+/// is_differentiable: made from torch's own ops (_ops.py), for create_graph=True.
+template <class Cell, bool is_differentiable = false>
+const auto& variant_backward_op() {
+  static const auto op = find_op<typename VariantOpTypes<Cell>::Backward>(
+      std::string("fusedrnn::") + (is_differentiable ? "_" : "") + Cell::kName +
+      "_variant_backward" + (is_differentiable ? "_differentiable" : ""));
+  return op;
+}
+
+template <class Cell>
 LayerOutput call(const c10::TypedOperatorHandle<ForwardOp<Cell>>& op, const ForwardArgs& args) {
   return structured<Cell, LayerOutput>(
       std::apply([&](const auto&... items) { return op.call(items...); }, flat<Cell>(args)));
@@ -242,6 +319,29 @@ LayerGradients call(const c10::TypedOperatorHandle<BackwardOp<Cell>>& op,
                     const BackwardArgs& args) {
   return structured<Cell, LayerGradients>(
       std::apply([&](const auto&... items) { return op.call(items...); }, flat<Cell>(args)));
+}
+
+template <class Cell>
+VariantOutput call_variant(const VariantForwardArgs& args) {
+  auto out =
+      std::apply([](const auto&... items) { return variant_forward_op<Cell>().call(items...); },
+                 flat<Cell>(args));
+  constexpr size_t last = std::tuple_size_v<decltype(out)> - 1;
+  VariantOutput results;
+  results.output = std::get<0>(std::move(out));
+  results.h_n = std::get<1>(std::move(out));
+  if constexpr (Cell::kHasCellState) results.c_n = std::get<2>(std::move(out));
+  results.cells = std::get<last - 1>(std::move(out));
+  results.saved = std::get<last>(std::move(out));
+  return results;
+}
+template <class Cell, bool is_differentiable = false>
+LayerGradients call_variant(const VariantBackwardArgs& args) {
+  return structured<Cell, LayerGradients>(std::apply(
+      [](const auto&... items) {
+        return variant_backward_op<Cell, is_differentiable>().call(items...);
+      },
+      flat<Cell>(args)));
 }
 
 /// A cell's kernels for the dispatcher, from a backend's functions over structs:
@@ -288,6 +388,32 @@ void register_frozen_ops(Library& m) {
   });
 }
 
+/// The same for variants: Backend::forward_variant<Cell>(const VariantForwardArgs&) and
+/// Backend::backward_variant<Cell>(const VariantBackwardArgs&).
+template <class Backend, class Cell, class Forward = typename VariantOpTypes<Cell>::Forward,
+          class Backward = typename VariantOpTypes<Cell>::Backward>
+struct VariantCellOps;
+template <class Backend, class Cell, class Output, class... ForwardItems, class Gradients,
+          class... BackwardItems>
+struct VariantCellOps<Backend, Cell, Output(ForwardItems...), Gradients(BackwardItems...)> {
+  static Output forward(ForwardItems... items) {
+    return flat<Cell>(
+        Backend::template forward_variant<Cell>(structured<Cell, VariantForwardArgs>(items...)));
+  }
+  static Gradients backward(BackwardItems... items) {
+    return flat<Cell>(
+        Backend::template backward_variant<Cell>(structured<Cell, VariantBackwardArgs>(items...)));
+  }
+};
+template <class Backend, class Library>
+void register_variant_ops(Library& m) {
+  scalar::Cells::for_each([&](auto cell) {
+    using Ops = VariantCellOps<Backend, decltype(cell)>;
+    m.impl((std::string(cell.kName) + "_variant").c_str(), &Ops::forward);
+    m.impl((std::string(cell.kName) + "_variant_backward").c_str(), &Ops::backward);
+  });
+}
+
 // ---- gradients ----------------------------------------------------------------------------------
 
 inline bool needs_gradient(const Tensor& t) { return t.defined() && t.requires_grad(); }
@@ -301,6 +427,9 @@ inline bool needs_gradient(at::TensorList list) {
 inline bool needs_gradient(const LayerArgs& args) {
   return needs_gradient(args.input) || needs_gradient(args.h0) || needs_gradient(args.c0) ||
          needs_gradient(args.weights);
+}
+inline bool needs_gradient(const VariantArgs& args) {
+  return needs_gradient(static_cast<const LayerArgs&>(args)) || needs_gradient(args.norms);
 }
 inline bool needs_gradient(const OutputGradientArgs& args) {
   return needs_gradient(args.grad_output) || needs_gradient(args.grad_h_n) ||

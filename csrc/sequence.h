@@ -80,6 +80,51 @@ struct Weights {
   const Element* hr = nullptr;       ///< [P, H] the projection
 };
 
+/// What a direction's steps have beyond the plain cell's (ops.cpp, <cell>_variant); null: none.
+template <class Accum>
+struct Variant {
+  const bool* reset_mask = nullptr;      ///< [N] a token's row begins again before the step
+  bool reset_to_initial = false;         ///< from h0 and c0, not from zeros
+  const Accum* hidden_mask = nullptr;    ///< [B, P] factors of h as weight_hh's operand
+  const bool* candidate_mask = nullptr;  ///< [N, H] false: the candidate is zero
+  Accum candidate_scale = 1;             ///< of other candidates
+  const bool* zoneout_h_mask = nullptr;  ///< [N, P] true: h stays as before the step
+  const bool* zoneout_c_mask = nullptr;  ///< [N, H]
+  Accum zoneout_h = 0, zoneout_c = 0;    ///< without a mask: the share of the value before
+  bool has_norms = false;                ///< whether the layer norms below are there
+  const Accum* norm_ih = nullptr;        ///< [G*H], of weight_ih x
+  const Accum* norm_hh = nullptr;        ///< [G*H], of weight_hh h
+  const Accum* bias_ih = nullptr;        ///< [G*H], added after the norms
+  const Accum* bias_hh = nullptr;
+  const Accum* norm_c = nullptr;       ///< [H], of c; cells with a cell state
+  const Accum* norm_c_bias = nullptr;  ///< [H]
+  int64_t saved_size = 0;              ///< values of a token in `saved` (SavedVariant)
+  Accum* cells = nullptr;              ///< [N, H] c after each step; cells with a cell state
+  const Accum* dcells = nullptr;       ///< its gradient; null: zeros
+  int64_t cells_stride = 0;            ///< between tokens, of both
+  /// Backward, with layer norms: operands of the GEMMs in the gradients' places, [M, G*H], and the
+  /// gradient of the normalised c, [M, H]. Rows are compact.
+  Accum* dinput = nullptr;
+  Accum* dhidden = nullptr;
+  Accum* dnorm_c = nullptr;
+};
+
+/// Where a token's saved values lie, in values: the cell's own A*H, then h after the step, c, and
+/// with layer norms the normalised GEMMs, the normalised c, and 4 values: reciprocals of the
+/// standard deviations of weight_ih x, weight_hh h and c.
+struct SavedVariant {
+  int64_t h, c, input, hidden, norm_c, rstd, size;
+  constexpr SavedVariant(int64_t H, int64_t gates, int64_t saved, bool has_cell_state,
+                         bool has_norms)
+      : h(saved * H),
+        c(h + H),
+        input(c + has_cell_state * H),
+        hidden(input + has_norms * gates * H),
+        norm_c(hidden + has_norms * gates * H),
+        rstd(norm_c + (has_norms && has_cell_state) * H),
+        size(rstd + has_norms * 4) {}
+};
+
 template <class Accum, class Element = Accum>
 struct Forward : Sequence<Accum> {
   Weights<Element> weights;
@@ -106,6 +151,8 @@ struct Forward : Sequence<Accum> {
   Accum* h_n = nullptr;    ///< [B, P]
   Accum* c_n = nullptr;    ///< [B, H], cells with a cell state only
   Accum* saved = nullptr;  ///< [N, A, H], null: not wanted
+
+  const Variant<Accum>* variant = nullptr;  ///< for a variant's kernels alone
 };
 
 template <class Accum>
@@ -136,6 +183,8 @@ struct Backward : Sequence<Accum> {
   Accum* h_raw = nullptr;       ///< [M, H] output before the projection; projection only
   Accum* dh0 = nullptr;         ///< [B, P]
   Accum* dc0 = nullptr;         ///< [B, H], cells with a cell state only
+
+  const Variant<Accum>* variant = nullptr;  ///< for a variant's kernels alone
 };
 
 }  // namespace fusedrnn

@@ -20,6 +20,8 @@
 #else
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #endif
+/// For code that a hot function calls seldom, so that it does not grow.
+#define FUSEDRNN_NOINLINE __attribute__((noinline))
 /// Behind a lambda's parameters: inlined at every optimisation level.
 #define FUSEDRNN_LAMBDA __attribute__((always_inline))
 

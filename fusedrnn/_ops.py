@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,12 @@ _DEVICES = frozenset(
 )
 _FORWARD = {name: getattr(torch.ops.fusedrnn, name).default for name in CELLS}
 _FROZEN = {name: getattr(torch.ops.fusedrnn, f"{name}_frozen").default for name in CELLS}
+_VARIANT = {name: getattr(torch.ops.fusedrnn, f"{name}_variant").default for name in CELLS}
+_VARIANT_DEVICES = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::lstm_variant", key)
+)
 _BACKWARD = {name: getattr(torch.ops.fusedrnn, f"{name}_backward").default for name in CELLS}
 
 
@@ -96,30 +102,32 @@ def devices() -> frozenset[str]:
     return _DEVICES
 
 
-def _differentiable_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
-    """A backward op with differentiable gradients, for create_graph=True.
+def _differentiable_gradients(
+    layer: Callable[[list[Tensor]], Sequence[Tensor | None]],
+    arguments: Sequence[Tensor],
+    needed: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Differentiable gradients of a layer's results, for create_graph=True; empty if not needed.
 
-    Arguments and results: see the op in csrc/ops.cpp. _functorch.py does the same by
-    torch.func.vjp, which can't run inside the kernel for a Batched key.
+    _functorch.py does the same by torch.func.vjp, which can't run inside the kernel for a Batched
+    key.
     """
-    n = 1 + cell.states  # output and final states; input and states
-    grads, (input, *states), weights = args[:n], args[n : 2 * n], args[2 * n]
-    bidirectional, batch_sizes, lengths, _, _, needed = args[2 * n + 1 :]
     # A separate tensor for each argument. A path between two arguments, as from a weight to an
     # earlier layer's state, is the engine's own and would be counted twice.
     with torch.enable_grad():
         tensors = [
             (t.view_as(t) if t.requires_grad else t.detach().requires_grad_()) if need else t
-            for t, need in zip((input, *states, *weights), needed, strict=True)
+            for t, need in zip(arguments, needed, strict=True)
         ]
-        output, final = _reference.layer(
-            cell, tensors[0], tensors[1:n], tensors[n:], bidirectional, batch_sizes, lengths
-        )
-    used = [(y, g) for y, g in zip((output, *final), grads, strict=True) if g is not None]
-    result: list[Tensor] = [input.new_empty(0)] * len(tensors)
+        results = layer(tensors)
+    used = [
+        (y, g) for y, g in zip(results, gradients, strict=True) if y is not None and g is not None
+    ]
+    found: list[Tensor] = [arguments[0].new_empty(0)] * len(tensors)
     wanted = [i for i, need in enumerate(needed) if need]
     if used and wanted:
-        gradients = torch.autograd.grad(
+        of_wanted = torch.autograd.grad(
             [y for y, _ in used],
             [tensors[i] for i in wanted],
             [g for _, g in used],
@@ -127,22 +135,81 @@ def _differentiable_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
             allow_unused=True,
             materialize_grads=True,
         )
-        for i, g in zip(wanted, gradients, strict=True):
-            result[i] = g
-    return *result[:n], result[n:]
+        for i, g in zip(wanted, of_wanted, strict=True):
+            found[i] = g
+    return found
+
+
+def _differentiable_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
+    """A backward op in torch's own ops. Arguments and results: see the op in csrc/ops.cpp."""
+    n = 1 + cell.states  # output and final states; input and states
+    weights, (bidirectional, batch_sizes, lengths, _, _, needed) = args[2 * n], args[2 * n + 1 :]
+
+    def layer(tensors: list[Tensor]) -> Sequence[Tensor]:
+        output, final = _reference.layer(
+            cell, tensors[0], tensors[1:n], tensors[n:], bidirectional, batch_sizes, lengths
+        )
+        return output, *final
+
+    found = _differentiable_gradients(layer, (*args[n : 2 * n], *weights), needed, args[:n])
+    return *found[:n], found[n:]
+
+
+# A variant's fields in its op's order.
+_VARIANT_FIELDS = (
+    "reset_mask",
+    "reset_to_initial",
+    "hidden_mask",
+    "candidate_mask",
+    "candidate_scale",
+    "zoneout_h_mask",
+    "zoneout_c_mask",
+    "zoneout_h",
+    "zoneout_c",
+    "norms",
+)
+
+
+def _differentiable_variant_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
+    """The same for a variant's."""
+    n, v = 1 + cell.states, len(_VARIANT_FIELDS)
+    weights, (bidirectional, batch_sizes, lengths) = args[2 * n], args[2 * n + 1 : 2 * n + 4]
+    given = dict(zip(_VARIANT_FIELDS, args[2 * n + 4 : 2 * n + 4 + v], strict=True))
+    grad_cells, _, needed = args[2 * n + 4 + v :]
+    end = n + len(weights)
+
+    def layer(tensors: list[Tensor]) -> Sequence[Tensor | None]:
+        variant = Variant(**{**given, "norms": tensors[end:]}, return_cells=grad_cells is not None)
+        output, final, cells = _reference.layer(
+            cell,
+            tensors[0],
+            tensors[1:n],
+            tensors[n:end],
+            bidirectional,
+            batch_sizes,
+            lengths,
+            variant,
+        )
+        return output, *final, cells
+
+    arguments = (*args[n : 2 * n], *weights, *given["norms"])
+    found = _differentiable_gradients(layer, arguments, needed, (*args[:n], grad_cells))
+    return *found[:n], found[n:]
 
 
 _library = torch.library.Library("fusedrnn", "IMPL")  # type: ignore[no-untyped-call]
 for _cell in CELLS.values():
-    for _op, _key in (
-        (f"_{_cell.name}_backward_differentiable", "CompositeImplicitAutograd"),
-        # Several gradients for one call: torch.autograd.grad's is_grads_batched, or vmap.
-        (f"{_cell.name}_backward", "Batched"),
-        (f"{_cell.name}_backward", "FuncTorchBatched"),
+    for _name, _function in (
+        (_cell.name, _differentiable_backward),
+        (f"{_cell.name}_variant", _differentiable_variant_backward),
     ):
-        _library.impl(  # type: ignore[no-untyped-call]
-            _op, functools.partial(_differentiable_backward, _cell), _key
-        )
+        for _op, _key in (
+            (f"_{_name}_backward_differentiable", "CompositeImplicitAutograd"),
+            # Several gradients for one call: torch.autograd.grad's is_grads_batched, or vmap.
+            (f"{_name}_backward", "Batched"),
+            (f"{_name}_backward", "FuncTorchBatched"),
+        ):
+            _library.impl(_op, functools.partial(_function, _cell), _key)  # type: ignore[no-untyped-call]
 
 
 def _transforms() -> set[TransformType] | None:
@@ -247,11 +314,18 @@ def variant_layer(
     variant: Variant,
 ) -> tuple[Tensor, States, Tensor | None]:
     """As `layer`, of a variant: also the cell states of all steps, if it wants them."""
-    if lengths is not None and not is_dynamo_compiling():
-        check_lengths(lengths, input.size(0))
-    return _reference.layer(
-        cell, input, states, weights, bidirectional, batch_sizes, lengths, variant
+    # Other transforms than none take the reference.
+    if input.device.type not in _VARIANT_DEVICES or _transforms() != set():
+        if lengths is not None and not is_dynamo_compiling():
+            check_lengths(lengths, input.size(0))
+        return _reference.layer(
+            cell, input, states, weights, bidirectional, batch_sizes, lengths, variant
+        )
+    fields = [getattr(variant, name) for name in _VARIANT_FIELDS]
+    output, *rest, cells, _ = _VARIANT[cell.name](
+        input, *states, weights, bidirectional, batch_sizes, lengths, *fields, False
     )
+    return output, tuple(rest), cells if cell.has_cell_state and variant.return_cells else None
 
 
 def checkpointed_layer(
@@ -377,11 +451,37 @@ def _fake_forward(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _fake_variant(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
+    n = cell.states
+    input, weights = args[0], args[1 + n]
+    bidirectional, batch_sizes, _, *fields, save = args[2 + n :]
+    norms = fields[-1]
+    _check_devices(f"{cell.name}_variant", (*args[: 2 + n], *fields))
+    directions = 2 if bidirectional else 1
+    hidden, out = weights[1].size(0) // cell.gates, weights[1].size(1)
+    tokens = input.size(0) * (input.size(1) if batch_sizes is None else 1)
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+    c = cell.has_cell_state
+    # As SavedVariant in csrc/sequence.h.
+    size = (cell.saved + 1 + c + (2 * cell.gates + c if norms else 0)) * hidden + 4 * bool(norms)
+    return (
+        *_fake_results(input, args[1 : 1 + n], (hidden, out), bidirectional, batch_sizes),
+        input.new_empty((*input.shape[:-1], directions * hidden) if c else (0,)),
+        input.new_empty((directions, tokens, size) if save else (0,), dtype=compute),
+    )
+
+
 def _fake_frozen(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     n = cell.states
     _check_devices(f"{cell.name}_frozen", args[: 2 + n])
     hidden, out, bidirectional, batch_sizes, _ = args[2 + n :]
     return _fake_results(args[0], args[1 : 1 + n], (hidden, out), bidirectional, batch_sizes)
+
+
+def _fake_variant_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
+    n = 1 + cell.states
+    norms = args[2 * n + 3 + len(_VARIANT_FIELDS)]
+    return _fake_backward(cell, *args[: 2 * n], [*args[2 * n], *norms], *args[2 * n + 1 :])
 
 
 def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
@@ -405,10 +505,13 @@ def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
 
 
 for _cell in CELLS.values():
-    torch.library.register_fake(f"fusedrnn::{_cell.name}")(functools.partial(_fake_forward, _cell))
-    torch.library.register_fake(f"fusedrnn::{_cell.name}_frozen")(
-        functools.partial(_fake_frozen, _cell)
-    )
-    torch.library.register_fake(f"fusedrnn::{_cell.name}_backward")(
-        functools.partial(_fake_backward, _cell)
-    )
+    for _suffix, _fake in (
+        ("", _fake_forward),
+        ("_frozen", _fake_frozen),
+        ("_backward", _fake_backward),
+        ("_variant", _fake_variant),
+        ("_variant_backward", _fake_variant_backward),
+    ):
+        torch.library.register_fake(f"fusedrnn::{_cell.name}{_suffix}")(
+            functools.partial(_fake, _cell)
+        )

@@ -1,4 +1,8 @@
 // A layer's backward pass on the CPU.
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+
 #include "gemm.h"
 #include "layer_cpu.h"
 
@@ -18,11 +22,15 @@ Tensor valid_tokens(const Layer& layer, const BatchLayout& layout, const Compact
 }
 
 template <class Accum>
-GateGradients new_gate_gradients(const Layer& layer, int64_t tokens) {
+GateGradients new_gate_gradients(const Layer& layer, int64_t tokens, bool has_norms) {
   const auto of_tokens = [&](int64_t features) {
     return new_tensor<Accum>({layer.D, tokens, features});
   };
-  GateGradients gates{of_tokens(layer.cell.preacts * layer.H), of_tokens(layer.P), {}, {}};
+  GateGradients gates{of_tokens(layer.cell.preacts * layer.H), of_tokens(layer.P), {}, {}, {}, {}};
+  if (has_norms) {
+    gates.dinput = of_tokens(layer.cell.gates * layer.H);
+    gates.dhidden = of_tokens(layer.cell.gates * layer.H);
+  }
   if (layer.has_projection) {
     gates.dr = of_tokens(layer.P);
     gates.h_raw = of_tokens(layer.H);
@@ -32,32 +40,82 @@ GateGradients new_gate_gradients(const Layer& layer, int64_t tokens) {
 
 /// A step multiplies the pre-activations' gradients, [rows, G*H], by weight_hh.
 template <class Accum>
-LayerWork backward_work(const Layer& layer, const Common<Accum>& common) {
+LayerWork backward_work(const Layer& layer, const Common<Accum>& common, bool has_norms) {
   LayerWork work{};
   work.rows = layer.B;
   work.steps = layer.T;
   work.output_size = layer.cell.gates * layer.H;
   work.vectors = divide_up(layer.P, common.lanes);
-  work.parts =
-      layer.has_projection ? 1 : divide_up(std::max(layer.H, layer.P), common.block_columns);
+  work.parts = layer.has_projection || has_norms
+                   ? 1
+                   : divide_up(std::max(layer.H, layer.P), common.block_columns);
   work.tile_rows = common.tile_rows;
   work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
   work.vector_cycles = work.input_vector_cycles = work.vector_bytes == 64 ? 2 : 1;
   return work;
 }
 
-}  // namespace
+/// The gradients of the layer norms' parameters: sums over the tokens in the order of `gates`.
+/// dnorm_c: [D, M, H] gradients of the normalised c. Wanted ones; others are empty.
+void append_norm_gradients(const Layer& layer, const OutputGradients& g,
+                           const LayerVariant& variant, const GateGradients& gates,
+                           const Tensor& dnorm_c, const Tensor& tokens,
+                           std::vector<Tensor>& gradients) {
+  const int64_t H = layer.H, size = layer.cell.gates * H;
+  int64_t place = 1 + layer.cell.states() + layer.D * layer.weights_per_direction();
+  for (int64_t d = 0; d < layer.D; ++d) {
+    const auto normalised = [&](int64_t first, int64_t count) {
+      const Tensor all = g.saved[d].narrow(1, first, count);
+      return tokens.defined() ? all.index_select(0, tokens) : all;
+    };
+    const auto give = [&](const auto& sum) {
+      gradients.push_back(g.output_mask[size_t(place++)]
+                              ? in_type(sum(), layer.type)
+                              : at::empty({0}, layer.options().dtype(layer.type)));
+    };
+    const Tensor dgates = gates.dgates[d];
+    give([&] {
+      return at::mul(dgates.narrow(1, 0, size), normalised(variant.saved.input, size)).sum(0);
+    });
+    give([&] {
+      std::vector<Tensor> of_gates;
+      for (int64_t gate = 0; gate < layer.cell.gates; ++gate) {
+        const Tensor x = normalised(variant.saved.hidden + gate * H, H);
+        of_gates.push_back(
+            at::mul(dgates.narrow(1, layer.cell.hidden_preact[size_t(gate)] * H, H), x).sum(0));
+      }
+      return at::cat(of_gates);
+    });
+    if (!layer.cell.has_cell_state) continue;
+    give([&] { return at::mul(dnorm_c[d], normalised(variant.saved.norm_c, H)).sum(0); });
+    give([&] { return dnorm_c[d].sum(0); });
+  }
+}
 
+/// variant: null for the plain layer.
 template <class Accum>
-LayerGradients backward(const Layer& layer, const OutputGradients& g) {
+LayerGradients run_backward(const Layer& layer, const OutputGradients& g,
+                            const LayerVariant* variant) {
+  const bool has_norms = variant && variant->has_norms();
   const int64_t D = layer.D, H = layer.H, P = layer.P;
   const Common<Accum>& common = table<Accum>().common;
   const Kernel<Accum>& kernel = kernel_of<Accum>(layer.cell);
   const BatchLayout layout(layer);
-  const WorkPartition partition(layer, layout, backward_work(layer, common), true,
+  const WorkPartition partition(layer, layout, backward_work(layer, common, has_norms), true,
                                 divide_up(std::max(H, P), common.block_columns));
   const CompactTokens compact(layout);
-  const GateGradients gates = new_gate_gradients<Accum>(layer, compact.count);
+  const GateGradients gates = new_gate_gradients<Accum>(layer, compact.count, has_norms);
+  const Tensor dnorm_c =
+      has_norms && layer.cell.has_cell_state ? new_tensor<Accum>({D, compact.count, H}) : Tensor();
+  c10::SmallVector<Variant<Accum>, 2> variants;
+  for (int64_t d = 0; variant && d < D; ++d) {
+    Variant<Accum> v = variant->of_direction<Accum>(layer, d);
+    if (g.dcells.defined()) v.dcells = g.dcells.const_data_ptr<Accum>() + d * H;
+    v.dinput = direction_data<Accum>(gates.dinput, d);
+    v.dhidden = direction_data<Accum>(gates.dhidden, d);
+    v.dnorm_c = direction_data<Accum>(dnorm_c, d);
+    variants.push_back(v);
+  }
   const Tensor dh0 = new_tensor<Accum>({D, layer.B, P});
   const Tensor dc0 = layer.cell.has_cell_state ? new_tensor<Accum>({D, layer.B, H}) : Tensor();
 
@@ -70,13 +128,16 @@ LayerGradients backward(const Layer& layer, const OutputGradients& g) {
                : Scratch<Accum>();
 
   const Runs<Backward<Accum>> runs(
-      layer, layout, partition, kernel.backward_workspace, kernel.backward_begin,
+      layer, layout, partition,
+      variant ? kernel.variants.backward_workspace : kernel.backward_workspace,
+      variant ? kernel.variants.backward_begin : kernel.backward_begin,
       [&](Backward<Accum>& s, const WorkPartition::RowGroup& group) {
         const int64_t d = group.direction;
         s.panels = prepacks ? panels[d] : const_data<Accum>(layer.weights[d].hh);
         s.matrix_stride = prepacks ? 0 : P;
         s.projection_panels = projection_panels.get(d);
-        if (layer.has_projection) s.y = g.output.const_data_ptr<Accum>() + d * P;
+        if (variant) s.variant = &variants[size_t(d)];
+        if (layer.has_projection && !variant) s.y = g.output.const_data_ptr<Accum>() + d * P;
         s.y_stride = s.dy_stride = D * P;
         s.saved = direction_data<Accum>(g.saved, d);
         if (g.dy.defined()) s.dy = g.dy.const_data_ptr<Accum>() + d * P;
@@ -92,16 +153,37 @@ LayerGradients backward(const Layer& layer, const OutputGradients& g) {
         s.dc0 = direction_data<Accum>(dc0, d);
       });
   // The extra last step takes the gradients to h0.
+  const auto step = variant ? kernel.variants.backward_step : kernel.backward_step;
   partition.execute(layer.T + 1, [&](int64_t r, int64_t i, int64_t begin, int64_t end) {
-    kernel.backward_step(runs[r], i, begin, end);
+    step(runs[r], i, begin, end);
   });
   const Tensor tokens = valid_tokens(layer, layout, compact), x = layer.flat_input();
-  return layer_gradients(layer, g, gates, dh0, dc0,
-                         tokens.defined() ? x.index_select(0, tokens) : x, TileGemms<Accum>(),
-                         tokens);
+  LayerGradients found =
+      layer_gradients(layer, g, gates, dh0, dc0, tokens.defined() ? x.index_select(0, tokens) : x,
+                      TileGemms<Accum>(), tokens);
+  if (has_norms) {
+    append_norm_gradients(layer, g, *variant, gates, dnorm_c, tokens, found.weights);
+  }
+  return found;
+}
+
+}  // namespace
+
+template <class Accum>
+LayerGradients backward(const Layer& layer, const OutputGradients& g) {
+  return run_backward<Accum>(layer, g, nullptr);
+}
+template <class Accum>
+LayerGradients backward_variant(const Layer& layer, const OutputGradients& g,
+                                const LayerVariant& variant) {
+  return run_backward<Accum>(layer, g, &variant);
 }
 
 template LayerGradients backward<float>(const Layer&, const OutputGradients&);
 template LayerGradients backward<double>(const Layer&, const OutputGradients&);
+template LayerGradients backward_variant<float>(const Layer&, const OutputGradients&,
+                                                const LayerVariant&);
+template LayerGradients backward_variant<double>(const Layer&, const OutputGradients&,
+                                                 const LayerVariant&);
 
 }  // namespace fusedrnn::cpu

@@ -563,6 +563,12 @@ void backward_step(const Backward<Accum>& s, int64_t i, int64_t block_begin, int
   backward_units<Cell>(s, m, t, 0, H, m.dh_raw, m.state_size);
 }
 
+}  // namespace fusedrnn::FUSEDRNN_TARGET
+
+#include "variant_kernels.h"
+
+namespace fusedrnn::FUSEDRNN_TARGET {
+
 // ---- the table ----------------------------------------------------------------------------------
 
 template <class Cell, class Element, class Weight, class Accum = Accumulator<Element>>
@@ -581,6 +587,13 @@ constexpr cpu::Kernel<Accum, Element> kernel_of() {
   if constexpr (std::is_same_v<Element, Weight> && std::is_same_v<Element, Accum>) {
     kernel.backward_begin = backward_begin<Cell, Accum>;
     kernel.backward_step = backward_step<Cell, Accum>;
+    kernel.variants = {variant_forward_workspace<Cell, Accum>,
+                       variant_backward_workspace<Cell, Accum>,
+                       variant_input<Cell, Accum>,
+                       variant_forward_begin<Cell, Accum>,
+                       variant_forward_step<Cell, Accum>,
+                       variant_backward_begin<Cell, Accum>,
+                       variant_backward_step<Cell, Accum>};
   }
   return kernel;
 }

@@ -24,14 +24,15 @@ struct ForwardStrategy {
 /// Forward heuristics. The examples are for AVX-512: 6 rows per tile, up to 4 rows in place.
 template <class Accum, class Element>
 ForwardStrategy choose_strategy(const Layer& layer, const Common<Accum, Element>& common,
-                                int64_t blocks_per_tile, const FrozenWeights* frozen = nullptr) {
+                                int64_t blocks_per_tile, const FrozenWeights* frozen = nullptr,
+                                const LayerVariant* variant = nullptr) {
   ForwardStrategy strategy{WeightAccess::prepacked, false, {}};
   if (frozen) {
     // Packed already.
   } else if (layer.T <= 4 && layer.B <= common.in_place_rows) {
     // T 4, B 1 reads each weight four times: prepacking costs as much.
     strategy.weights = WeightAccess::in_place;
-  } else if (layer.T == 1 && !layer.has_projection) {
+  } else if (layer.T == 1 && !layer.has_projection && !variant) {
     // T 1, B 64 reads each panel 11 times in a row, then may overwrite it. A projection needs all
     // the step's units in one call.
     strategy.weights = WeightAccess::streamed;
@@ -44,8 +45,9 @@ ForwardStrategy choose_strategy(const Layer& layer, const Common<Accum, Element>
   work.input_size = layer.I / per_lane;
   work.output_size = layer.P / per_lane;
   work.vectors = layer.cell.gates * blocks;
-  // Threads can't share a projection's steps.
-  work.parts = layer.has_projection ? 1 : divide_up(blocks, blocks_per_tile);
+  // Threads can't share a projection's steps, nor a layer norm's.
+  const bool has_norms = variant && variant->has_norms();
+  work.parts = layer.has_projection || has_norms ? 1 : divide_up(blocks, blocks_per_tile);
   work.tile_rows = common.tile_rows;
   work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
   work.vector_cycles = work.input_vector_cycles = work.vector_bytes == 64 ? 2 : 1;
@@ -57,7 +59,8 @@ ForwardStrategy choose_strategy(const Layer& layer, const Common<Accum, Element>
   }
   work.packs_in_step = strategy.weights == WeightAccess::streamed;
   // T 100, B 1 fills one row of a tile in each step, but six in a GEMM over 100 steps.
-  strategy.input_gemm = layer.T > 4 && multiplies_input(work, caches());
+  // A layer norm of the input's part needs all of a token's.
+  strategy.input_gemm = has_norms || (layer.T > 4 && multiplies_input(work, caches()));
   return strategy;
 }
 
@@ -89,26 +92,43 @@ Tensor new_token_tensor(const Layer& layer, c10::IntArrayRef shape, int64_t copi
   return t;
 }
 
+/// What a forward pass is asked for.
+struct Request {
+  bool save;
+  const LayerVariant* variant = nullptr;
+};
+
 template <class Element, class Accum = Accumulator<Element>>
-LayerOutput new_output(const Layer& layer, bool save) {
+VariantOutput new_output(const Layer& layer, const Request& request) {
   const int64_t D = layer.D, B = layer.B, H = layer.H, P = layer.P;
-  LayerOutput out;
+  VariantOutput out;
   out.output = new_token_tensor<OutputOf<Element>>(layer, layer.shape(D * P), 1);
   out.h_n = new_tensor<Accum>({D, B, P});
   if (layer.cell.has_cell_state) out.c_n = new_tensor<Accum>({D, B, H});
-  out.saved = save ? new_token_tensor<Accum>(layer, {D, layer.N, layer.cell.saved, H}, D)
-                   : new_tensor<Accum>({0});
+  if (!request.save) {
+    out.saved = new_tensor<Accum>({0});
+  } else if (request.variant) {
+    out.saved = new_token_tensor<Accum>(layer, {D, layer.N, request.variant->saved.size}, D);
+  } else {
+    out.saved = new_token_tensor<Accum>(layer, {D, layer.N, layer.cell.saved, H}, D);
+  }
+  if (request.variant && layer.cell.has_cell_state) {
+    out.cells = new_token_tensor<Accum>(layer, layer.shape(D * H), 1);
+  }
   return out;
 }
 
-/// Each direction's weights; with an input GEMM, only the steps' part.
+/// Each direction's weights; with an input GEMM, only the steps' part. Behind layer norms the
+/// biases are added later.
 template <class Element>
-c10::SmallVector<Weights<Element>, 2> step_weights(const Layer& layer, bool input_gemm) {
+c10::SmallVector<Weights<Element>, 2> step_weights(const Layer& layer, bool input_gemm,
+                                                   bool has_norms) {
   c10::SmallVector<Weights<Element>, 2> weights;
   for (const DirectionWeights& w : layer.weights) {
     weights.push_back({input_gemm ? nullptr : const_data<Element>(w.ih), const_data<Element>(w.hh),
                        const_data<Element>(w.bias_ih), const_data<Element>(w.bias_hh),
                        const_data<Element>(w.hr)});
+    if (has_norms) weights.back().bias_ih = weights.back().bias_hh = nullptr;
   }
   return weights;
 }
@@ -241,10 +261,17 @@ template <class Element, class Accum, class Set>
 Runs<Forward<Accum, Element>> forward_runs(const Layer& layer, const BatchLayout& layout,
                                            const WorkPartition& partition,
                                            const Kernel<Accum, Element>& kernel,
-                                           const Operands<Element>& operands, LayerOutput& out,
-                                           const Set& set) {
+                                           const Operands<Element>& operands, VariantOutput& out,
+                                           const Set& set, bool is_variant = false) {
   return Runs<Forward<Accum, Element>>(
-      layer, layout, partition, kernel.forward_workspace, kernel.forward_begin,
+      layer, layout, partition,
+      is_variant ? kernel.variants.forward_workspace : kernel.forward_workspace,
+      [&](const Forward<Accum, Element>& s) {
+        if constexpr (std::is_same_v<Accum, Element>) {
+          if (is_variant) return kernel.variants.forward_begin(s);
+        }
+        kernel.forward_begin(s);
+      },
       [&](Forward<Accum, Element>& s, const WorkPartition::RowGroup& group) {
         const int64_t d = group.direction;
         operands.set(s, d);
@@ -300,17 +327,20 @@ class ForwardCall {
  public:
   using Accum = Accumulator<Element>;
 
-  ForwardCall(const Layer& layer, bool save)
+  ForwardCall(const Layer& layer, const Request& request)
       : layer_(layer),
+        request_(request),
         kernels_(table<Element>()),
         kernel_(kernels_.cells[layer.cell.index]),
-        strategy_(choose_strategy(layer, kernels_.common, kernel_.blocks_per_tile)),
+        strategy_(choose_strategy(layer, kernels_.common, kernel_.blocks_per_tile, nullptr,
+                                  request.variant)),
         blocks_(divide_up(layer.H, kernels_.common.lanes)),
         layout_(layer),
         partition_(layer, layout_, strategy_.work, strategy_.input_gemm, blocks_,
                    kernel_.blocks_per_tile),
-        out_(new_output<Element>(layer, save)),
-        weights_(step_weights<Element>(layer, strategy_.input_gemm)),
+        out_(new_output<Element>(layer, request)),
+        weights_(step_weights<Element>(layer, strategy_.input_gemm, has_norms())),
+        variants_(variants()),
         operands_(layer, layout_, kernels_.common),
         product_stride_(scalar::round_up(layer.cell.gates * layer.H, kernels_.common.lanes)),
         x_product_(strategy_.input_gemm ? multiply() : Scratch<Accum>()),
@@ -319,17 +349,24 @@ class ForwardCall {
         panels_(prepacks_ ? Scratch<Accum>(layer.D, blocks_ * panel_size_) : Scratch<Accum>()),
         projection_panels_(layer.has_projection ? prepack_projection<Accum>(layer)
                                                 : Scratch<Accum>()),
-        runs_(forward_runs<Element, Accum>(layer_, layout_, partition_, kernel_, operands_, out_,
-                                           [&](Forward<Accum, Element>& s, int64_t d) {
-                                             s.weights = weights_[size_t(d)];
-                                             s.panels = panels_.get(d);
-                                             s.projection_panels = projection_panels_.get(d);
-                                             s.x_product = x_product_.get(d);
-                                             s.x_product_stride = product_stride_;
-                                           })) {}
+        runs_(forward_runs<Element, Accum>(
+            layer_, layout_, partition_, kernel_, operands_, out_,
+            [&](Forward<Accum, Element>& s, int64_t d) {
+              s.weights = weights_[size_t(d)];
+              s.panels = panels_.get(d);
+              s.projection_panels = projection_panels_.get(d);
+              s.x_product = x_product_.get(d);
+              s.x_product_stride = product_stride_;
+              if constexpr (kHasVariants) {
+                if (request_.variant) {
+                  s.variant = &variants_[size_t(d)];
+                }
+              }
+            },
+            request.variant != nullptr)) {}
 
   /// Only steps with packed weights may give up: the others read the caller's.
-  LayerOutput run(const std::shared_ptr<void>& owner) {
+  VariantOutput run(const std::shared_ptr<void>& owner) {
     if (prepacks_) {
       prepack_all(layer_.D * blocks_, layer_.D * blocks_ * panel_size_, [&](int64_t i) {
         prepack(i / blocks_, i % blocks_, panels_[i / blocks_] + i % blocks_ * panel_size_);
@@ -340,41 +377,80 @@ class ForwardCall {
                    [&](int64_t d, int64_t block, Accum* panel) { prepack(d, block, panel); });
     } else {
       const PoolBackoff::Owner keep(prepacks_ ? owner : nullptr);
-      partition_.execute(layer_.T, [this](int64_t r, int64_t i, int64_t begin, int64_t end) {
-        kernel_.forward_step(runs_[r], i, begin, end);
+      const auto step = this->step();
+      partition_.execute(layer_.T, [this, step](int64_t r, int64_t i, int64_t begin, int64_t end) {
+        step(runs_[r], i, begin, end);
       });
     }
     return std::move(out_);
   }
 
  private:
+  static constexpr bool kHasVariants = std::is_same_v<Accum, Element>;
+
+  bool has_norms() const { return request_.variant && request_.variant->has_norms(); }
+  auto step() const {
+    if constexpr (kHasVariants) {
+      if (request_.variant) return kernel_.variants.forward_step;
+    }
+    return kernel_.forward_step;
+  }
+  c10::SmallVector<Variant<Accum>, 2> variants() const {
+    c10::SmallVector<Variant<Accum>, 2> found;
+    for (int64_t d = 0; request_.variant && d < layer_.D; ++d) {
+      Variant<Accum> v = request_.variant->of_direction<Accum>(layer_, d);
+      if (out_.cells.defined())
+        v.cells = static_cast<Accum*>(out_.cells.mutable_data_ptr()) + d * layer_.H;
+      found.push_back(v);
+    }
+    return found;
+  }
   void prepack(int64_t d, int64_t block, Accum* panel) const {
     kernel_.prepack_forward(weights_[size_t(d)], layer_.I, layer_.H, layer_.P, block, panel);
   }
   Scratch<Accum> multiply() const {
-    return multiply_input(layer_, kernels_, operands_, 0, product_stride_,
-                          [&](int64_t d, int64_t block, int64_t count, Accum* scratch) {
-                            Weights<Element> input = weights_[size_t(d)];
-                            input.ih = const_data<Element>(layer_.weights[size_t(d)].ih);
-                            input.hh = nullptr;
-                            const int64_t size = kernel_.forward_panel_size(layer_.I, 0);
-                            for (int64_t b = 0; b < count; ++b) {
-                              kernel_.prepack_forward(input, layer_.I, layer_.H, 0, block + b,
-                                                      scratch + b * size);
-                            }
-                            return static_cast<const Accum*>(scratch);
-                          });
+    auto product = multiply_input(layer_, kernels_, operands_, 0, product_stride_,
+                                  [&](int64_t d, int64_t block, int64_t count, Accum* scratch) {
+                                    Weights<Element> input = weights_[size_t(d)];
+                                    input.ih = const_data<Element>(layer_.weights[size_t(d)].ih);
+                                    input.hh = nullptr;
+                                    const int64_t size = kernel_.forward_panel_size(layer_.I, 0);
+                                    for (int64_t b = 0; b < count; ++b) {
+                                      kernel_.prepack_forward(input, layer_.I, layer_.H, 0,
+                                                              block + b, scratch + b * size);
+                                    }
+                                    return static_cast<const Accum*>(scratch);
+                                  });
+    if constexpr (kHasVariants) {
+      if (has_norms()) normalise_input(product);
+    }
+    return product;
+  }
+  void normalise_input(const Scratch<Accum>& product) const {
+    const int64_t work = 16 * layer_.N * layer_.cell.gates * layer_.H;
+    for (int64_t d = 0; d < layer_.D; ++d) {
+      Forward<Accum> s;
+      s.hidden_size = layer_.H;
+      s.x_product_stride = product_stride_;
+      s.variant = &variants_[size_t(d)];
+      if (out_.saved.numel() > 0) s.saved = direction_data<Accum>(out_.saved, d);
+      in_row_parts<Accum>(layer_.N, work, [&](int64_t begin, int64_t end) {
+        kernel_.variants.input(s, product[d], begin, end);
+      });
+    }
   }
 
   const Layer& layer_;
+  const Request request_;
   const KernelsOf<Accum, Element>& kernels_;
   const Kernel<Accum, Element>& kernel_;
   const ForwardStrategy strategy_;
   const int64_t blocks_;
   const BatchLayout layout_;
   const WorkPartition partition_;
-  LayerOutput out_;
+  VariantOutput out_;
   const c10::SmallVector<Weights<Element>, 2> weights_;
+  const c10::SmallVector<Variant<Accum>, 2> variants_;
   const Operands<Element> operands_;
   const int64_t product_stride_;
   const Scratch<Accum> x_product_;
@@ -397,7 +473,7 @@ class FrozenCall {
         layout_(layer),
         partition_(layer, layout_, strategy_.work, strategy_.input_gemm,
                    divide_up(layer.H, kernels_.common.lanes), kernel_.blocks_per_tile),
-        out_(new_output<Element>(layer, false)),
+        out_(new_output<Element>(layer, {false})),
         operands_(layer, layout_, kernels_.common),
         product_stride_(scalar::round_up(layer.cell.gates * layer.H, kernels_.common.lanes)),
         x_product_(strategy_.input_gemm ? multiply() : Scratch<float>()),
@@ -410,7 +486,7 @@ class FrozenCall {
                                              s.x_product_stride = product_stride_;
                                            })) {}
 
-  LayerOutput run(const std::shared_ptr<void>& owner) {
+  VariantOutput run(const std::shared_ptr<void>& owner) {
     const PoolBackoff::Owner keep(owner);
     partition_.execute(layer_.T, [this](int64_t r, int64_t i, int64_t begin, int64_t end) {
       kernel_.forward_step(runs_[r], i, begin, end);
@@ -441,7 +517,7 @@ class FrozenCall {
   const ForwardStrategy strategy_;
   const BatchLayout layout_;
   const WorkPartition partition_;
-  LayerOutput out_;
+  VariantOutput out_;
   const Operands<Element> operands_;
   const int64_t product_stride_;
   const Scratch<float> x_product_;
@@ -488,8 +564,15 @@ LayerOutput run_or_begin_anew(const Layer& layer, const Argument& argument) {
 
 template <class Element>
 LayerOutput forward(const Layer& layer, bool save) {
-  return run_or_begin_anew<ForwardCall<Element>>(layer, save);
+  return run_or_begin_anew<ForwardCall<Element>>(layer, Request{save});
 }
+
+template <class Element>
+VariantOutput forward_variant(const Layer& layer, const LayerVariant& variant, bool save) {
+  return ForwardCall<Element>(layer, {save, &variant}).run(nullptr);
+}
+template VariantOutput forward_variant<float>(const Layer&, const LayerVariant&, bool);
+template VariantOutput forward_variant<double>(const Layer&, const LayerVariant&, bool);
 
 template LayerOutput forward<float>(const Layer&, bool);
 template LayerOutput forward<double>(const Layer&, bool);

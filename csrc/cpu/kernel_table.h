@@ -34,6 +34,18 @@ struct Kernel {
   // Null where Element is not Accum: a backward pass computes in Accum throughout.
   void (*backward_begin)(const Backward<Accum>&);
   void (*backward_step)(const Backward<Accum>&, int64_t i, int64_t block_begin, int64_t block_end);
+  /// The same for variants (ops.cpp, <cell>_variant); likewise null.
+  struct Variants {
+    int64_t (*forward_workspace)(const Sequence<Accum>&);
+    int64_t (*backward_workspace)(const Sequence<Accum>&);
+    /// The layer norm of tokens [begin, end) of weight_ih x, in place, and the biases.
+    void (*input)(const Forward<Accum>&, Accum* x_product, int64_t begin, int64_t end);
+    void (*forward_begin)(const Forward<Accum>&);
+    void (*forward_step)(const Forward<Accum>&, int64_t i, int64_t block_begin, int64_t block_end);
+    void (*backward_begin)(const Backward<Accum>&);
+    void (*backward_step)(const Backward<Accum>&, int64_t i, int64_t block_begin,
+                          int64_t block_end);
+  } variants;
 };
 
 /// Sizes and GEMMs shared by all cells. Matrices are row-major; a stride is the distance between

@@ -16,6 +16,10 @@ namespace fusedrnn::cpu {
 template <class Element>
 LayerOutput forward(const Layer& layer, bool save);
 
+/// A variant's, for Element = float, double.
+template <class Element>
+VariantOutput forward_variant(const Layer& layer, const LayerVariant& variant, bool save);
+
 /// With frozen weights, packed for this machine; without `saved`. An odd number of features of the
 /// input is padded by a zero for bfloat16 weights.
 LayerOutput forward_frozen(const Layer& layer, const FrozenWeights& weights);
@@ -23,6 +27,11 @@ LayerOutput forward_frozen(const Layer& layer, const FrozenWeights& weights);
 /// In backward.cpp, for Accum = float, double.
 template <class Accum>
 LayerGradients backward(const Layer& layer, const OutputGradients& g);
+
+/// A variant's. The norms' gradients follow the weights'.
+template <class Accum>
+LayerGradients backward_variant(const Layer& layer, const OutputGradients& g,
+                                const LayerVariant& variant);
 
 /// A partition's runs with their workspaces. Run: Forward or Backward (sequence.h).
 template <class Run>
@@ -32,9 +41,9 @@ class Runs {
 
   /// Sets each run's sequence and initial states; set(run, group) sets the rest. Then allocates the
   /// workspaces and begins each run.
-  template <class Set>
+  template <class Begin, class Set>
   Runs(const Layer& layer, const BatchLayout& layout, const WorkPartition& partition,
-       int64_t (*workspace_size)(const Sequence<Accum>&), void (*begin)(const Run&), const Set& set)
+       int64_t (*workspace_size)(const Sequence<Accum>&), const Begin& begin, const Set& set)
       : runs_(partition.groups.size()) {
     int64_t size = 0;
     for (size_t r = 0; r < runs_.size(); ++r) {

@@ -1,4 +1,5 @@
 // The ops on the CPU: each call's types, and registration for the CPU key.
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -107,7 +108,38 @@ LayerGradients run_backward(const CellInfo& cell, const BackwardArgs& args) {
   return layer.compute_type == at::kDouble ? backward<double>(layer, g) : backward<float>(layer, g);
 }
 
+VariantOutput run_forward_variant(const CellInfo& cell, const VariantForwardArgs& args) {
+  const Layer layer(cell, args);
+  const LayerVariant variant(layer, args);
+  const PoolBackoff::Call call;
+  VariantOutput out = layer.compute_type == at::kDouble
+                          ? forward_variant<double>(layer, variant, args.save)
+                          : forward_variant<float>(layer, variant, args.save);
+  if (!out.cells.defined()) out.cells = at::empty({0}, layer.options());
+  for (Tensor* t : {&out.output, &out.h_n, &out.c_n, &out.cells}) {
+    if (t->defined()) *t = in_type(*t, layer.type);
+  }
+  return out;
+}
+
+LayerGradients run_backward_variant(const CellInfo& cell, const VariantBackwardArgs& args) {
+  const Layer layer(cell, args);
+  const LayerVariant variant(layer, args);
+  const OutputGradients g(layer, variant, args);
+  const PoolBackoff::Call call;
+  return layer.compute_type == at::kDouble ? backward_variant<double>(layer, g, variant)
+                                           : backward_variant<float>(layer, g, variant);
+}
+
 struct Cpu {
+  template <class Cell>
+  static VariantOutput forward_variant(const VariantForwardArgs& args) {
+    return run_forward_variant(cell_info(scalar::Cells::index_of<Cell>()), args);
+  }
+  template <class Cell>
+  static LayerGradients backward_variant(const VariantBackwardArgs& args) {
+    return run_backward_variant(cell_info(scalar::Cells::index_of<Cell>()), args);
+  }
   template <class Cell>
   static LayerOutput forward(const ForwardArgs& args) {
     return run_forward(cell_info(scalar::Cells::index_of<Cell>()), args);
@@ -134,6 +166,7 @@ std::string panel_layout() {
 TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   register_ops<Cpu>(m);
   register_frozen_ops<Cpu>(m);
+  register_variant_ops<Cpu>(m);
   m.impl("_freeze", &freeze_layer);
   m.impl("_unfreeze", &unfreeze_layer);
 }
