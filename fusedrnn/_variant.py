@@ -451,7 +451,7 @@ def call_of(
     """
     _check_choice("reset_to", reset_to, "zero", "initial")
     _check_flag("return_cell_states", return_cell_states)
-    if reset_mask is None and not return_cell_states and options == NEUTRAL:
+    if reset_mask is None and not return_cell_states and not options.non_default():
         return None
     options = checked(cell, options)
     dropout = options.recurrent_dropout if training else 0.0
