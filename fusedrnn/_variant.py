@@ -157,8 +157,8 @@ class Option(Generic[T]):
     def _note(self, module: Any) -> None:
         if _is_own(module):
             values = module.__dict__
-            known = {n: values.get(n) for n in Options._fields if hasattr(type(module), n)}
-            options = Options(**{n: v for n, v in known.items() if n in values})
+            known = [n for n in Options._fields if n in values and hasattr(type(module), n)]
+            options = Options(**{n: values[n] for n in known})
             values["_fused_options"] = options if options.non_default() else None
 
 
