@@ -124,8 +124,8 @@ class FusedLSTM(_FusedRNN):
         dtype: of the parameters: float32, float64, bfloat16 or float16.
         recurrent_dropout: p, the probability of zeroing a unit of the recurrence while training.
         recurrent_dropout_mode: "sequence" gives weight_hh the operand h * m / (1 - p), with one
-            mask m [D, B, P] for all steps (Gal and Ghahramani 2016, arXiv:1512.05287). "candidate" has a
-            new mask in each step, for the update of c alone: c = f * c + i * (g * m / (1 - p))
+            mask m [D, B, P] for all steps (Gal and Ghahramani 2016, arXiv:1512.05287). "candidate"
+            has a new mask in each step, for the update of c: c = f * c + i * (g * m / (1 - p))
             (Semeniuta et al. 2016, arXiv:1603.05118).
         zoneout: the probability p of a unit keeping its value of the step before, or a pair (of h,
             of c): h_t = m * h_(t-1) + (1 - m) * h~, with m = p in eval mode, and the same for c.
