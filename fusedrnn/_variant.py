@@ -157,8 +157,8 @@ class Option(Generic[T]):
     def _note(self, module: Any) -> None:
         if _is_own(module):
             values = module.__dict__
-            known = {n: values.get(n) for n in Options._fields if hasattr(type(module), n)}
-            options = Options(**{n: v for n, v in known.items() if n in values})
+            known = [n for n in Options._fields if n in values and hasattr(type(module), n)]
+            options = Options(**{n: values[n] for n in known})
             values["_fused_options"] = options if options.non_default() else None
 
 
@@ -451,7 +451,7 @@ def call_of(
     """
     _check_choice("reset_to", reset_to, "zero", "initial")
     _check_flag("return_cell_states", return_cell_states)
-    if reset_mask is None and not return_cell_states and options == NEUTRAL:
+    if reset_mask is None and not return_cell_states and not options.non_default():
         return None
     options = checked(cell, options)
     dropout = options.recurrent_dropout if training else 0.0

@@ -122,9 +122,32 @@ class FusedLSTM(_FusedRNN):
         proj_size: size of a linear projection of the output; 0 for none.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        recurrent_dropout: p, the probability of zeroing a unit of the recurrence while training.
+        recurrent_dropout_mode: "sequence" gives weight_hh the operand h * m / (1 - p), with one
+            mask m [D, B, P] for all steps (Gal and Ghahramani 2016, arXiv:1512.05287). "candidate"
+            has a new mask in each step, for the update of c: c = f * c + i * (g * m / (1 - p))
+            (Semeniuta et al. 2016, arXiv:1603.05118).
+        zoneout: the probability p of a unit keeping its value of the step before, or a pair (of h,
+            of c): h_t = m * h_(t-1) + (1 - m) * h~, with m = p in eval mode, and the same for c.
+            h~ is made of the new c before its zoneout (Krueger et al. 2017, arXiv:1606.01305).
+        weight_dropout: the probability of zeroing a weight of weight_hh while training, by one mask
+            in each call: DropConnect (Merity et al. 2018, arXiv:1708.02182).
+        layer_norm: whether LN(weight_ih x) * norm_ih + bias_ih and
+            LN(weight_hh h) * norm_hh + bias_hh are the parts of the pre-activations, each LN over
+            all 4H values, and h = o * tanh(LN(c) * norm_c + norm_c_bias) (Ba et al. 2016,
+            arXiv:1607.06450; placed as in the LayerNormLSTM of Haste). The scales start at one, the
+            bias at zero. They are parameters beside torch's: norm_ih_l0, norm_hh_l0, norm_c_l0,
+            norm_c_bias_l0 and so on.
+        save_memory: whether training calls keep a layer's arguments alone, and run it again in the
+            backward pass. Results stay the same.
+
+    These keyword arguments are attributes, and may be changed at any time. Masks come from torch's
+    generator of the device: one seed gives the same masks. Each layer draws, where a probability is
+    above 0, for `dropout`, weight_dropout (forward, then reverse), recurrent_dropout, zoneout of h
+    and of c, in this order. `fuse` switches none on; `unfuse` refuses a module that has one.
 
     Raises:
-        TypeError, ValueError: as torch.nn.LSTM.
+        TypeError, ValueError: as torch.nn.LSTM; a probability out of range, an unknown mode.
     """
 
     def __init__(
@@ -348,8 +371,13 @@ class FusedGRU(_LayerOfH):
     (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html). Arguments: as FusedLSTM,
     without proj_size.
 
+    The recurrent dropout of the mode "candidate" is that of n:
+    h = (1 - z) * (n * m / (1 - p)) + z * h. zoneout is one number. Layer norm is
+    LN(weight_ih x) * norm_ih + bias_ih and LN(weight_hh h) * norm_hh + bias_hh, each LN over all 3H
+    values, as in the LayerNormGRU of Haste. The reset gate still multiplies the hidden part of n.
+
     Raises:
-        TypeError, ValueError: as torch.nn.GRU.
+        TypeError, ValueError: as torch.nn.GRU; as FusedLSTM for the other arguments.
     """
 
     def __init__(
@@ -416,9 +444,15 @@ class FusedRNN(_LayerOfH):
         bidirectional: see FusedLSTM.
         device: see FusedLSTM.
         dtype: see FusedLSTM.
+        recurrent_dropout: see FusedLSTM.
+        recurrent_dropout_mode: "sequence": a plain RNN has no candidate.
+        zoneout: see FusedLSTM; one number.
+        weight_dropout: see FusedLSTM.
+        layer_norm: see FusedGRU, with H values.
+        save_memory: see FusedLSTM.
 
     Raises:
-        TypeError, ValueError: as torch.nn.RNN.
+        TypeError, ValueError: as torch.nn.RNN; as FusedLSTM for the other arguments.
     """
 
     nonlinearity: str
@@ -484,6 +518,9 @@ class FusedLSTMCell(_FusedCell):
         bias: whether there are bias_ih and bias_hh.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        recurrent_dropout: as FusedLSTM with the mode "candidate".
+        zoneout: as FusedLSTM.
+        layer_norm: as FusedLSTM, with the parameters norm_ih, norm_hh, norm_c and norm_c_bias.
     """
 
     recurrent_dropout = Option(0.0)
@@ -593,6 +630,8 @@ class FusedRNNCell(_FusedCell):
         nonlinearity: "tanh" or "relu".
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
+        zoneout: as FusedRNN.
+        layer_norm: as FusedRNN, with the parameters norm_ih and norm_hh.
     """
 
     nonlinearity: str
