@@ -19,6 +19,7 @@ SUBCOMMANDS = (
     "profile",
     "step_cost",
     "training",
+    "variants",
 )
 
 

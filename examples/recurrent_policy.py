@@ -1,9 +1,8 @@
 """Trains a recurrent policy on a memory task twice: with reset_mask, and without.
 
-The task is "repeat first" (as in POPGym: Morad et al. 2023). A step shows one of four symbols, and
-the action that names the episode's first symbol earns 1. Episodes follow each other silently: no
-observation tells that one begins. A rollout has several episodes a row, and the update runs the
-policy over it in one call. Without reset_mask, the policy mixes episodes up.
+The task is "repeat first" (POPGym: Morad et al. 2023). A step shows one of four symbols, and the
+action that names the episode's first symbol earns 1. No observation tells that an episode begins. A
+rollout has several episodes a row, and an update runs the policy over it in one call.
 
     pip install matplotlib
     python examples/recurrent_policy.py
