@@ -20,6 +20,7 @@ SUBCOMMANDS = (
     "profile",
     "step_cost",
     "training",
+    "variants",
 )
 
 

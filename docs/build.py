@@ -55,8 +55,9 @@ def main() -> int:
         print(f"{name} has no docstring")
     for name in fusedrnn.__all__:
         member = getattr(fusedrnn, name)
-        if isinstance(member, type):  # else pdoc takes nn.Module's
-            vars(member)["__init__"].__doc__ = "Arguments: see the class."
+        if isinstance(member, type) and member.__init__.__module__.startswith("fusedrnn"):
+            # Without a docstring pdoc takes nn.Module's.
+            member.__init__.__doc__ = "Arguments: see the class."
     pages = [page(path) for path in sorted(HERE.glob("*.md"))]
     pdoc.render.configure(docformat="google", footer_text=f"fusedrnn {fusedrnn.__version__}")
     pdoc.pdoc("fusedrnn", *pages, output_directory=output)

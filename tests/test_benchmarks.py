@@ -36,6 +36,7 @@ from benchmarks import (
     roofline,
     step_cost,
     training,
+    variants,
 )
 from benchmarks import peaks as peaks_command
 from benchmarks.__main__ import main
@@ -907,6 +908,78 @@ def test_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in run["rows"]:  # as stored by an older version
         del row["p90_us"]
     assert "| tiny | busy neighbour process |" in latency.table(run)
+
+
+SMALL_VARIANTS = (Case("small", B=3, T=5, H=6), Case("GRU small", "GRU", B=2, T=4, I=3, H=5))
+
+
+def test_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "WARM_SECONDS", 0.001)
+    monkeypatch.setattr(measure, "PATIENCE", 1)
+    monkeypatch.setattr(variants, "CASES", SMALL_VARIANTS)
+    monkeypatch.setattr(variants, "FEATURES", variants.FEATURES[::2])
+    output = tmp_path / "variants.json"
+    assert main(["variants", "--seconds", "0.01", "--output", str(output)]) == 0
+    run = json.loads(output.read_text())
+    expected = {
+        (case.name, feature.name, mode)
+        for case in SMALL_VARIANTS
+        for feature in variants.FEATURES
+        for mode in measure.MODES
+        if feature.supports(case, mode)
+    }
+    assert {(r["name"], r["variant"], r["mode"]) for r in run["rows"]} == expected
+    assert ("small", "cell states", "inference") in expected
+    assert not {
+        ("GRU small", "cell states", "inference"),
+        ("small", "weight drop", "inference"),
+    } & (expected)
+    for found in run["rows"]:
+        assert set(found["ms"]) == set(found["spread"]) == {"variant", "plain", "loop"}
+        assert found["over_plain"] > 0
+    for found in run["memory"]:
+        plain, small = found["saved"]
+        assert 0 < small < plain
+    page = output.with_suffix(".md").read_text()
+    assert page.startswith("# Variants\n")
+    assert "| small | weight drop | training |" in page
+    assert main(["variants", "--report", str(output)]) == 0
+
+
+def test_variants_are_picked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["variants", "no such"])
+    assert "no such variant; there are resets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", SMALL_VARIANTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("feature", variants.FEATURES, ids=lambda feature: feature.name)
+def test_the_loop_of_a_variant(case: Case, feature: variants.Feature) -> None:
+    """The loop gives our results and gradients, where no mask is drawn."""
+    if not feature.supports(case, "training"):
+        return
+    layer = variants.made(case, feature.options).eval()
+    x, masks = variants.inputs(case, feature)
+    more = {"return_cell_states": True} if feature.cells else {}
+    ours = layer(x, **masks, **more)
+    theirs, cells = variants.Loop(layer, feature).eval()(x, **masks)
+    torch.testing.assert_close(ours[0], theirs)
+    if feature.cells:
+        torch.testing.assert_close(ours[2], cells)
+    weights = list(layer.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(ours[0].square().sum(), weights),
+        torch.autograd.grad(theirs.square().sum(), weights),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_saved_bytes() -> None:
+    """Parameters are not counted, and each storage once."""
+    linear, x = torch.nn.Linear(4, 4), torch.randn(8, 4)
+    assert variants.saved_bytes(linear, x) == x.nbytes
+    assert variants.saved_bytes(torch.nn.Sequential(linear, torch.nn.Tanh()), x) == 2 * x.nbytes
 
 
 def test_a_device_of_its_own(tmp_path: Path) -> None:

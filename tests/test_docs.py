@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-NEW_CELL = ROOT / "docs" / "new_cell.md"
+NEW_CELL, RECIPES = ROOT / "docs" / "new_cell.md", ROOT / "docs" / "recipes.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+def python_blocks(page: Path) -> list[CodeType]:
+    """A page's ```python blocks, with the page's line numbers for tracebacks."""
+    text = page.read_text()
+    blocks = [block for block in FENCE.finditer(text) if block[1] == "python"]
+    assert blocks
+    return [
+        compile("\n" * text.count("\n", 0, block.start(2)) + block[2], page, "exec")
+        for block in blocks
+    ]
 
 
 @pytest.mark.parametrize(
@@ -18,13 +30,22 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 )
 def test_python_blocks(page: Path) -> None:
     """Runs a page's ```python blocks in order, in one namespace."""
-    text = page.read_text()
     names: dict[str, object] = {"__name__": page.stem}
-    blocks = [block for block in FENCE.finditer(text) if block[1] == "python"]
-    assert blocks
-    for block in blocks:
-        before = text.count("\n", 0, block.start(2))  # for the page's line numbers in tracebacks
-        exec(compile("\n" * before + block[2], page, "exec"), names)
+    for block in python_blocks(page):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("block", python_blocks(RECIPES))
+def test_recipes_stand_alone(block: CodeType) -> None:
+    """Each block of the recipes runs by itself, with the imports that it has."""
+    exec(block, {"__name__": "recipe"})
+
+
+def test_recipes_links_to_its_sections() -> None:
+    text = RECIPES.read_text()
+    titles = re.findall(r"^## (.*)$", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
