@@ -113,6 +113,8 @@ void define_ops(torch::Library& m) {
 
 TORCH_LIBRARY(fusedrnn, m) {
   scalar::Cells::for_each([&](auto cell) { define_ops<decltype(cell)>(m); });
+  // Booleans that are true with probability p; the same for the same seed, one int64.
+  m.def("_random_mask(Tensor seed, SymInt[] size, float p) -> Tensor");
   m.def("_freeze(str cell, Tensor[] weights, bool bidirectional, ScalarType type) -> Tensor");
   m.def("_unfreeze(Tensor weights) -> Tensor[]");
   // The CPU instruction set in use, and the layout of its frozen weights.

@@ -303,6 +303,27 @@ def layer(
     return result[0], result[1:-1]
 
 
+_random_mask = torch.ops.fusedrnn._random_mask.default
+_MASK_DEVICES = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fusedrnn::_random_mask", key)
+)
+
+
+def random_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """Booleans, each True with probability p, from torch's generator of the device.
+
+    The generator gives a seed, and a kernel the mask: torch's own random numbers take as long as
+    the layer.
+    """
+    if device.type not in _MASK_DEVICES or torch._C._are_functorch_transforms_active():
+        return torch.rand(tuple(shape), device=device) < p
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    mask: Tensor = _random_mask(seed, shape, p)
+    return mask
+
+
 def variant_layer(
     cell: Cell,
     input: Tensor,
@@ -502,6 +523,11 @@ def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
         for w, wanted in zip(weights, mask[n:], strict=True)
     ]
     return *gradients, weight_gradients
+
+
+@torch.library.register_fake("fusedrnn::_random_mask")
+def _fake_random_mask(seed: Tensor, size: Sequence[int], p: float) -> Tensor:
+    return seed.new_empty(size, dtype=torch.bool)
 
 
 for _cell in CELLS.values():

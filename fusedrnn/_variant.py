@@ -27,7 +27,9 @@ _TORCHS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 def random_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """Booleans, each True with probability p, from torch's generator of the device."""
-    return torch.rand(tuple(shape), device=device) < p
+    from fusedrnn import _ops  # which imports this module
+
+    return _ops.random_mask(shape, p, device)
 
 
 @dataclass(frozen=True)

@@ -619,8 +619,14 @@ constexpr cpu::KernelsOf<Accum, Element> kernels_of(CellList<Cell...>) {
 }
 
 constexpr cpu::KernelTable kernel_table(const char* isa) {
-  return {isa,     kernels_of<float, float>(Cells()),    kernels_of<double, double>(Cells()),
-          nullptr, kernels_of<float, BFloat16>(Cells()), kernels_of<Int16, Int8>(Cells())};
+  return {isa,
+          random_mask,
+          kMaskBlock,
+          kernels_of<float, float>(Cells()),
+          kernels_of<double, double>(Cells()),
+          nullptr,
+          kernels_of<float, BFloat16>(Cells()),
+          kernels_of<Int16, Int8>(Cells())};
 }
 
 }  // namespace fusedrnn::FUSEDRNN_TARGET

@@ -87,6 +87,10 @@ struct KernelsOf {
 
 struct KernelTable {
   const char* isa;
+  /// A random mask's values [first, first + count), `first` a multiple of mask_block: each true
+  /// with probability threshold / 2^32.
+  void (*random_mask)(uint64_t seed, int64_t first, int64_t count, uint32_t threshold, bool* out);
+  int64_t mask_block;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
   const KernelsOf<float, BFloat16>* bf16;  ///< null: convert bfloat16 to float32

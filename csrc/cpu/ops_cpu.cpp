@@ -3,9 +3,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "gemm.h"
 #include "kernel_table.h"
 #include "layer_cpu.h"
 
@@ -131,6 +133,29 @@ LayerGradients run_backward_variant(const CellInfo& cell, const VariantBackwardA
                                            : backward_variant<float>(layer, g, variant);
 }
 
+Tensor random_mask(const Tensor& seed, c10::IntArrayRef size, double p) {
+  TORCH_CHECK(seed.device().is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1,
+              "_random_mask: seed must be one int64 on the CPU");
+  TORCH_CHECK(p >= 0 && p <= 1, "_random_mask: p must be from 0 to 1, got ", p);
+  const Tensor mask = at::empty(size, at::kBool);
+  bool* const out = mask.mutable_data_ptr<bool>();
+  const int64_t count = mask.numel();
+  const double scaled = p * 4294967296.0;
+  if (scaled > 4294967295.0) {  // no word is as large
+    std::fill(out, out + count, true);
+    return mask;
+  }
+  const auto key = uint64_t(seed.item<int64_t>());
+  const int64_t block = kernels().mask_block, blocks = scalar::divide_up(count, block);
+  // A value costs about four multiply-adds.
+  in_row_parts<float>(blocks, 4 * count, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * block;
+    kernels().random_mask(key, first, std::min(end * block, count) - first, uint32_t(scaled),
+                          out + first);
+  });
+  return mask;
+}
+
 struct Cpu {
   template <class Cell>
   static VariantOutput forward_variant(const VariantForwardArgs& args) {
@@ -167,6 +192,7 @@ TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   register_ops<Cpu>(m);
   register_frozen_ops<Cpu>(m);
   register_variant_ops<Cpu>(m);
+  m.impl("_random_mask", &random_mask);
   m.impl("_freeze", &freeze_layer);
   m.impl("_unfreeze", &unfreeze_layer);
 }
