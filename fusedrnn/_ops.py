@@ -381,6 +381,7 @@ def checkpointed_layer(
     tensors = (input, *states, *weights, *of_variant)
     if (
         not torch.is_grad_enabled()
+        or torch.compiler.is_exporting()  # a strict export fails at a checkpoint
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()  # they know no checkpoint
     ):
