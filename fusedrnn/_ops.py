@@ -526,10 +526,11 @@ def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
     return *gradients, weight_gradients
 
 
-@torch.library.register_fake("fusedrnn::_random_mask")
 def _fake_random_mask(seed: Tensor, size: Sequence[int], p: float) -> Tensor:
     return seed.new_empty(size, dtype=torch.bool)
 
+
+torch.library.register_fake("fusedrnn::_random_mask")(_fake_random_mask)
 
 for _cell in CELLS.values():
     for _suffix, _fake in (
