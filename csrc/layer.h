@@ -184,8 +184,8 @@ struct OutputGradients {
 
  private:
   OutputGradients(const Layer& layer, const OutputGradientArgs& args, const Tensor& saved,
-                  c10::IntArrayRef saved_shape, const c10::List<bool>& output_mask,
-                  int64_t weights);
+                  c10::IntArrayRef saved_shape);
+  void read_mask(const Layer& layer, const c10::List<bool>& mask, int64_t weights);
   Tensor ready(const Layer& layer, const char* name, const Tensor& t, c10::IntArrayRef shape) const;
 };
 

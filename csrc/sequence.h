@@ -110,19 +110,19 @@ struct Variant {
 };
 
 /// Where a token's saved values lie, in values: the cell's own A*H, then h after the step, c, and
-/// with layer norms the normalised GEMMs, the normalised c, and 4 values: reciprocals of the
-/// standard deviations of weight_ih x, weight_hh h and c.
+/// with layer norms the normalised GEMMs, the normalised c, and the reciprocals of the standard
+/// deviations of weight_ih x, weight_hh h and c.
 struct SavedVariant {
   int64_t h, c, input, hidden, norm_c, rstd, size;
-  constexpr SavedVariant(int64_t H, int64_t gates, int64_t saved, bool has_cell_state,
+  constexpr SavedVariant(int64_t H, int64_t P, int64_t gates, int64_t saved, bool has_cell_state,
                          bool has_norms)
       : h(saved * H),
-        c(h + H),
+        c(h + P),
         input(c + has_cell_state * H),
         hidden(input + has_norms * gates * H),
         norm_c(hidden + has_norms * gates * H),
         rstd(norm_c + (has_norms && has_cell_state) * H),
-        size(rstd + has_norms * 4) {}
+        size(rstd + has_norms * (2 + has_cell_state)) {}
 };
 
 template <class Accum, class Element = Accum>

@@ -485,7 +485,9 @@ def _fake_variant(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     c = cell.has_cell_state
     # As SavedVariant in csrc/sequence.h.
-    size = (cell.saved + 1 + c + (2 * cell.gates + c if norms else 0)) * hidden + 4 * bool(norms)
+    size = out + (cell.saved + c) * hidden
+    if norms:
+        size += (2 * cell.gates + c) * hidden + 2 + c
     return (
         *_fake_results(input, args[1 : 1 + n], (hidden, out), bidirectional, batch_sizes),
         input.new_empty((*input.shape[:-1], directions * hidden) if c else (0,)),

@@ -107,8 +107,8 @@ FUSEDRNN_INLINE ScaledCandidate<Vec<Accum>> candidate_of(const Variant<Accum>& v
   return {load_mask<Accum>(v.candidate_mask + at, n) * v.candidate_scale};
 }
 template <class Cell>
-constexpr SavedVariant saved_variant(int64_t H, bool has_norms) {
-  return SavedVariant(H, Cell::kGates, Cell::kSaved, Cell::kHasCellState, has_norms);
+constexpr SavedVariant saved_variant(int64_t H, int64_t P, bool has_norms) {
+  return SavedVariant(H, P, Cell::kGates, Cell::kSaved, Cell::kHasCellState, has_norms);
 }
 
 // ---- random masks -------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ void variant_input(const Forward<Accum>& s, Accum* x_product, int64_t begin, int
   constexpr int L = kLanes<Accum>;
   const Variant<Accum>& v = *s.variant;
   const int64_t H = s.hidden_size, n = Cell::kGates * H;
-  const SavedVariant at = saved_variant<Cell>(H, true);
+  const SavedVariant at = saved_variant<Cell>(H, s.output_size, true);
   for (int64_t token = begin; token < end; ++token) {
     Accum* const x = x_product + token * s.x_product_stride;
     const Accum rstd = normalise(x, n);
@@ -275,7 +275,7 @@ FUSEDRNN_INLINE void finish_units(const Forward<Accum>& s,
   const Variant<Accum>& v = *s.variant;
   const int64_t H = s.hidden_size, row = s.row[j], token = s.step_offset[t] + row, n = H - unit;
   const bool begins_again = resets_after(s, t, j);
-  const SavedVariant at = saved_variant<Cell>(H, v.has_norms);
+  const SavedVariant at = saved_variant<Cell>(H, s.output_size, v.has_norms);
   Accum* const to = s.saved ? s.saved + token * v.saved_size + unit : nullptr;
   if (to) unroll<Cell::kSaved>([&](auto a) FUSEDRNN_LAMBDA { store(to + a * H, saved[a], n); });
   Accum* const state_at = m.state + j * m.state_size + unit;
@@ -317,7 +317,7 @@ FUSEDRNN_NOINLINE void variant_row(const Forward<Accum>& s,
   constexpr int L = kLanes<Accum>, G = Cell::kGates, S = Cell::kPreacts;
   const Variant<Accum>& v = *s.variant;
   const int64_t H = s.hidden_size, token = s.step_offset[t] + s.row[j];
-  const SavedVariant at = saved_variant<Cell>(H, true);
+  const SavedVariant at = saved_variant<Cell>(H, s.output_size, true);
   Accum* const hidden = m.sums + j * m.sums_size;
   Accum* const saved_row = s.saved ? s.saved + token * v.saved_size : nullptr;
   const Accum* const x = s.x_product + token * s.x_product_stride;
@@ -446,7 +446,7 @@ void variant_forward_step(const Forward<Accum>& run, int64_t i, int64_t block_be
   if (m.raw) {
     Accum* const h = m.h[(i + 1) % 2];
     gemm<Accum>(rows, H, P, s.projection_panels, 0, m.raw, m.state_size, h, m.h_size, false);
-    const SavedVariant at = saved_variant<Cell>(H, v.has_norms);
+    const SavedVariant at = saved_variant<Cell>(H, s.output_size, v.has_norms);
     for (int64_t j = 0; j < rows; ++j) {
       const int64_t token = s.step_offset[t] + s.row[j];
       const bool begins_again = resets_after(s, t, j);
@@ -532,7 +532,7 @@ struct BackwardRow {
       : row(s.row[j]),
         token(s.step_offset[t] + row),
         compact(s.compact_offset[t] + s.sorted_index[j]),
-        at(saved_variant<Cell>(s.hidden_size, s.variant->has_norms)),
+        at(saved_variant<Cell>(s.hidden_size, s.output_size, s.variant->has_norms)),
         saved(s.saved + token * s.variant->saved_size) {
     const int64_t before = step_before(s, t);
     const bool begins_again = resets(s, t, j);
