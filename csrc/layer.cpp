@@ -1,6 +1,8 @@
 #include "layer.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
@@ -242,6 +244,41 @@ LayerGradients layer_gradients(const Layer& layer, const OutputGradients& g,
   out.h0 = wanted(dh0, 1);
   if (layer.cell.has_cell_state) out.c0 = wanted(dc0, 2);
   return out;
+}
+
+void append_norm_gradients(const Layer& layer, const OutputGradients& g,
+                           const LayerVariant& variant, const GateGradients& gates,
+                           const Tensor& dnorm_c, std::vector<Tensor>& gradients,
+                           const Tensor& tokens) {
+  const int64_t H = layer.H, size = layer.cell.gates * H;
+  int64_t place = 1 + layer.cell.states() + layer.D * layer.weights_per_direction();
+  for (int64_t d = 0; d < layer.D; ++d) {
+    const auto normalised = [&](int64_t first, int64_t count) {
+      const Tensor all = g.saved[d].narrow(1, first, count);
+      return tokens.defined() ? all.index_select(0, tokens) : all;
+    };
+    const auto give = [&](const auto& sum) {
+      gradients.push_back(g.output_mask[size_t(place++)]
+                              ? in_type(sum(), layer.type)
+                              : at::empty({0}, layer.options().dtype(layer.type)));
+    };
+    const Tensor dgates = gates.dgates[d];
+    give([&] {
+      return at::mul(dgates.narrow(1, 0, size), normalised(variant.saved.input, size)).sum(0);
+    });
+    give([&] {
+      std::vector<Tensor> of_gates;
+      for (int64_t gate = 0; gate < layer.cell.gates; ++gate) {
+        const Tensor x = normalised(variant.saved.hidden + gate * H, H);
+        of_gates.push_back(
+            at::mul(dgates.narrow(1, layer.cell.hidden_preact[size_t(gate)] * H, H), x).sum(0));
+      }
+      return at::cat(of_gates);
+    });
+    if (!layer.cell.has_cell_state) continue;
+    give([&] { return at::mul(dnorm_c[d], normalised(variant.saved.norm_c, H)).sum(0); });
+    give([&] { return dnorm_c[d].sum(0); });
+  }
 }
 
 Tensor OutputGradients::ready(const Layer& layer, const char* name, const Tensor& t,

@@ -113,7 +113,7 @@ struct LayerVariant {
   int64_t norms_per_direction(const Layer& layer) const {
     return has_norms() ? 2 + 2 * layer.cell.has_cell_state : 0;
   }
-  /// One direction's, without cells and gradients.
+  /// One direction's, without biases, cells and gradients.
   template <class Accum>
   Variant<Accum> of_direction(const Layer& layer, int64_t d) const {
     Variant<Accum> v;
@@ -141,8 +141,6 @@ struct LayerVariant {
       v.norm_hh = data(of.hh);
       v.norm_c = data(of.c);
       v.norm_c_bias = data(of.c_bias);
-      v.bias_ih = data(layer.weights[size_t(d)].bias_ih);
-      v.bias_hh = data(layer.weights[size_t(d)].bias_hh);
     }
     return v;
   }
@@ -188,6 +186,14 @@ struct OutputGradients {
   void read_mask(const Layer& layer, const c10::List<bool>& mask, int64_t weights);
   Tensor ready(const Layer& layer, const char* name, const Tensor& t, c10::IntArrayRef shape) const;
 };
+
+/// Appends the gradients of the layer norms' parameters: sums over the tokens in the order of
+/// `gates`. dnorm_c: [D, M, H] gradients of the normalised c. Unwanted ones are empty. `tokens` as
+/// in layer_gradients.
+void append_norm_gradients(const Layer& layer, const OutputGradients& g,
+                           const LayerVariant& variant, const GateGradients& gates,
+                           const Tensor& dnorm_c, std::vector<Tensor>& gradients,
+                           const Tensor& tokens = {});
 
 /// A backward op's results: GEMMs for the gradients of input and weights, empty tensors for
 /// unwanted ones. The backward steps leave `gates`, dh0 [D, B, P] and dc0 [D, B, H]; dc0 is

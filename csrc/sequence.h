@@ -94,7 +94,7 @@ struct Variant {
   bool has_norms = false;                ///< whether the layer norms below are there
   const Accum* norm_ih = nullptr;        ///< [G*H], of weight_ih x
   const Accum* norm_hh = nullptr;        ///< [G*H], of weight_hh h
-  const Accum* bias_ih = nullptr;        ///< [G*H], added after the norms
+  const Accum* bias_ih = nullptr;        ///< [G*H], added after the norms; on the CPU
   const Accum* bias_hh = nullptr;
   const Accum* norm_c = nullptr;       ///< [H], of c; cells with a cell state
   const Accum* norm_c_bias = nullptr;  ///< [H]
@@ -108,6 +108,8 @@ struct Variant {
   Accum* dhidden = nullptr;
   Accum* dnorm_c = nullptr;
 };
+
+inline constexpr double kNormEps = 1e-5;  ///< of the layer norms
 
 /// Where a token's saved values lie, in values: the cell's own A*H, then h after the step, c, and
 /// with layer norms the normalised GEMMs, the normalised c, and the reciprocals of the standard

@@ -1,7 +1,5 @@
 // A layer's backward pass on the CPU.
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
 
 #include "gemm.h"
 #include "layer_cpu.h"
@@ -53,43 +51,6 @@ LayerWork backward_work(const Layer& layer, const Common<Accum>& common, bool ha
   work.vector_bytes = common.lanes * int64_t(sizeof(Accum));
   work.vector_cycles = work.input_vector_cycles = work.vector_bytes == 64 ? 2 : 1;
   return work;
-}
-
-/// The gradients of the layer norms' parameters: sums over the tokens in the order of `gates`.
-/// dnorm_c: [D, M, H] gradients of the normalised c. Wanted ones; others are empty.
-void append_norm_gradients(const Layer& layer, const OutputGradients& g,
-                           const LayerVariant& variant, const GateGradients& gates,
-                           const Tensor& dnorm_c, const Tensor& tokens,
-                           std::vector<Tensor>& gradients) {
-  const int64_t H = layer.H, size = layer.cell.gates * H;
-  int64_t place = 1 + layer.cell.states() + layer.D * layer.weights_per_direction();
-  for (int64_t d = 0; d < layer.D; ++d) {
-    const auto normalised = [&](int64_t first, int64_t count) {
-      const Tensor all = g.saved[d].narrow(1, first, count);
-      return tokens.defined() ? all.index_select(0, tokens) : all;
-    };
-    const auto give = [&](const auto& sum) {
-      gradients.push_back(g.output_mask[size_t(place++)]
-                              ? in_type(sum(), layer.type)
-                              : at::empty({0}, layer.options().dtype(layer.type)));
-    };
-    const Tensor dgates = gates.dgates[d];
-    give([&] {
-      return at::mul(dgates.narrow(1, 0, size), normalised(variant.saved.input, size)).sum(0);
-    });
-    give([&] {
-      std::vector<Tensor> of_gates;
-      for (int64_t gate = 0; gate < layer.cell.gates; ++gate) {
-        const Tensor x = normalised(variant.saved.hidden + gate * H, H);
-        of_gates.push_back(
-            at::mul(dgates.narrow(1, layer.cell.hidden_preact[size_t(gate)] * H, H), x).sum(0));
-      }
-      return at::cat(of_gates);
-    });
-    if (!layer.cell.has_cell_state) continue;
-    give([&] { return at::mul(dnorm_c[d], normalised(variant.saved.norm_c, H)).sum(0); });
-    give([&] { return dnorm_c[d].sum(0); });
-  }
 }
 
 /// variant: null for the plain layer.
@@ -162,7 +123,7 @@ LayerGradients run_backward(const Layer& layer, const OutputGradients& g,
       layer_gradients(layer, g, gates, dh0, dc0, tokens.defined() ? x.index_select(0, tokens) : x,
                       TileGemms<Accum>(), tokens);
   if (has_norms) {
-    append_norm_gradients(layer, g, *variant, gates, dnorm_c, tokens, found.weights);
+    append_norm_gradients(layer, g, *variant, gates, dnorm_c, found.weights, tokens);
   }
   return found;
 }

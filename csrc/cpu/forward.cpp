@@ -401,6 +401,10 @@ class ForwardCall {
       Variant<Accum> v = request_.variant->of_direction<Accum>(layer_, d);
       if (out_.cells.defined())
         v.cells = static_cast<Accum*>(out_.cells.mutable_data_ptr()) + d * layer_.H;
+      if constexpr (kHasVariants) {
+        v.bias_ih = const_data<Accum>(layer_.weights[size_t(d)].bias_ih);
+        v.bias_hh = const_data<Accum>(layer_.weights[size_t(d)].bias_hh);
+      }
       found.push_back(v);
     }
     return found;

@@ -11,6 +11,8 @@
 // Included at the end of cell_kernels.h.
 #pragma once
 
+#include "../random.h"
+
 namespace fusedrnn::FUSEDRNN_TARGET {
 
 // ---- both passes --------------------------------------------------------------------------------
@@ -113,47 +115,35 @@ constexpr SavedVariant saved_variant(int64_t H, int64_t P, bool has_norms) {
 
 // ---- random masks -------------------------------------------------------------------------------
 
-/// Values of a mask that 64 counters give, four each.
-inline constexpr int64_t kMaskBlock = 256;
-
-/// Philox 4x32-10 (Salmon et al. 2011), keyed by the seed. A mask's values [first, first + count)
-/// are true where a random word is below the threshold; `first` is a multiple of kMaskBlock. Value
-/// 64 w + l of a block is word w of the block's counter l. So the same seed gives the same mask for
-/// any vectors and any division over threads.
+/// A mask's values [first, first + count); `first` is a multiple of kMaskBlock.
 inline void random_mask(uint64_t seed, int64_t first, int64_t count, uint32_t threshold,
                         bool* out) {
-  constexpr int kCounters = int(kMaskBlock) / 4;
   for (int64_t at = 0; at < count; at += kMaskBlock) {
     const uint64_t counter = uint64_t(first + at) / 4;
-    uint32_t word[4][kCounters];
-    for (int l = 0; l < kCounters; ++l) {
+    uint32_t word[4][kMaskCounters];
+    for (int l = 0; l < kMaskCounters; ++l) {
       word[0][l] = uint32_t(counter + uint64_t(l));
       word[1][l] = uint32_t((counter + uint64_t(l)) >> 32);
       word[2][l] = word[3][l] = 0;
     }
-    uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
-    for (int round = 0; round < 10; ++round) {
-      for (int l = 0; l < kCounters; ++l) {
-        const uint64_t a = uint64_t(0xD2511F53) * word[0][l], b = uint64_t(0xCD9E8D57) * word[2][l];
-        word[0][l] = uint32_t(b >> 32) ^ word[1][l] ^ key[0];
-        word[1][l] = uint32_t(b);
-        word[2][l] = uint32_t(a >> 32) ^ word[3][l] ^ key[1];
-        word[3][l] = uint32_t(a);
+    PhiloxKey key(seed);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int l = 0; l < kMaskCounters; ++l) {
+        philox_round(word[0][l], word[1][l], word[2][l], word[3][l], key);
       }
-      key[0] += 0x9E3779B9;
-      key[1] += 0xBB67AE85;
+      key.advance();
     }
     unsigned char values[kMaskBlock];
     for (int w = 0; w < 4; ++w) {
-      for (int l = 0; l < kCounters; ++l) values[w * kCounters + l] = word[w][l] < threshold;
+      for (int l = 0; l < kMaskCounters; ++l) {
+        values[w * kMaskCounters + l] = word[w][l] < threshold;
+      }
     }
     __builtin_memcpy(out + at, values, size_t(smaller(kMaskBlock, count - at)));
   }
 }
 
 // ---- layer norm ---------------------------------------------------------------------------------
-
-inline constexpr double kNormEps = 1e-5;
 
 template <class Accum>
 FUSEDRNN_INLINE Accum sum_of_lanes(Vec<Accum> v) {

@@ -1,7 +1,7 @@
 // Every cell's kernels as functions, and tables of them by the cell's index in scalar::Cells.
 //
 // A function launches on `stream`, a cudaStream_t, and returns a cudaError_t. stepwise_kernels.cu,
-// fused_step.cu and persistent_*.cu fill the tables from the cell list.
+// fused_step.cu, variant_kernels.cu and persistent_*.cu fill the tables from the cell list.
 #pragma once
 
 #include "params.h"
@@ -34,6 +34,28 @@ template <class Element>
 int mask_padding(const MaskPaddingParams<Element>& params, void* stream);
 template <class Element>
 int bias_gradients(const BiasGradientParams<Element>& params, void* stream);
+
+template <class Element>
+struct VariantKernels {
+  int (*forward)(const VariantForwardStepParams<Element>& params, void* stream);
+  int (*backward)(const VariantBackwardStepParams<Element>& params, void* stream);
+};
+template <class Element>
+const VariantKernels<Element>& variant_kernels(int cell);
+
+// These do not depend on the cell.
+template <class Element>
+int variant_input(const VariantInputParams<Element>& params, void* stream);
+/// Behind a projection's GEMM, and before it in the backward pass.
+template <class Element>
+int variant_projection(const VariantOutputParams<Element>& params, void* stream);
+template <class Element>
+int variant_projection_backward(const VariantGradientParams<Element>& params, void* stream);
+/// The launch behind the backward steps.
+template <class Element>
+int variant_initial_gradients(const VariantBackwardStepParams<Element>& params, void* stream);
+
+int random_mask(const RandomMaskParams& params, void* stream);
 
 /// Writes `count` numbers from host memory to device memory. They travel as a kernel's arguments: a
 /// copy could wait for the host, and a captured graph would read host memory that is gone.

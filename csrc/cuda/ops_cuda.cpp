@@ -5,8 +5,10 @@
 
 #include <algorithm>
 
+#include "kernel_table.h"
 #include "persistent.h"
 #include "stepwise.h"
+#include "variant.h"
 
 namespace fusedrnn::cuda {
 namespace {
@@ -140,6 +142,64 @@ LayerGradients backward(const Layer& layer, const OutputGradients& gradients) {
                          masked_input<Element>(layer, context), DeviceGemms<Element>(context));
 }
 
+template <class Element>
+VariantOutput forward_variant(const Layer& layer, const LayerVariant& variant, bool save) {
+  const LaunchContext context(layer.input);
+  VariantOutput out;
+  static_cast<LayerOutput&>(out) = allocate_output<Element>(layer, false);
+  if (save) {
+    out.saved = new_tensor<Accumulator<Element>>(layer, {layer.D, layer.N, variant.saved.size});
+  }
+  out.cells = layer.cell.has_cell_state ? new_tensor<Element>(layer, layer.shape(layer.D * layer.H))
+                                        : new_tensor<Element>(layer, {0});
+  last_name = name_of(Algorithm::stepwise);
+  run_forward_variant<Element>(layer, variant, context, out);
+  return out;
+}
+
+template <class Element>
+LayerGradients backward_variant(const Layer& layer, const LayerVariant& variant,
+                                const OutputGradients& gradients) {
+  const LaunchContext context(layer.input);
+  StepGradients steps = allocate_gradients<Element>(layer);
+  Tensor dnorm_c;
+  if (variant.has_norms()) {
+    const int64_t D = layer.D, N = layer.N, H = layer.H;
+    steps.gates.dinput = new_tensor<Element>(layer, {D, N, layer.cell.gates * H});
+    steps.gates.dhidden = new_tensor<Element>(layer, {D, N, layer.cell.gates * H});
+    if (layer.cell.has_cell_state) {
+      dnorm_c = new_tensor<Accumulator<Element>>(layer, {D, N, H});
+    }
+  }
+  last_name = name_of(Algorithm::stepwise);
+  run_backward_variant<Element>(layer, variant, gradients, context, steps, dnorm_c);
+  LayerGradients found =
+      layer_gradients(layer, gradients, steps.gates, steps.dh0, steps.dc0,
+                      masked_input<Element>(layer, context), DeviceGemms<Element>(context));
+  if (variant.has_norms()) {
+    append_norm_gradients(layer, gradients, variant, steps.gates, dnorm_c, found.weights);
+  }
+  return found;
+}
+
+/// The seed stays on the device: a captured graph replays with other seeds.
+Tensor make_random_mask(const Tensor& seed, c10::IntArrayRef size, double p) {
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1,
+              "_random_mask: seed must be one int64");
+  TORCH_CHECK(p >= 0 && p <= 1, "_random_mask: p must be from 0 to 1, got ", p);
+  const LaunchContext context(seed);
+  const Tensor mask = at::empty(size, seed.options().dtype(at::kBool));
+  const double scaled = p * 4294967296.0;
+  RandomMaskParams params;
+  params.seed = const_data_of<int64_t>(seed);
+  params.count = mask.numel();
+  params.all = scaled > 4294967295.0;
+  if (!params.all) params.threshold = uint32_t(scaled);
+  params.out = data_of<bool>(mask);
+  check(random_mask(params, context.stream));
+  return mask;
+}
+
 template <class T>
 struct TypeTag {
   using type = T;
@@ -178,7 +238,29 @@ LayerGradients Cuda::backward(const BackwardArgs& args) {
   });
 }
 
-void register_cuda_ops(torch::Library& m) { register_ops<Cuda>(m); }
+template <class Cell>
+VariantOutput Cuda::forward_variant(const VariantForwardArgs& args) {
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
+  const LayerVariant variant(layer, args);
+  return dispatch_element(layer, [&](auto tag) {
+    return cuda::forward_variant<typename decltype(tag)::type>(layer, variant, args.save);
+  });
+}
+template <class Cell>
+LayerGradients Cuda::backward_variant(const VariantBackwardArgs& args) {
+  const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
+  const LayerVariant variant(layer, args);
+  const OutputGradients gradients(layer, variant, args);
+  return dispatch_element(layer, [&](auto tag) {
+    return cuda::backward_variant<typename decltype(tag)::type>(layer, variant, gradients);
+  });
+}
+
+void register_cuda_ops(torch::Library& m) {
+  register_ops<Cuda>(m);
+  register_variant_ops<Cuda>(m);
+  m.impl("_random_mask", &make_random_mask);
+}
 
 std::string last_algorithm() { return last_name; }
 

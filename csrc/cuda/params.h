@@ -125,6 +125,118 @@ struct InitialGradientParams {
   Element* dc0 = nullptr;          ///< [rows, H], null: not wanted
 };
 
+// ---- variants: the kernels between the GEMMs of a step (ops.cpp, <cell>_variant)
+// ------------------
+//
+// Pointers to [N, ...] begin at token 0.
+
+/// One step's rows and tokens, and the step after it in the direction's order. Around the steps of
+/// a pass is one launch with `rows` 0: before the forward steps, and behind the backward ones.
+struct VariantStepRows : StepRows {
+  int64_t token = 0;       ///< batch row 0's
+  int64_t after = -1;      ///< the time of the step after, -1: none
+  int64_t after_rows = 0;  ///< its rows
+  int64_t after_token = 0;
+};
+
+/// The end of a forward step for h, P features.
+template <class Element, class Accum = Accumulator<Element>>
+struct VariantOutputParams : VariantStepRows {
+  int64_t output_size = 0;
+  Variant<Accum> variant;
+  SavedVariant saved_at{0, 0, 0, false, false};
+  const Element* h0 = nullptr;  ///< [all_rows, P] h0_stride apart, null: zeros
+  int64_t h0_stride = 0;
+  Accum* h = nullptr;          ///< [all_rows, P] before the next step; the first launch only writes
+  Element* operand = nullptr;  ///< [all_rows, P] the same, masked, for the GEMM with weight_hh
+  Element* h_n = nullptr;      ///< [all_rows, P], in the last step
+  Element* y = nullptr;        ///< [N, P], y_stride apart
+  int64_t y_stride = 0;
+  Accum* saved = nullptr;            ///< [N, variant.saved_size], null: not wanted
+  const Accum* projected = nullptr;  ///< [rows, P] the projected output; null: not projected
+};
+
+template <class Element, class Accum = Accumulator<Element>>
+struct VariantForwardStepParams : VariantOutputParams<Element> {
+  int64_t hidden_size = 0;
+  const Accum* x_product = nullptr;  ///< [N, G*H] weight_ih x; with layer norms finished
+  const Accum* h_product = nullptr;  ///< [rows, G*H] weight_hh h, null: zeros
+  const Element* bias_ih = nullptr;  ///< [G*H], null: zeros, or x_product has it
+  const Element* bias_hh = nullptr;  ///< [G*H], null: zeros
+  const Element* c0 = nullptr;       ///< as h0, h and h_n; cells with a cell state
+  int64_t c0_stride = 0;
+  Accum* c = nullptr;
+  Element* c_n = nullptr;
+  Element* cells = nullptr;  ///< [N, H], variant.cells_stride apart
+  Accum* scratch = nullptr;  ///< [rows, A+1, H]; with layer norms and a cell state
+  Element* raw = nullptr;    ///< [rows, H] output before the projection; projected only
+};
+
+/// The layer norm of weight_ih x, and bias_ih. In place.
+template <class Element, class Accum = Accumulator<Element>>
+struct VariantInputParams {
+  int64_t tokens = 0, batch = 0, size = 0;  ///< N; B if padded; G*H
+  const int64_t* lengths = nullptr;         ///< [B], null: no token is padding
+  Accum* x_product = nullptr;               ///< [N, G*H]
+  const Accum* norm = nullptr;              ///< [G*H]
+  const Element* bias = nullptr;            ///< [G*H], null: zeros
+  Accum* saved = nullptr;                   ///< [N, saved_size], null: not wanted
+  int64_t saved_size = 0;
+  SavedVariant saved_at{0, 0, 0, false, false};
+};
+
+/// h's gradient at the end of a step, P features. It is the sum of dy, dh and, masked, product. In
+/// the first launch dh_n takes the place of dh.
+template <class Element, class Accum = Accumulator<Element>>
+struct VariantGradientParams : VariantStepRows {
+  int64_t output_size = 0;
+  int64_t previous = -1;  ///< the time of the step before in the direction's order, -1: none
+  int64_t previous_rows = 0, previous_token = 0;
+  Variant<Accum> variant;
+  SavedVariant saved_at{0, 0, 0, false, false};
+  const Accum* saved = nullptr;  ///< [N, variant.saved_size]
+  const Element* h0 = nullptr;   ///< [all_rows, P] h0_stride apart, null: zeros
+  int64_t h0_stride = 0;
+  const Element* dh_n = nullptr;   ///< [all_rows, P], null: zeros
+  Accum* dh = nullptr;             ///< [all_rows, P] past the gates of the step after
+  const Accum* product = nullptr;  ///< [after_rows, P] through weight_hh from the step after
+  Accum* reset_dh0 = nullptr;      ///< [all_rows, P] parts of resets to h0; null: there are none
+  const Element* dy = nullptr;     ///< [N, P], dy_stride apart; null: zeros
+  int64_t dy_stride = 0;
+  Element* h_previous = nullptr;  ///< [N, P] the step's operand
+  Element* dr = nullptr;          ///< [N, P] the projected output's gradient; projected only
+};
+
+template <class Element, class Accum = Accumulator<Element>>
+struct VariantBackwardStepParams : VariantGradientParams<Element> {
+  int64_t hidden_size = 0;
+  const Element* c0 = nullptr;  ///< as h0, dh_n, dh and reset_dh0; cells with a cell state
+  int64_t c0_stride = 0;
+  const Element* dc_n = nullptr;
+  Accum* dc = nullptr;
+  Accum* reset_dc0 = nullptr;
+  const Element* dcells = nullptr;  ///< [N, H], variant.cells_stride apart; null: zeros
+  const Accum* dh_raw = nullptr;    ///< [rows, H] the raw output's gradient; projected only
+  Element* dgates = nullptr;        ///< [N, S*H] as operands
+  /// [rows, G*H] gradients of the GEMM with weight_hh; null: they are dgates.
+  Element* dhidden = nullptr;
+  Element* dinput = nullptr;  ///< [N, G*H] of the GEMM with weight_ih; layer norms only
+  Accum* dnorm_c = nullptr;   ///< [N, H] of the normalised c; layer norms and a cell state only
+  Accum* scratch = nullptr;   ///< [rows, S+2, H]; layer norms only
+  Element* h_raw = nullptr;   ///< [N, H] output before the projection; projected only
+  Element* dh0 = nullptr;     ///< [all_rows, P] in the launch behind the steps; null: not wanted
+  Element* dc0 = nullptr;     ///< [all_rows, H]
+};
+
+/// A mask of `count` values (random.h).
+struct RandomMaskParams {
+  const int64_t* seed = nullptr;
+  int64_t count = 0;
+  uint32_t threshold = 0;
+  bool all = false;  ///< all are true: no threshold is large enough
+  bool* out = nullptr;
+};
+
 // ---- around the time loop -----------------------------------------------------------------------
 
 /// Copies padded tokens [T, B, F], with zeros in the padding.

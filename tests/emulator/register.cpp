@@ -38,15 +38,17 @@ TORCH_LIBRARY(fusedrnn_emulated, m) {
   m.def("kernels() -> str[]", &kernels);
   m.def("_cuda_algorithm() -> str", &fusedrnn::cuda::last_algorithm);
   m.def("multiply(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()", &multiply);
+  const auto define = [&](const std::string& name) {
+    // The real op's schema.
+    const auto& schema =
+        c10::Dispatcher::singleton().findSchemaOrThrow(("fusedrnn::" + name).c_str(), "").schema();
+    m.def(c10::FunctionSchema("fusedrnn_emulated::" + name, "", schema.arguments(),
+                              schema.returns()));
+  };
+  define("_random_mask");
   fusedrnn::scalar::Cells::for_each([&](auto cell) {
-    for (const std::string& name :
-         {std::string(cell.kName), cell.kName + std::string("_backward")}) {
-      // The real op's schema.
-      const auto& schema = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow(("fusedrnn::" + name).c_str(), "")
-                               .schema();
-      m.def(c10::FunctionSchema("fusedrnn_emulated::" + name, "", schema.arguments(),
-                                schema.returns()));
+    for (const char* suffix : {"", "_backward", "_variant", "_variant_backward"}) {
+      define(std::string(cell.kName) + suffix);
     }
   });
 }

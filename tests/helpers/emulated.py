@@ -80,7 +80,7 @@ def build_ops() -> Path:
     cuda = ROOT / "csrc" / "cuda"
     host = [
         ROOT / "csrc" / "layer.cpp",
-        *(cuda / f"{name}.cpp" for name in ("ops_cuda", "persistent", "stepwise")),
+        *(cuda / f"{name}.cpp" for name in ("ops_cuda", "persistent", "stepwise", "variant")),
         EMULATOR / "device.cpp",
         EMULATOR / "register.cpp",
     ]
