@@ -335,13 +335,15 @@ OutputGradients::OutputGradients(const Layer& layer, const LayerVariant& variant
             layer.D * (layer.weights_per_direction() + variant.norms_per_direction(layer)));
 }
 
-LayerVariant::LayerVariant(const Layer& layer, const VariantArgs& args)
+LayerVariant::LayerVariant(const Layer& layer, const VariantArgs& args, bool keeps_states)
     : reset_to_initial(args.reset_to_initial),
       candidate_scale(args.candidate_scale),
       zoneout_h(args.zoneout_h),
       zoneout_c(args.zoneout_c),
       saved(layer.H, layer.P, layer.cell.gates, layer.cell.saved, layer.cell.has_cell_state,
-            !args.norms.empty()) {
+            !args.norms.empty(),
+            keeps_states || layer.has_projection || args.zoneout_h_mask || args.zoneout_h != 0,
+            keeps_states || !args.norms.empty() || args.zoneout_c_mask || args.zoneout_c != 0) {
   const CellInfo& cell = layer.cell;
   const Tensor& x = args.input;
   const auto mask = [&](const char* name, const OptionalTensor& t, std::vector<int64_t> shape) {

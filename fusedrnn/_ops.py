@@ -485,7 +485,16 @@ def _fake_variant(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     c = cell.has_cell_state
     # As SavedVariant in csrc/sequence.h.
-    size = out + (cell.saved + c) * hidden
+    given = dict(zip(_VARIANT_FIELDS, fields, strict=True))
+    keeps = [
+        input.device.type != "cpu" or given[f"{name}_mask"] is not None or given[name] != 0
+        for name in ("zoneout_h", "zoneout_c")
+    ]
+    size = cell.saved * hidden
+    if keeps[0] or len(weights) // directions % 2 == 1:
+        size += out
+    if c and (keeps[1] or norms):
+        size += hidden
     if norms:
         size += (2 * cell.gates + c) * hidden + 2 + c
     return (
