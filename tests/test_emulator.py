@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -106,6 +106,11 @@ class Problem:
             self.values(*s) if used else None for s, used in zip(outputs, c.used, strict=False)
         ]
 
+    @property
+    def is_sensitive(self) -> bool:
+        """Whether a result can change by much more than the roundings of its arguments."""
+        return cell_named(self.c.cell).has_dead_units
+
     def values(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.c.dtype).double()
 
@@ -120,7 +125,7 @@ class Problem:
         it. Each of eight draws rounds all values once. The floor is ten times the largest change.
         """
         found = [0.0] * len(exact)
-        if not cell_named(self.c.cell).has_dead_units:
+        if not self.is_sensitive:
             return found
         eps = ROUNDING[self.c.dtype, self.c.precision]
         for _ in range(8):
@@ -176,11 +181,13 @@ class Problem:
         return [*results[:-1], *found]
 
 
-def check(c: Case, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def check(
+    c: Case, monkeypatch: pytest.MonkeyPatch, problem: Problem | None = None
+) -> list[Tensor]:
     monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", c.regime)
     monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", c.precision)
     torch.ops.fusedrnn_emulated.set(c.seed, c.multiprocessors)
-    problem = Problem(c)
+    problem = problem or Problem(c)
     exact = problem.run(torch.ops.fusedrnn, torch.float64)
     floors = problem.floors(exact)
     results = problem.run(torch.ops.fusedrnn_emulated, c.dtype)
@@ -675,3 +682,126 @@ def test_lengths_out_of_range(lengths: list[int], ops: Any) -> None:
     x, w = torch.randn(5, 3, 2), [torch.randn(16, 2), torch.randn(16, 4)]
     with pytest.raises(RuntimeError, match="lengths must be from 0 to the sequence length"):
         ops.lstm(x, None, None, w, False, None, torch.tensor(lengths), False)
+
+
+# ---- variants -----------------------------------------------------------------------------------
+
+VARIANT_ARGUMENTS = (
+    "reset_mask",
+    "reset_to_initial",
+    "hidden_mask",
+    "candidate_mask",
+    "candidate_scale",
+    "zoneout_h_mask",
+    "zoneout_c_mask",
+    "zoneout_h",
+    "zoneout_c",
+)
+
+
+class VariantProblem(Problem):
+    """A case with a random composition of variants, or with those named alone."""
+
+    def __init__(self, c: Case, features: Sequence[str] | None = None) -> None:
+        super().__init__(c)
+        rng = random.Random(c.seed)
+        cell = _ops.CELLS[c.cell]
+        D, P = 2 if c.bidirectional else 1, c.proj_size or c.H
+        tokens = self.x.shape[:-1]
+
+        def has(feature: str) -> bool:
+            drawn = rng.random() < 0.5
+            return drawn if features is None else feature in features
+
+        def mask(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=self.generator) < 0.4
+
+        given: dict[str, Any] = dict.fromkeys(VARIANT_ARGUMENTS)
+        given |= {"candidate_scale": 1.0, "zoneout_h": 0.0, "zoneout_c": 0.0}
+        if has("reset"):
+            given["reset_mask"] = mask(*tokens)
+        given["reset_to_initial"] = rng.random() < 0.5
+        if has("hidden_mask"):
+            given["hidden_mask"] = 1.75 * mask(D, c.B, P)
+        if has("candidate_mask") and cell.has_candidate:
+            given |= {"candidate_mask": mask(D, *tokens, c.H), "candidate_scale": 1.5}
+        for state, width in (("h", P), ("c", c.H))[: cell.states]:
+            if has("zoneout_masks"):
+                given[f"zoneout_{state}_mask"] = mask(D, *tokens, width)
+            elif has("zoneout"):
+                given[f"zoneout_{state}"] = 0.25
+        self.variant = given
+        self.norms: list[Tensor] = []
+        if has("norms"):
+            scale = [1.0, 1.0, 1.0, 0.0]
+            sizes = [cell.gates * c.H] * 2 + [c.H] * 2 * cell.has_cell_state
+            for _ in range(D):
+                self.norms += [m + 0.25 * self.values(n) for m, n in zip(scale, sizes)]  # noqa: B905
+            self.norms = [n.to(c.dtype).double() for n in self.norms]
+        self.grad_cells = None
+        if cell.has_cell_state and rng.random() < 0.7:
+            self.grad_cells = self.values(*tokens, D * c.H)
+
+    @property
+    def is_sensitive(self) -> bool:
+        # A norm divides by a standard deviation, which may be small.
+        return bool(self.norms) or super().is_sensitive
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        given = dict(self.variant)
+        if given["hidden_mask"] is not None:
+            given["hidden_mask"] = given["hidden_mask"].to(dtype)
+        norms = [n.to(dtype) for n in self.norms]
+        return (*super().arguments(dtype), *given.values(), norms)
+
+    def forward(self, arguments: tuple[Any, ...], ops: Any) -> list[Tensor]:
+        return list(getattr(ops, f"{self.c.cell}_variant")(*arguments, True))
+
+    def backward(
+        self,
+        arguments: tuple[Any, ...],
+        gradients: list[Any],
+        results: list[Tensor],
+        ops: Any,
+        mask: list[bool],
+    ) -> list[Tensor]:
+        grad_cells = None if self.grad_cells is None else self.grad_cells.to(arguments[0].dtype)
+        *of_inputs, of_weights = getattr(ops, f"{self.c.cell}_variant_backward")(
+            *gradients, *arguments, grad_cells, results[-1], mask + [True] * len(self.norms)
+        )
+        return [*of_inputs, *of_weights]
+
+
+def variant_cases() -> list[Case]:
+    """Every cell, type, layout and direction, each with its own sizes and composition."""
+    rng = random.Random(2)
+    cases = []
+    types = (torch.float64, torch.float64, torch.float32, *HALVES)
+    for dtype, cell, layout, bidirectional in itertools.product(
+        types, test_cuda.CELLS, ("padded", "packed", "lengths"), (False, True)
+    ):
+        H = rng.choice([1, 3, 5, 8, 21, 40, 257, 300])
+        projected = cell in test_cuda.PROJECTED and H > 4 and rng.random() < 0.5
+        cases.append(
+            Case(
+                cell,
+                dtype,
+                layout=layout,
+                bidirectional=bidirectional,
+                T=rng.randint(1, 6),
+                B=rng.randint(1, 5),
+                I=rng.choice([1, 3, 8]),
+                H=H,
+                proj_size=rng.choice([1, 3, 4]) if projected else 0,
+                bias=rng.random() < 0.7,
+                hx=rng.random() < 0.7,
+                seed=len(cases),
+            )
+        )
+    return cases
+
+
+@pytest.mark.parametrize("case", variant_cases(), ids=str)
+def test_variants_like_the_cpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch, VariantProblem(case))
+    assert torch.ops.fusedrnn_emulated._cuda_algorithm() == STEPWISE
