@@ -782,7 +782,7 @@ def variant_cases() -> list[Case]:
     for dtype, cell, layout, bidirectional in itertools.product(
         types, test_cuda.CELLS, ("padded", "packed", "lengths"), (False, True)
     ):
-        # The norm of few values, or of one input's products, does not depend on them but by rounding.
+        # The norm of few values, or of one input's products, depends on them by rounding alone.
         H = rng.choice([7, 8, 21, 40, 257, 300])
         projected = cell in test_cuda.PROJECTED and H > 4 and rng.random() < 0.5
         cases.append(
