@@ -24,6 +24,8 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from test_gradients import COVERING, problem
 from test_parity import Configuration, check, configurations
+from test_variant_ops import gradients as gradients_of_variant
+from test_variant_ops import problem as problem_of_variant
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -593,6 +595,33 @@ def test_gradcheck(mode: tuple) -> None:
 def test_gradgradcheck(mode: tuple) -> None:
     """Second derivatives are torch's own ops, whose sums may differ by a rounding."""
     assert torch.autograd.gradgradcheck(*problem(mode, DEVICE), fast_mode=True, nondet_tol=1e-10)
+
+
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_variants(first: int) -> None:
+    """Values and gradients are the CPU's, in float64."""
+    for seed in range(first, first + 25):
+        on_cpu = problem_of_variant(seed)
+        problems = (on_cpu, on_cpu.to(DEVICE))
+        results = [p.run(_ops.variant_layer) for p in problems]
+        for p, found in zip(problems, results, strict=True):
+            found += gradients_of_variant(p, found, seed)
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b.cpu(), rtol=1e-8, atol=1e-8)
+
+
+def test_random_masks() -> None:
+    """The CPU's for the same seed, without a wait."""
+    seed = torch.tensor(2**62 + 12345)
+    for count in (0, 1, 257, 1 << 20):
+        expected = torch.ops.fusedrnn._random_mask(seed, [count], 0.3)
+        on_device = seed.to(DEVICE)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = torch.ops.fusedrnn._random_mask(on_device, [count], 0.3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(expected, found.cpu())
 
 
 @pytest.mark.parametrize("regime", REGIMES)

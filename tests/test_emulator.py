@@ -372,7 +372,7 @@ def compare_no_numbers(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """test_cuda's cases run every compiled kernel, and agree with the CPU."""
+    """test_cuda's cases and the variants' run every compiled kernel, and agree with the CPU."""
     before = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
     monkeypatch.setattr(test_cuda, "DEVICE", "cpu")
     cases = [(64, regime, c) for regime, c in test_cuda.every_kernel(None)]
@@ -381,6 +381,9 @@ def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
         monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", "tf32" if c.kind == "tf32" else "ieee")
         test_cuda.compare(c, torch.ops.fusedrnn_emulated)
+    for case in variant_cases():
+        check(case, monkeypatch, VariantProblem(case))
+    torch.ops.fusedrnn_emulated._random_mask(torch.tensor(1), [300], 0.5)
     after = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
     assert len(after) > 90
     assert not [name for name, times in after.items() if times == before[name]]

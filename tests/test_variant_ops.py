@@ -35,6 +35,20 @@ class Problem:
         states = [s for s in self.states if s is not None]
         return [self.input, *states, *self.weights, *self.fields["norms"]]
 
+    def to(self, device: str) -> Problem:
+        """A copy on another device; batch_sizes stay on the CPU."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [moved(v) for v in value]
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach().to(device).requires_grad_(value.requires_grad)
+
+        fields = {name: moved(value) for name, value in self.fields.items()}
+        other = {n: moved(v) for n, v in vars(self).items() if n not in ("batch_sizes", "fields")}
+        return Problem(**other, batch_sizes=self.batch_sizes, fields=fields)
+
     def run(self, layer: Any) -> list[Tensor]:
         """Output, final states and cell states."""
         output, final, cells = layer(
@@ -145,6 +159,7 @@ def problem(seed: int, dtype: torch.dtype = torch.float64, on: tuple[str, ...] =
 def gradients(p: Problem, results: list[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in results]
+    gradients = [g.to(p.input.device) for g in gradients]
     return list(
         torch.autograd.grad(results, p.leaves, gradients, allow_unused=True, materialize_grads=True)
     )
