@@ -362,18 +362,18 @@ FUSEDRNN_DEVICE Accum output_gradient(const VariantGradientParams<Element>& p, i
 template <class Element>
 struct StateBefore {
   using Accum = Accumulator<Element>;
+  const bool resets;             ///< whether the row begins again
   const Accum* saved = nullptr;  ///< the token's values in the step before
   const Element* initial = nullptr;
 
   FUSEDRNN_DEVICE StateBefore(const VariantGradientParams<Element>& p, int64_t row,
-                              const Element* state0) {
-    const Variant<Accum>& v = p.variant;
-    const bool resets = v.reset_mask && v.reset_mask[p.token + row];
+                              const Element* state0)
+      : resets(p.variant.reset_mask && p.variant.reset_mask[p.token + row]) {
     const bool has_previous =
         p.previous >= 0 && row < p.previous_rows && (!p.lengths || p.lengths[row] > p.previous);
     if (!resets && has_previous) {
-      saved = p.saved + (p.previous_token + row) * v.saved_size;
-    } else if (!resets || v.reset_to_initial) {
+      saved = p.saved + (p.previous_token + row) * p.variant.saved_size;
+    } else if (!resets || p.variant.reset_to_initial) {
       initial = state0;
     }
   }
@@ -586,6 +586,11 @@ struct VariantBackwardStepKernel : UnitKernel {
       });
     });
     sum_over_cta(sums, partial + 2 * kWarps);
+    // Where h before the step is a constant, the GEMM's zeros have a rstd of 316, and its gradient
+    // could overflow a half type.
+    const StateBefore<Element> before(p, row, offset_or_null(p.h0, row * p.h0_stride));
+    const bool to_initial = !before.resets || v.reset_to_initial;
+    const bool is_constant = !before.saved && !before.initial && !(to_initial && p.wants_dh0);
     for_units(H, [&](int64_t u) {
       const Accum* const dgates = scratch_of(row, u) + 2 * H;
       unroll<G>([&](auto g) {
@@ -594,8 +599,9 @@ struct VariantBackwardStepKernel : UnitKernel {
         const Accum of_hidden = dgates[Cell::hidden_preact[g] * H] * v.norm_hh[k];
         round_to(p.dinput[token * G * H + k], norm_gradient(of_input, saved[p.saved_at.input + k],
                                                             rstd[0], sums[0], sums[1], G * H));
-        round_to(p.dhidden[row * G * H + k], norm_gradient(of_hidden, saved[p.saved_at.hidden + k],
-                                                           rstd[1], sums[2], sums[3], G * H));
+        const Accum d = norm_gradient(of_hidden, saved[p.saved_at.hidden + k], rstd[1], sums[2],
+                                      sums[3], G * H);
+        round_to(p.dhidden[row * G * H + k], is_constant ? Accum(0) : d);
       });
     });
   }
