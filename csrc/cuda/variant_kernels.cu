@@ -25,8 +25,8 @@ struct UnitKernel {
       f(u);
     }
   }
-  /// Sums over the CTA's threads in a fixed order. partial: shared memory [kWarps, n] that only
-  /// this call uses.
+  /// Sums over the CTA's threads in a fixed order. partial: shared memory [kWarps, n], not read
+  /// since the last barrier.
   template <int n, class Accum>
   static FUSEDRNN_DEVICE void sum_over_cta(Accum (&values)[n], Accum* partial) {
     for (int mask = 1; mask < kLanes; mask *= 2) {
@@ -51,7 +51,8 @@ struct Moments {
   Accum mean = 0, rstd = 1;
   FUSEDRNN_DEVICE Accum normalised(Accum x) const { return (x - mean) * rstd; }
 };
-/// partial: shared memory for kMomentSums sums a warp.
+/// partial: shared memory for kMomentSums sums a warp. The next call may have the same: each of its
+/// halves is written a barrier after its last read.
 constexpr int kMomentSums = 2;
 /// Of n values a unit, value(unit, i).
 template <int n, class Accum, class F>
@@ -196,7 +197,7 @@ struct VariantProjectionKernel : UnitKernel {
 template <class Cell, class Element>
 struct VariantForwardStepKernel : UnitKernel {
   using Accum = Accumulator<Element>;
-  static constexpr int kSums = 2 * kMomentSums;  ///< of a warp, with layer norms
+  static constexpr int kSums = kMomentSums;  ///< of a warp, with layer norms
   VariantForwardStepParams<Element> p;
 
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
@@ -263,7 +264,7 @@ struct VariantForwardStepKernel : UnitKernel {
       }
     });
     if constexpr (Cell::kHasCellState) {
-      if (v.has_norms) step_behind_norm(row, partial + kMomentSums * kWarps);
+      if (v.has_norms) step_behind_norm(row, partial);
     }
   }
 
