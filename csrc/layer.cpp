@@ -294,52 +294,56 @@ Tensor OutputGradients::ready(const Layer& layer, const char* name, const Tensor
 }
 
 OutputGradients::OutputGradients(const Layer& layer, const OutputGradientArgs& args,
-                                 const Tensor& saved_values, c10::IntArrayRef saved_shape,
-                                 const c10::List<bool>& mask, int64_t weights) {
-  const CellInfo& cell = layer.cell;
-  const std::vector<int64_t> output_shape = layer.shape(layer.D * layer.P);
-  if (args.grad_output) dy = ready(layer, "grad_output", *args.grad_output, output_shape);
+                                 const Tensor& saved_values, c10::IntArrayRef saved_shape) {
+  if (args.grad_output) {
+    dy = ready(layer, "grad_output", *args.grad_output, layer.shape(layer.D * layer.P));
+  }
   if (args.grad_h_n) dh_n = ready(layer, "grad_h_n", *args.grad_h_n, {layer.D, layer.B, layer.P});
   if (args.grad_c_n) dc_n = ready(layer, "grad_c_n", *args.grad_c_n, {layer.D, layer.B, layer.H});
-  FUSEDRNN_CHECK_BACKWARD(cell,
+  FUSEDRNN_CHECK_BACKWARD(layer.cell,
                           saved_values.scalar_type() == layer.compute_type &&
                               saved_values.device() == layer.input.device() &&
                               saved_values.sizes() == saved_shape,
                           "saved must be what the forward op returned with save=True");
   saved = saved_values.contiguous();
+}
+
+void OutputGradients::read_mask(const Layer& layer, const c10::List<bool>& mask, int64_t weights) {
   output_mask.assign(mask.begin(), mask.end());
-  const size_t wanted = size_t(1 + cell.states() + weights);
-  FUSEDRNN_CHECK_BACKWARD(cell, output_mask.size() == wanted, "Expected ", wanted,
+  const size_t wanted = size_t(1 + layer.cell.states() + weights);
+  FUSEDRNN_CHECK_BACKWARD(layer.cell, output_mask.size() == wanted, "Expected ", wanted,
                           " entries in output_mask, got ", output_mask.size());
 }
 
 OutputGradients::OutputGradients(const Layer& layer, const BackwardArgs& args)
-    : OutputGradients(layer, args, args.saved, {layer.D, layer.N, layer.cell.saved, layer.H},
-                      args.output_mask, layer.D * layer.weights_per_direction()) {
+    : OutputGradients(layer, args, args.saved, {layer.D, layer.N, layer.cell.saved, layer.H}) {
   FUSEDRNN_CHECK_BACKWARD(layer.cell, args.output || !layer.has_projection,
                           "output is needed with a projection");
   if (layer.has_projection) {
     output = ready(layer, "output", *args.output, layer.shape(layer.D * layer.P));
   }
+  read_mask(layer, args.output_mask, layer.D * layer.weights_per_direction());
 }
 
 OutputGradients::OutputGradients(const Layer& layer, const LayerVariant& variant,
                                  const VariantBackwardArgs& args)
-    : OutputGradients(
-          layer, args, args.saved, {layer.D, layer.N, variant.saved.size}, args.output_mask,
-          layer.D * (layer.weights_per_direction() + variant.norms_per_direction(layer))) {
+    : OutputGradients(layer, args, args.saved, {layer.D, layer.N, variant.saved.size}) {
   if (args.grad_cells && layer.cell.has_cell_state) {
     dcells = ready(layer, "grad_cells", *args.grad_cells, layer.shape(layer.D * layer.H));
   }
+  read_mask(layer, args.output_mask,
+            layer.D * (layer.weights_per_direction() + variant.norms_per_direction(layer)));
 }
 
-LayerVariant::LayerVariant(const Layer& layer, const VariantArgs& args)
+LayerVariant::LayerVariant(const Layer& layer, const VariantArgs& args, bool keeps_states)
     : reset_to_initial(args.reset_to_initial),
       candidate_scale(args.candidate_scale),
       zoneout_h(args.zoneout_h),
       zoneout_c(args.zoneout_c),
-      saved(layer.H, layer.cell.gates, layer.cell.saved, layer.cell.has_cell_state,
-            !args.norms.empty()) {
+      saved(layer.H, layer.P, layer.cell.gates, layer.cell.saved, layer.cell.has_cell_state,
+            !args.norms.empty(),
+            keeps_states || layer.has_projection || args.zoneout_h_mask || args.zoneout_h != 0,
+            keeps_states || !args.norms.empty() || args.zoneout_c_mask || args.zoneout_c != 0) {
   const CellInfo& cell = layer.cell;
   const Tensor& x = args.input;
   const auto mask = [&](const char* name, const OptionalTensor& t, std::vector<int64_t> shape) {

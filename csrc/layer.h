@@ -98,7 +98,9 @@ struct Layer {
 
 /// A variant's arguments, checked, in the kernels' types (ops.cpp). Undefined where absent.
 struct LayerVariant {
-  LayerVariant(const Layer& layer, const VariantArgs& args);
+  /// keeps_states: whether `saved` has the states after each step, also where they follow from the
+  /// cell's own values.
+  LayerVariant(const Layer& layer, const VariantArgs& args, bool keeps_states);
 
   Tensor reset_mask, hidden_mask, candidate_mask, zoneout_h_mask, zoneout_c_mask;
   bool reset_to_initial;
@@ -134,6 +136,7 @@ struct LayerVariant {
     v.zoneout_c = Accum(zoneout_c);
     v.has_norms = has_norms();
     v.saved_size = saved.size;
+    v.saved_at = saved;
     v.cells_stride = layer.D * layer.H;
     if (has_norms()) {
       const Norms& of = norms[size_t(d)];
@@ -182,8 +185,8 @@ struct OutputGradients {
 
  private:
   OutputGradients(const Layer& layer, const OutputGradientArgs& args, const Tensor& saved,
-                  c10::IntArrayRef saved_shape, const c10::List<bool>& output_mask,
-                  int64_t weights);
+                  c10::IntArrayRef saved_shape);
+  void read_mask(const Layer& layer, const c10::List<bool>& mask, int64_t weights);
   Tensor ready(const Layer& layer, const char* name, const Tensor& t, c10::IntArrayRef shape) const;
 };
 

@@ -80,6 +80,28 @@ struct Weights {
   const Element* hr = nullptr;       ///< [P, H] the projection
 };
 
+inline constexpr double kNormEps = 1e-5;  ///< of the layer norms
+
+/// Where a token's saved values lie, in values: the cell's own A*H, then h after the step and c, if
+/// they don't follow from the cell's values, and with layer norms the normalised GEMMs, the
+/// normalised c, and the reciprocals of the standard deviations of weight_ih x, weight_hh h and c.
+struct SavedVariant {
+  int64_t h = 0, c = 0, input = 0, hidden = 0, norm_c = 0, rstd = 0, size = 0;
+  bool keeps_h = true, keeps_c = true;
+  constexpr SavedVariant() = default;
+  constexpr SavedVariant(int64_t H, int64_t P, int64_t gates, int64_t saved, bool has_cell_state,
+                         bool has_norms, bool keeps_h, bool keeps_c)
+      : h(saved * H),
+        c(h + keeps_h * P),
+        input(c + (has_cell_state && keeps_c) * H),
+        hidden(input + has_norms * gates * H),
+        norm_c(hidden + has_norms * gates * H),
+        rstd(norm_c + (has_norms && has_cell_state) * H),
+        size(rstd + has_norms * (2 + has_cell_state)),
+        keeps_h(keeps_h),
+        keeps_c(keeps_c) {}
+};
+
 /// What a direction's steps have beyond the plain cell's (ops.cpp, <cell>_variant); null: none.
 template <class Accum>
 struct Variant {
@@ -98,33 +120,20 @@ struct Variant {
   const Accum* bias_hh = nullptr;
   const Accum* norm_c = nullptr;       ///< [H], of c; cells with a cell state
   const Accum* norm_c_bias = nullptr;  ///< [H]
-  int64_t saved_size = 0;              ///< values of a token in `saved` (SavedVariant)
-  Accum* cells = nullptr;              ///< [N, H] c after each step; cells with a cell state
-  const Accum* dcells = nullptr;       ///< its gradient; null: zeros
-  int64_t cells_stride = 0;            ///< between tokens, of both
+  int64_t saved_size = 0;              ///< values of a token in `saved`
+  SavedVariant saved_at;
+  Accum* cells = nullptr;         ///< [N, H] c after each step; cells with a cell state
+  const Accum* dcells = nullptr;  ///< its gradient; null: zeros
+  int64_t cells_stride = 0;       ///< between tokens, of both
   /// Backward, with layer norms: operands of the GEMMs in the gradients' places, [M, G*H], and the
   /// gradient of the normalised c, [M, H]. Rows are compact.
   Accum* dinput = nullptr;
   Accum* dhidden = nullptr;
   Accum* dnorm_c = nullptr;
-};
-
-inline constexpr double kNormEps = 1e-5;  ///< of the layer norms
-
-/// Where a token's saved values lie, in values: the cell's own A*H, then h after the step, c, and
-/// with layer norms the normalised GEMMs, the normalised c, and 4 values: reciprocals of the
-/// standard deviations of weight_ih x, weight_hh h and c.
-struct SavedVariant {
-  int64_t h, c, input, hidden, norm_c, rstd, size;
-  constexpr SavedVariant(int64_t H, int64_t gates, int64_t saved, bool has_cell_state,
-                         bool has_norms)
-      : h(saved * H),
-        c(h + H),
-        input(c + has_cell_state * H),
-        hidden(input + has_norms * gates * H),
-        norm_c(hidden + has_norms * gates * H),
-        rstd(norm_c + (has_norms && has_cell_state) * H),
-        size(rstd + has_norms * 4) {}
+  /// On the CPU: [B, 2*G*H (+ 2*H)] each row's part of the gradients of norm_ih, norm_hh, norm_c
+  /// and norm_c_bias. A row's sum has one order for any threads.
+  Accum* dnorms = nullptr;
+  int64_t dnorms_size = 0;
 };
 
 template <class Accum, class Element = Accum>

@@ -381,6 +381,7 @@ def checkpointed_layer(
     tensors = (input, *states, *weights, *of_variant)
     if (
         not torch.is_grad_enabled()
+        or torch.compiler.is_exporting()  # a strict export fails at a checkpoint
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()  # they know no checkpoint
     ):
@@ -484,7 +485,18 @@ def _fake_variant(cell: Cell, *args: Any) -> tuple[Tensor, ...]:
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     c = cell.has_cell_state
     # As SavedVariant in csrc/sequence.h.
-    size = (cell.saved + 1 + c + (2 * cell.gates + c if norms else 0)) * hidden + 4 * bool(norms)
+    given = dict(zip(_VARIANT_FIELDS, fields, strict=True))
+    keeps = [
+        input.device.type != "cpu" or given[f"{name}_mask"] is not None or given[name] != 0
+        for name in ("zoneout_h", "zoneout_c")
+    ]
+    size = cell.saved * hidden
+    if keeps[0] or len(weights) // directions % 2 == 1:
+        size += out
+    if c and (keeps[1] or norms):
+        size += hidden
+    if norms:
+        size += (2 * cell.gates + c) * hidden + 2 + c
     return (
         *_fake_results(input, args[1 : 1 + n], (hidden, out), bidirectional, batch_sizes),
         input.new_empty((*input.shape[:-1], directions * hidden) if c else (0,)),
@@ -525,10 +537,11 @@ def _fake_backward(cell: Cell, *args: Any) -> tuple[Any, ...]:
     return *gradients, weight_gradients
 
 
-@torch.library.register_fake("fusedrnn::_random_mask")
 def _fake_random_mask(seed: Tensor, size: Sequence[int], p: float) -> Tensor:
     return seed.new_empty(size, dtype=torch.bool)
 
+
+torch.library.register_fake("fusedrnn::_random_mask")(_fake_random_mask)
 
 for _cell in CELLS.values():
     for _suffix, _fake in (

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedrnn._cells import Cell
@@ -387,7 +386,8 @@ class Call:
         if self.weight_dropout > 0:
             weights = list(weights)
             for i in range(1, len(weights), per):
-                weights[i] = F.dropout(weights[i], self.weight_dropout, True)
+                kept = random_mask(weights[i].shape, 1 - self.weight_dropout, device)
+                weights[i] = weights[i] * kept * _scale(self.weight_dropout)
         hidden, candidate = None, None
         if self.hidden_dropout > 0:
             shape = (directions, _rows(input, states, batch_sizes), out)

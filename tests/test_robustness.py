@@ -149,8 +149,9 @@ def test_every_instruction_set(isa: str) -> None:
             "-q",
             "test_parity.py",
             "test_freeze.py",
+            "test_variant_ops.py",
             "-k",
-            "random or shared or int8 or rounded",
+            "random or shared or int8 or rounded or compositions or places",
         ],
         cwd=HERE,
         env={

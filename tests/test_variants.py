@@ -413,6 +413,7 @@ class Own(nn.LSTM):
         self.layer_norm = nn.LayerNorm(self.hidden_size)
         self.zoneout = 0.5
         self.save_memory = True
+        self.norm_ih_l0 = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         self.recurrent_dropout = 0.9
@@ -432,9 +433,31 @@ def test_fuse_switches_nothing_on() -> None:
     assert repr(module).startswith("FusedOwn(\n  3, 4\n")
     for _ in range(2):
         assert_close(copy.deepcopy(module)(x), expected)
+    again = copy.deepcopy(module)
+    again.reset_parameters()
+    assert 0 < again.norm_ih_l0.abs() < 0.5  # drawn as every parameter of torch's layer
     fusedrnn.unfuse(module)
     assert type(module) is Own
     assert_close(module(x), expected)
+
+
+class Derived(FusedLSTM):
+    """A subclass of ours with a submodule of an option's name."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.layer_norm = nn.LayerNorm(self.hidden_size)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return self.layer_norm(super().forward(x)[0])  # type: ignore[operator]
+
+
+def test_a_submodule_of_an_options_name() -> None:
+    module = Derived(3, 4)
+    x = torch.randn(5, 2, 3)
+    plain = FusedLSTM(3, 4)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    assert_close(module(x), nn.functional.layer_norm(plain(x)[0], (4,)))
 
 
 def test_a_fused_module_takes_options() -> None:
@@ -770,6 +793,23 @@ def test_export(cell: Cell, feature: str) -> None:
         assert_close(*results)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_export_of_a_composition(strict: bool) -> None:
+    options = {**random_options(CELLS[0]), "save_memory": True}
+    module = FusedLSTM(3, 4, 2, **options)
+    x = torch.randn(2, 2, 3)
+    program = torch.export.export(
+        module, (x,), dynamic_shapes=({1: torch.export.Dim("rows")},), strict=strict
+    )
+    x = torch.randn(2, 5, 3)
+    results = []
+    for function in (module, program.module()):
+        torch.manual_seed(3)
+        results.append(function(x))
+    assert_close(*results)
+
+
 @OF_CELLS
 def test_vmap_and_grad(cell: Cell, feature: str) -> None:
     """Gradients of each sample, by a loop and by vmap, with the masks that vmap's rules ask for."""
@@ -903,6 +943,16 @@ def test_saved_memory_in_detail() -> None:
     module.zoneout = 0.0
     with torch.no_grad():
         assert bytes_saved(lambda: module(x), known) == 0
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_compiled_layer_saves_as_little() -> None:
+    x = torch.randn(6, 4, 32, requires_grad=True)
+    module = FusedLSTM(32, 32, save_memory=True, zoneout=0.1)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    known = [x, *module.parameters()]
+    assert bytes_saved(lambda: compiled(x), known) == 2 * 6 * 4 * 32
 
 
 @OF_CELLS

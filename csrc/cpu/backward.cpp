@@ -53,6 +53,24 @@ LayerWork backward_work(const Layer& layer, const Common<Accum>& common, bool ha
   return work;
 }
 
+/// Appends the gradients of the layer norms' parameters, sums over dnorms [D, B, size] (Variant),
+/// or empty tensors for unwanted ones.
+void append_sums(const Layer& layer, const OutputGradients& g, const Tensor& dnorms,
+                 std::vector<Tensor>& gradients) {
+  const int64_t H = layer.H, gates = layer.cell.gates * H;
+  int64_t place = 1 + layer.cell.states() + layer.D * layer.weights_per_direction();
+  for (int64_t d = 0; d < layer.D; ++d) {
+    int64_t first = 0;
+    for (const int64_t size : {gates, gates, H, H}) {
+      if (first == dnorms.size(2)) break;
+      gradients.push_back(g.output_mask[size_t(place++)]
+                              ? in_type(dnorms[d].narrow(1, first, size).sum(0), layer.type)
+                              : at::empty({0}, layer.options().dtype(layer.type)));
+      first += size;
+    }
+  }
+}
+
 /// variant: null for the plain layer.
 template <class Accum>
 LayerGradients run_backward(const Layer& layer, const OutputGradients& g,
@@ -68,6 +86,8 @@ LayerGradients run_backward(const Layer& layer, const OutputGradients& g,
   const GateGradients gates = new_gate_gradients<Accum>(layer, compact.count, has_norms);
   const Tensor dnorm_c =
       has_norms && layer.cell.has_cell_state ? new_tensor<Accum>({D, compact.count, H}) : Tensor();
+  const int64_t norms = 2 * (layer.cell.gates + layer.cell.has_cell_state) * H;
+  const Tensor dnorms = has_norms ? new_tensor<Accum>({D, layer.B, norms}) : Tensor();
   c10::SmallVector<Variant<Accum>, 2> variants;
   for (int64_t d = 0; variant && d < D; ++d) {
     Variant<Accum> v = variant->of_direction<Accum>(layer, d);
@@ -75,6 +95,8 @@ LayerGradients run_backward(const Layer& layer, const OutputGradients& g,
     v.dinput = direction_data<Accum>(gates.dinput, d);
     v.dhidden = direction_data<Accum>(gates.dhidden, d);
     v.dnorm_c = direction_data<Accum>(dnorm_c, d);
+    v.dnorms = direction_data<Accum>(dnorms, d);
+    v.dnorms_size = norms;
     variants.push_back(v);
   }
   const Tensor dh0 = new_tensor<Accum>({D, layer.B, P});
@@ -123,7 +145,7 @@ LayerGradients run_backward(const Layer& layer, const OutputGradients& g,
       layer_gradients(layer, g, gates, dh0, dc0, tokens.defined() ? x.index_select(0, tokens) : x,
                       TileGemms<Accum>(), tokens);
   if (has_norms) {
-    append_norm_gradients(layer, g, *variant, gates, dnorm_c, found.weights, tokens);
+    append_sums(layer, g, dnorms, found.weights);
   }
   return found;
 }

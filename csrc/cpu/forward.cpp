@@ -435,6 +435,7 @@ class ForwardCall {
     for (int64_t d = 0; d < layer_.D; ++d) {
       Forward<Accum> s;
       s.hidden_size = layer_.H;
+      s.output_size = layer_.P;
       s.x_product_stride = product_stride_;
       s.variant = &variants_[size_t(d)];
       if (out_.saved.numel() > 0) s.saved = direction_data<Accum>(out_.saved, d);

@@ -112,7 +112,7 @@ LayerGradients run_backward(const CellInfo& cell, const BackwardArgs& args) {
 
 VariantOutput run_forward_variant(const CellInfo& cell, const VariantForwardArgs& args) {
   const Layer layer(cell, args);
-  const LayerVariant variant(layer, args);
+  const LayerVariant variant(layer, args, false);
   const PoolBackoff::Call call;
   VariantOutput out = layer.compute_type == at::kDouble
                           ? forward_variant<double>(layer, variant, args.save)
@@ -126,7 +126,7 @@ VariantOutput run_forward_variant(const CellInfo& cell, const VariantForwardArgs
 
 LayerGradients run_backward_variant(const CellInfo& cell, const VariantBackwardArgs& args) {
   const Layer layer(cell, args);
-  const LayerVariant variant(layer, args);
+  const LayerVariant variant(layer, args, false);
   const OutputGradients g(layer, variant, args);
   const PoolBackoff::Call call;
   return layer.compute_type == at::kDouble ? backward_variant<double>(layer, g, variant)

@@ -108,10 +108,6 @@ FUSEDRNN_INLINE ScaledCandidate<Vec<Accum>> candidate_of(const Variant<Accum>& v
   if (!v.candidate_mask) return {Vec<Accum>{} + Accum(1)};
   return {load_mask<Accum>(v.candidate_mask + at, n) * v.candidate_scale};
 }
-template <class Cell>
-constexpr SavedVariant saved_variant(int64_t H, bool has_norms) {
-  return SavedVariant(H, Cell::kGates, Cell::kSaved, Cell::kHasCellState, has_norms);
-}
 
 // ---- random masks -------------------------------------------------------------------------------
 
@@ -195,13 +191,23 @@ FUSEDRNN_INLINE void normalise_backward(int64_t n, const Accum* x, const Accum* 
   }
 }
 
+/// sums += a b, or += a without b.
+template <class Accum>
+FUSEDRNN_INLINE void add_products(int64_t n, const Accum* a, const Accum* b, Accum* sums) {
+  for (int64_t i = 0; i < n; i += kLanes<Accum>) {
+    Vec<Accum> product = load(a + i, n - i);
+    if (b) product *= load(b + i, n - i);
+    store(sums + i, load(sums + i, n - i) + product, n - i);
+  }
+}
+
 /// The layer norm of tokens [begin, end) of weight_ih x, [N, G*H] in place, and the biases.
 template <class Cell, class Accum>
 void variant_input(const Forward<Accum>& s, Accum* x_product, int64_t begin, int64_t end) {
   constexpr int L = kLanes<Accum>;
   const Variant<Accum>& v = *s.variant;
   const int64_t H = s.hidden_size, n = Cell::kGates * H;
-  const SavedVariant at = saved_variant<Cell>(H, true);
+  const SavedVariant& at = v.saved_at;
   for (int64_t token = begin; token < end; ++token) {
     Accum* const x = x_product + token * s.x_product_stride;
     const Accum rstd = normalise(x, n);
@@ -265,13 +271,13 @@ FUSEDRNN_INLINE void finish_units(const Forward<Accum>& s,
   const Variant<Accum>& v = *s.variant;
   const int64_t H = s.hidden_size, row = s.row[j], token = s.step_offset[t] + row, n = H - unit;
   const bool begins_again = resets_after(s, t, j);
-  const SavedVariant at = saved_variant<Cell>(H, v.has_norms);
+  const SavedVariant& at = v.saved_at;
   Accum* const to = s.saved ? s.saved + token * v.saved_size + unit : nullptr;
   if (to) unroll<Cell::kSaved>([&](auto a) FUSEDRNN_LAMBDA { store(to + a * H, saved[a], n); });
   Accum* const state_at = m.state + j * m.state_size + unit;
   if constexpr (Cell::kHasCellState) {
     const Vec<Accum> c = zoneout_c(v).state(token * H + unit, n, state_before, state);
-    if (to) store(to + at.c, c, n);
+    if (to && at.keeps_c) store(to + at.c, c, n);
     if (v.cells) store(v.cells + token * v.cells_stride + unit, c, n);
     const Accum* const c0 = row_of(s.c0, row, s.c0_stride);
     store(state_at, begins_again ? reset_state(v, c0, unit, n) : c);
@@ -280,7 +286,7 @@ FUSEDRNN_INLINE void finish_units(const Forward<Accum>& s,
   const Vec<Accum> before = load(m.kept + j * m.h_size + unit);
   const Vec<Accum> h = zoneout_h(v).state(token * H + unit, n, before, out);
   store(s.y + token * s.y_stride + unit, h, n);
-  if (to) store(to + at.h, h, n);
+  if (to && at.keeps_h) store(to + at.h, h, n);
   const Vec<Accum> next = store_next_h(s, m, i, j, unit, begins_again, h);
   if constexpr (!Cell::kHasCellState) store(state_at, next);
 }
@@ -307,7 +313,7 @@ FUSEDRNN_NOINLINE void variant_row(const Forward<Accum>& s,
   constexpr int L = kLanes<Accum>, G = Cell::kGates, S = Cell::kPreacts;
   const Variant<Accum>& v = *s.variant;
   const int64_t H = s.hidden_size, token = s.step_offset[t] + s.row[j];
-  const SavedVariant at = saved_variant<Cell>(H, true);
+  const SavedVariant& at = v.saved_at;
   Accum* const hidden = m.sums + j * m.sums_size;
   Accum* const saved_row = s.saved ? s.saved + token * v.saved_size : nullptr;
   const Accum* const x = s.x_product + token * s.x_product_stride;
@@ -436,7 +442,7 @@ void variant_forward_step(const Forward<Accum>& run, int64_t i, int64_t block_be
   if (m.raw) {
     Accum* const h = m.h[(i + 1) % 2];
     gemm<Accum>(rows, H, P, s.projection_panels, 0, m.raw, m.state_size, h, m.h_size, false);
-    const SavedVariant at = saved_variant<Cell>(H, v.has_norms);
+    const SavedVariant& at = v.saved_at;
     for (int64_t j = 0; j < rows; ++j) {
       const int64_t token = s.step_offset[t] + s.row[j];
       const bool begins_again = resets_after(s, t, j);
@@ -473,6 +479,8 @@ void variant_backward_begin(const Backward<Accum>& s) {
   backward_begin<Cell, Accum>(s);
   for (int64_t j = 0; j < s.rows; ++j) {
     copy_row<Accum>(m.kept + j * m.dh_size, nullptr, 0, m.dh_size);
+    const Variant<Accum>& v = *s.variant;
+    if (v.dnorms) copy_row<Accum>(v.dnorms + s.row[j] * v.dnorms_size, nullptr, v.dnorms_size, 0);
     // The parts of resets come first.
     copy_row<Accum>(s.dh0 + s.row[j] * s.output_size, nullptr, s.output_size, 0);
     if constexpr (Cell::kHasCellState) {
@@ -522,25 +530,39 @@ struct BackwardRow {
       : row(s.row[j]),
         token(s.step_offset[t] + row),
         compact(s.compact_offset[t] + s.sorted_index[j]),
-        at(saved_variant<Cell>(s.hidden_size, s.variant->has_norms)),
-        saved(s.saved + token * s.variant->saved_size) {
+        at(s.variant->saved_at),
+        saved(s.saved + token * at.size) {
     const int64_t before = step_before(s, t);
     const bool begins_again = resets(s, t, j);
-    h_before = row_of(s.h0, row, s.h0_stride);
-    state_before = initial_state<Cell>(s, row);
-    if (begins_again && !s.variant->reset_to_initial) {
-      h_before = state_before = nullptr;
-    } else if (!begins_again && before >= 0 && j < s.active[before]) {
-      const Accum* const values = s.saved + (s.step_offset[before] + row) * s.variant->saved_size;
-      h_before = values + at.h;
-      state_before = Cell::kHasCellState ? values + at.c : h_before;
+    if (!begins_again && before >= 0 && j < s.active[before]) {
+      saved_before = s.saved + (s.step_offset[before] + row) * at.size;
+    } else if (!begins_again || s.variant->reset_to_initial) {
+      h0 = row_of(s.h0, row, s.h0_stride);
+      state0 = initial_state<Cell>(s, row);
     }
   }
+  /// h before the step; P: its size.
+  FUSEDRNN_INLINE Vec<Accum> h_before(int64_t H, int64_t P, int64_t u) const {
+    if (!saved_before) return h0 ? load(h0 + u, P - u) : Vec<Accum>{};
+    if (at.keeps_h) return load(saved_before + at.h + u, P - u);
+    Vec<Accum> values[Cell::kSaved];
+    unroll<Cell::kSaved>(
+        [&](auto a) FUSEDRNN_LAMBDA { values[a] = load(saved_before + a * H + u, H - u); });
+    return Cell::output(values);
+  }
+  /// The cell's state before the step.
+  FUSEDRNN_INLINE Vec<Accum> state_before(int64_t H, int64_t u) const {
+    if (!saved_before) return state0 ? load(state0 + u, H - u) : Vec<Accum>{};
+    const bool keeps = Cell::kHasCellState ? at.keeps_c : at.keeps_h;
+    const int64_t place = !keeps ? Cell::kSavedState * H : Cell::kHasCellState ? at.c : at.h;
+    return load(saved_before + place + u, H - u);
+  }
+
   int64_t row, token, compact;
-  SavedVariant at;
+  const SavedVariant& at;
   const Accum* saved;
-  const Accum* h_before;      ///< [P] null: zeros
-  const Accum* state_before;  ///< [H] null: zeros
+  const Accum* saved_before = nullptr;           ///< of the step before; null: the initial states
+  const Accum *h0 = nullptr, *state0 = nullptr;  ///< null: zeros
 };
 
 /// The operand of row j's step at t, for weight_hh's gradient.
@@ -548,7 +570,7 @@ template <class Cell, class Accum>
 FUSEDRNN_INLINE void store_operand_before(const Backward<Accum>& s,
                                           const BackwardRow<Cell, Accum>& r, int64_t u) {
   const int64_t P = s.output_size;
-  const Vec<Accum> h = r.h_before ? load(r.h_before + u, P - u) : Vec<Accum>{};
+  const Vec<Accum> h = r.h_before(s.hidden_size, P, u);
   store(s.h_previous + r.compact * P + u, masked_operand(*s.variant, r.row * P + u, P - u, h),
         P - u);
 }
@@ -595,7 +617,7 @@ FUSEDRNN_NOINLINE void variant_backward_units(const Backward<Accum>& s,
       Vec<Accum> dh = load(dout + j * dout_size + u);
       unroll<Cell::kSaved>([&](auto a)
                                FUSEDRNN_LAMBDA { saved[a] = load(r.saved + a * H + u, n); });
-      const Vec<Accum> before = r.state_before ? load(r.state_before + u, n) : Vec<Accum>{};
+      const Vec<Accum> before = r.state_before(H, u);
       end_of_step<Cell>(s, m, r, j, u, dh, dc, kept);
       Cell::prepare(saved, before, prepared, candidate_of(*s.variant, r.token * H + u, n));
       Cell::backward(prepared, dh, dc, dgate);
@@ -653,7 +675,7 @@ FUSEDRNN_NOINLINE void variant_backward_rows(const Backward<Accum>& s,
       const int64_t n = H - u;
       Vec<Accum> saved[Cell::kSaved], prepared[Cell::kPrepared], dgate[S], dc, kept, dh;
       load_saved(saved, u);
-      const Vec<Accum> before = r.state_before ? load(r.state_before + u, n) : Vec<Accum>{};
+      const Vec<Accum> before = r.state_before(H, u);
       Cell::prepare(saved, before, prepared, candidate_of(v, r.token * H + u, n));
       if constexpr (Cell::kHasCellState) {
         dc = load(dstate + u) + load(dgates + u, n);
@@ -674,6 +696,8 @@ FUSEDRNN_NOINLINE void variant_backward_rows(const Backward<Accum>& s,
       }
     }
     // The input's pre-activations come first, gate by gate. The hidden ones may lie elsewhere.
+    Accum* const dnorms = v.dnorms + r.row * v.dnorms_size;
+    add_products(G * H, dgates, r.saved + r.at.input, dnorms);
     normalise_backward(
         G * H, r.saved + r.at.input, v.norm_ih, rstd[0],
         [&](int64_t k, int64_t left) FUSEDRNN_LAMBDA { return load(dgates + k, left); }, dinput);
@@ -684,6 +708,12 @@ FUSEDRNN_NOINLINE void variant_backward_rows(const Backward<Accum>& s,
                  0);
       }
       of_hidden = dhidden;
+    }
+    add_products(G * H, of_hidden, r.saved + r.at.hidden, dnorms + G * H);
+    if constexpr (Cell::kHasCellState) {
+      const Accum* const dnorm_c = v.dnorm_c + r.compact * H;
+      add_products(H, dnorm_c, r.saved + r.at.norm_c, dnorms + 2 * G * H);
+      add_products<Accum>(H, dnorm_c, nullptr, dnorms + (2 * G + 1) * H);
     }
     normalise_backward(
         G * H, r.saved + r.at.hidden, v.norm_hh, rstd[1],

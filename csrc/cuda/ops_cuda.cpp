@@ -241,7 +241,7 @@ LayerGradients Cuda::backward(const BackwardArgs& args) {
 template <class Cell>
 VariantOutput Cuda::forward_variant(const VariantForwardArgs& args) {
   const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
-  const LayerVariant variant(layer, args);
+  const LayerVariant variant(layer, args, true);
   return dispatch_element(layer, [&](auto tag) {
     return cuda::forward_variant<typename decltype(tag)::type>(layer, variant, args.save);
   });
@@ -249,7 +249,7 @@ VariantOutput Cuda::forward_variant(const VariantForwardArgs& args) {
 template <class Cell>
 LayerGradients Cuda::backward_variant(const VariantBackwardArgs& args) {
   const Layer layer(cell_info(scalar::Cells::index_of<Cell>()), args, KeepType::all);
-  const LayerVariant variant(layer, args);
+  const LayerVariant variant(layer, args, true);
   const OutputGradients gradients(layer, variant, args);
   return dispatch_element(layer, [&](auto tag) {
     return cuda::backward_variant<typename decltype(tag)::type>(layer, variant, gradients);

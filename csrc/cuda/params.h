@@ -144,7 +144,7 @@ template <class Element, class Accum = Accumulator<Element>>
 struct VariantOutputParams : VariantStepRows {
   int64_t output_size = 0;
   Variant<Accum> variant;
-  SavedVariant saved_at{0, 0, 0, false, false};
+  SavedVariant saved_at;
   const Element* h0 = nullptr;  ///< [all_rows, P] h0_stride apart, null: zeros
   int64_t h0_stride = 0;
   Accum* h = nullptr;          ///< [all_rows, P] before the next step; the first launch only writes
@@ -182,7 +182,7 @@ struct VariantInputParams {
   const Element* bias = nullptr;            ///< [G*H], null: zeros
   Accum* saved = nullptr;                   ///< [N, saved_size], null: not wanted
   int64_t saved_size = 0;
-  SavedVariant saved_at{0, 0, 0, false, false};
+  SavedVariant saved_at;
 };
 
 /// h's gradient at the end of a step, P features. It is the sum of dy, dh and, masked, product. In
@@ -193,7 +193,7 @@ struct VariantGradientParams : VariantStepRows {
   int64_t previous = -1;  ///< the time of the step before in the direction's order, -1: none
   int64_t previous_rows = 0, previous_token = 0;
   Variant<Accum> variant;
-  SavedVariant saved_at{0, 0, 0, false, false};
+  SavedVariant saved_at;
   const Accum* saved = nullptr;  ///< [N, variant.saved_size]
   const Element* h0 = nullptr;   ///< [all_rows, P] h0_stride apart, null: zeros
   int64_t h0_stride = 0;
@@ -215,7 +215,7 @@ struct VariantBackwardStepParams : VariantGradientParams<Element> {
   const Element* dc_n = nullptr;
   Accum* dc = nullptr;
   Accum* reset_dc0 = nullptr;
-  bool wants_dh0 = false;
+  bool wants_dh0 = false;           ///< whether the launch behind the steps has dh0
   const Element* dcells = nullptr;  ///< [N, H], variant.cells_stride apart; null: zeros
   const Accum* dh_raw = nullptr;    ///< [rows, H] the raw output's gradient; projected only
   Element* dgates = nullptr;        ///< [N, S*H] as operands

@@ -129,6 +129,8 @@ def random_case(seed: int) -> Case:
         if layout == "packed":
             lengths.sort(reverse=True)
     half = draw.choice((torch.bfloat16, torch.float16))
+    # The norm of weight_hh h does not depend on an h of one value, but by rounding.
+    proj_size = 3 if "layer_norm" in options else 1
     return Case(
         cell=cell,
         options=options,
@@ -138,7 +140,7 @@ def random_case(seed: int) -> Case:
         num_layers=draw.choice((1, 1, 2, 3)),
         bidirectional=maybe(),
         bias=maybe(0.8),
-        proj_size=1 if cell.projects and maybe(0.3) else 0,
+        proj_size=proj_size if cell.projects and maybe(0.3) else 0,
         dropout=0.3 if maybe(0.3) else 0.0,
         dtype=draw.choice((torch.float64,) * 4 + (torch.float32,) * 2 + (half,)),
         with_hx=maybe(0.7),
@@ -281,8 +283,9 @@ def masks_of(case: Case, tokens: Sequence[int], shape_of_weight: Sequence[int]) 
         return Masks(None, None, None, [None, None])
     weights = None
     if p := options.get("weight_dropout", 0.0):
-        ones = torch.ones(tuple(shape_of_weight), dtype=case.dtype)
-        weights = [F.dropout(ones, p).double() for _ in range(D)]
+        scale = 1 / (1 - p) if p < 1 else 0
+        shape = tuple(shape_of_weight)
+        weights = [random_mask(shape, 1 - p, cpu).double() * scale for _ in range(D)]
     hidden, candidate = None, None
     if p := options.get("recurrent_dropout", 0.0):
         scale = 1 / (1 - p) if p < 1 else 0
