@@ -215,6 +215,7 @@ struct VariantBackwardStepParams : VariantGradientParams<Element> {
   const Element* dc_n = nullptr;
   Accum* dc = nullptr;
   Accum* reset_dc0 = nullptr;
+  bool wants_dh0 = false;           ///< whether the launch behind the steps has dh0
   const Element* dcells = nullptr;  ///< [N, H], variant.cells_stride apart; null: zeros
   const Accum* dh_raw = nullptr;    ///< [rows, H] the raw output's gradient; projected only
   Element* dgates = nullptr;        ///< [N, S*H] as operands

@@ -215,6 +215,7 @@ class BackwardSteps {
       p_.dcells = const_data_of<Element>(gradients.dcells, d * H);
       p_.dnorm_c = data_of<Accum>(dnorm_c, d * layer.N * H);
     }
+    p_.wants_dh0 = wants(0);
     if (wants(0)) dh0_ = data_of<Element>(out.dh0, d * B * P);
     if (wants(1)) dc0_ = data_of<Element>(out.dc0, d * B * H);
     if (!layer.has_projection) return;

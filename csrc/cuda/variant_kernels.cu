@@ -25,8 +25,8 @@ struct UnitKernel {
       f(u);
     }
   }
-  /// Sums over the CTA's threads in a fixed order. partial: shared memory [kWarps, n] that only
-  /// this call uses.
+  /// Sums over the CTA's threads in a fixed order. partial: shared memory [kWarps, n], not read
+  /// since the last barrier.
   template <int n, class Accum>
   static FUSEDRNN_DEVICE void sum_over_cta(Accum (&values)[n], Accum* partial) {
     for (int mask = 1; mask < kLanes; mask *= 2) {
@@ -51,7 +51,8 @@ struct Moments {
   Accum mean = 0, rstd = 1;
   FUSEDRNN_DEVICE Accum normalised(Accum x) const { return (x - mean) * rstd; }
 };
-/// partial: shared memory for kMomentSums sums a warp.
+/// partial: shared memory for kMomentSums sums a warp. The next call may have the same: each of its
+/// halves is written a barrier after its last read.
 constexpr int kMomentSums = 2;
 /// Of n values a unit, value(unit, i).
 template <int n, class Accum, class F>
@@ -196,7 +197,7 @@ struct VariantProjectionKernel : UnitKernel {
 template <class Cell, class Element>
 struct VariantForwardStepKernel : UnitKernel {
   using Accum = Accumulator<Element>;
-  static constexpr int kSums = 2 * kMomentSums;  ///< of a warp, with layer norms
+  static constexpr int kSums = kMomentSums;  ///< of a warp, with layer norms
   VariantForwardStepParams<Element> p;
 
   FUSEDRNN_DEVICE void operator()(unsigned char* memory) const {
@@ -263,7 +264,7 @@ struct VariantForwardStepKernel : UnitKernel {
       }
     });
     if constexpr (Cell::kHasCellState) {
-      if (v.has_norms) step_behind_norm(row, partial + kMomentSums * kWarps);
+      if (v.has_norms) step_behind_norm(row, partial);
     }
   }
 
@@ -362,18 +363,18 @@ FUSEDRNN_DEVICE Accum output_gradient(const VariantGradientParams<Element>& p, i
 template <class Element>
 struct StateBefore {
   using Accum = Accumulator<Element>;
+  const bool resets;             ///< whether the row begins again
   const Accum* saved = nullptr;  ///< the token's values in the step before
   const Element* initial = nullptr;
 
   FUSEDRNN_DEVICE StateBefore(const VariantGradientParams<Element>& p, int64_t row,
-                              const Element* state0) {
-    const Variant<Accum>& v = p.variant;
-    const bool resets = v.reset_mask && v.reset_mask[p.token + row];
+                              const Element* state0)
+      : resets(p.variant.reset_mask && p.variant.reset_mask[p.token + row]) {
     const bool has_previous =
         p.previous >= 0 && row < p.previous_rows && (!p.lengths || p.lengths[row] > p.previous);
     if (!resets && has_previous) {
-      saved = p.saved + (p.previous_token + row) * v.saved_size;
-    } else if (!resets || v.reset_to_initial) {
+      saved = p.saved + (p.previous_token + row) * p.variant.saved_size;
+    } else if (!resets || p.variant.reset_to_initial) {
       initial = state0;
     }
   }
@@ -586,6 +587,11 @@ struct VariantBackwardStepKernel : UnitKernel {
       });
     });
     sum_over_cta(sums, partial + 2 * kWarps);
+    // Where h before the step is a constant, the GEMM's zeros have a rstd of 316, and its gradient
+    // could overflow a half type.
+    const StateBefore<Element> before(p, row, offset_or_null(p.h0, row * p.h0_stride));
+    const bool to_initial = !before.resets || v.reset_to_initial;
+    const bool is_constant = !before.saved && !before.initial && !(to_initial && p.wants_dh0);
     for_units(H, [&](int64_t u) {
       const Accum* const dgates = scratch_of(row, u) + 2 * H;
       unroll<G>([&](auto g) {
@@ -594,8 +600,9 @@ struct VariantBackwardStepKernel : UnitKernel {
         const Accum of_hidden = dgates[Cell::hidden_preact[g] * H] * v.norm_hh[k];
         round_to(p.dinput[token * G * H + k], norm_gradient(of_input, saved[p.saved_at.input + k],
                                                             rstd[0], sums[0], sums[1], G * H));
-        round_to(p.dhidden[row * G * H + k], norm_gradient(of_hidden, saved[p.saved_at.hidden + k],
-                                                           rstd[1], sums[2], sums[3], G * H));
+        const Accum d = norm_gradient(of_hidden, saved[p.saved_at.hidden + k], rstd[1], sums[2],
+                                      sums[3], G * H);
+        round_to(p.dhidden[row * G * H + k], is_constant ? Accum(0) : d);
       });
     });
   }
