@@ -379,7 +379,10 @@ def test_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FUSEDRNN_CUDA_REGIME", regime)
         monkeypatch.setenv("FUSEDRNN_EMULATOR_PRECISION", "tf32" if c.kind == "tf32" else "ieee")
         test_cuda.compare(c, torch.ops.fusedrnn_emulated)
-    for case in variant_cases():
+    projected = [
+        Case("lstm", dtype, H=21, proj_size=3) for dtype in (torch.float64, torch.float32, *HALVES)
+    ]
+    for case in [*variant_cases(), *projected]:
         check(case, monkeypatch, VariantProblem(case))
     torch.ops.fusedrnn_emulated._random_mask(torch.tensor(1), [300], 0.5)
     after = dict(reversed(k.split(" ", 1)) for k in torch.ops.fusedrnn_emulated.kernels())
