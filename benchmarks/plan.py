@@ -1,9 +1,9 @@
 """`python -m benchmarks plan`: the CUDA plans of the cases, and modelled ratios over cuDNN.
 
 No call here was run. Our times are those of the library's own cost function (csrc/cuda/cost.h),
-which chooses the plans; its figures were measured on an H200. cuDNN's microseconds a step are guesses but for one:
-1.96 us at float16, B16, H768 and T1024 on an H100. A ratio is a call's time by cuDNN over ours.
-Both calls have the same GEMMs outside of the time loop.
+which chooses the plans; its figures were measured on an H200. cuDNN's microseconds a step are
+guesses but for one: 1.96 us at float16, B16, H768 and T1024 on an H100. A ratio is a call's time by
+cuDNN over ours. Both calls have the same GEMMs outside of the time loop.
 """
 
 from __future__ import annotations
