@@ -18,6 +18,14 @@ import fusedrnn
 from benchmarks.baselines import Candidate
 from fusedrnn import _ops
 
+# Variables that hold libraries to an instruction set.
+_LIMITS = (
+    "FUSEDRNN_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+
 
 def header(device: str, baselines: Sequence[Candidate]) -> dict[str, Any]:
     """Machine and versions; warns if other processes are busy."""
@@ -34,6 +42,7 @@ def header(device: str, baselines: Sequence[Candidate]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": str(torch.__version__),
+        "environment": {name: os.environ[name] for name in _LIMITS if name in os.environ},
         "baselines": {k: v for baseline in baselines for k, v in baseline.versions().items()},
         "fusedrnn": fusedrnn.__version__,
         "commit": _commit(),

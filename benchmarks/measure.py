@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import gc
 import os
+import random
 import statistics
 import sys
 import time
@@ -35,6 +36,12 @@ BUSY_CORES = max(0.15, 0.05 * (os.cpu_count() or 1))
 # A case may take this many times as long to find calm rounds.
 PATIENCE = 3
 MODES = ("inference", "training")
+# Rounds of a case of the grid: with fewer, an interval means little.
+ROUNDS = 7
+# Draws of the rounds for a ratio's interval.
+RESAMPLES = 1000
+# A row is noisy if the middle half of a candidate's rounds varies by more than this share.
+NOISY_SPREAD = 0.2
 # Rounds of a GPU's clocks, and the milliseconds that a round's calls of a candidate should take.
 GPU_ROUNDS = 7
 GPU_ROUND_MS = 10.0
@@ -45,6 +52,7 @@ def in_turn(
     seconds: float,
     before: Callable[[str], None] = lambda name: None,
     warm_seconds: float | None = None,
+    least_rounds: int = 3,
 ) -> dict[str, list[float]]:
     """Calls the candidates in turn, in rounds.
 
@@ -52,9 +60,10 @@ def in_turn(
 
     Args:
         calls: the candidates.
-        seconds: approximate duration; at least 3 rounds, or 5 if a round takes under 0.3 s.
+        seconds: approximate duration; at least 5 rounds if a round takes under 0.3 s.
         before: called with a candidate's name before its turn.
         warm_seconds: a candidate's warm-up in each round; `WARM_SECONDS` by default.
+        least_rounds: the least number of rounds, however long they take.
 
     Returns:
         Milliseconds per call for each candidate: one median per round.
@@ -75,7 +84,7 @@ def in_turn(
             (disturbed if (others.cores() or 0) > BUSY_CORES else calm).append(times)
             spent = time.perf_counter() - begin
             each = spent / (len(calm) + len(disturbed))
-            least = 5 if each < 0.3 else 3
+            least = max(least_rounds, 5 if each < 0.3 else 0)
             if len(calm) >= least and spent + each > seconds:
                 break
             if len(calm) + len(disturbed) >= least and spent + each > PATIENCE * seconds:
@@ -105,6 +114,11 @@ def spread(times: Sequence[float]) -> float:
     """Interquartile range over median: the variation between rounds."""
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / middle
+
+
+def is_noisy(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the grid varies so much that its ratio means little."""
+    return float(max(row["ours_spread"], row["baseline_spread"])) > NOISY_SPREAD
 
 
 def peak_memory(call: Call, device: str = "cpu") -> int | None:
@@ -226,13 +240,32 @@ def _graph_times(
     return back_to_back(replays), missing
 
 
+def ratio_of_medians(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The ratio of two candidates' medians over their common rounds, and its interval.
+
+    The interval has 95 % of the ratios from a paired bootstrap: the rounds are drawn again with
+    repetition, both candidates' times together, because a slow second of the machine slows both.
+    """
+    rounds = list(zip(above, below, strict=True))
+    draw = random.Random(0)
+    ratios = []
+    for _ in range(RESAMPLES):
+        tops, bottoms = zip(*draw.choices(rounds, k=len(rounds)), strict=True)
+        ratios.append(statistics.median(tops) / statistics.median(bottoms))
+    ratios.sort()
+    return {
+        "ratio": statistics.median(above) / statistics.median(below),
+        "ratio_low": ratios[round(0.025 * (RESAMPLES - 1))],
+        "ratio_high": ratios[round(0.975 * (RESAMPLES - 1))],
+    }
+
+
 def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Medians over rounds, their ratio and spreads."""
+    """Medians over rounds, their ratio with its interval, and spreads."""
     return {
         "ours_ms": statistics.median(ours),
         "baseline_ms": statistics.median(theirs),
-        # Per round, because a slow second of the machine slows both alike.
-        "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+        **ratio_of_medians(theirs, ours),
         "ours_spread": spread(ours),
         "baseline_spread": spread(theirs),
     }
@@ -305,7 +338,7 @@ def measure(
     on_gpu = device == "cuda"
     waiting = {name: _synchronized(call) for name, call in calls.items()} if on_gpu else calls
     warm = GPU_WARM_SECONDS if on_gpu else None
-    times = in_turn(waiting, seconds, warm_seconds=warm)
+    times = in_turn(waiting, seconds, warm_seconds=warm, least_rounds=ROUNDS)
     clocks = gpu_clocks(calls, verify) if on_gpu else {}
     ours = times.pop("fusedrnn")
     sizes = dataclasses.asdict(case)
