@@ -47,8 +47,10 @@ $(VENV)/bench: $(VENV)/built
 	touch $@
 
 bench: $(VENV)/bench  ## time fusedrnn and its baselines in turn, in about seven minutes
-	$(BIN)/python -m benchmarks --readme README.md
-	$(BIN)/python -m benchmarks latency --readme README.md
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks latency
+	$(BIN)/python -m benchmarks frozen
+	$(BIN)/python -m benchmarks publish
 
 # The constraint keeps packages from replacing the torch that the extension is built against.
 # OpenNMT-py requires an old torch, but runs with this one. torchaudio comes with speechbrain. Its
@@ -66,7 +68,7 @@ $(MODELS_VENV)/built: $(SOURCES)
 	touch $@
 
 models: $(MODELS_VENV)/built  ## fuse models of other packages: the same results, and times
-	$(MODELS_PYTHON) -m benchmarks models $(or $(MODELS_ARGS),--readme README.md)
+	$(MODELS_PYTHON) -m benchmarks models $(MODELS_ARGS)
 
 # Only the tools, which need torch's types: nothing is compiled.
 $(VENV)/lint: $(VENV)/torch pyproject.toml

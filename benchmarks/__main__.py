@@ -18,6 +18,7 @@ SUBCOMMANDS = (
     "peaks",
     "plan",
     "profile",
+    "publish",
     "step_cost",
     "training",
     "variants",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import machine, report
 from benchmarks.cells import cell_of
-from benchmarks.measure import MODES, in_turn
+from benchmarks.measure import MODES, in_turn, ratio_of_medians, spread
 
 RESULTS = report.RESULTS / "compiled.json"
 
@@ -125,32 +125,21 @@ def calls(size: Size, mode: str) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def page(run: dict[str, Any]) -> str:
-    """The run as a page."""
-    head = ["network", "mode", "torch, ms", "compiled", "fused, ms", "compiled"]
-    head += ["rest alone, ms", "compiled", "torch over fused, compiled"]
+def table(run: dict[str, Any]) -> str:
+    """Times of each network and mode, eager and compiled."""
+    head = ["network", "mode", "torch", "compiled", "fused", "compiled"]
+    head += ["the rest alone", "compiled", "torch over fused, compiled"]
     rows = [
         [
             row["name"],
             row["mode"],
-            *(report.digits(ms) for ms in row["ms"].values()),
-            f"{row['ratio']:.2f}",
+            *(report.milliseconds(ms) for ms in row["ms"].values()),
+            report.ratio_text(row),
         ]
         for row in run["rows"]
     ]
     return "\n".join(
-        [
-            "# Under torch.compile",
-            "",
-            "Networks with an embedding, recurrent layers and a head. Written by",
-            "`python -m benchmarks compiled`. The rest alone is the same network without recurrent",
-            "layers: there, the gain or loss under torch.compile is torch's own.",
-            "",
-            report.caption(run["header"]),
-            "",
-            *report.markdown(head, rows, text_columns=2),
-            "",
-        ]
+        [report.caption(run["header"]), "", *report.markdown(head, rows, text_columns=2)]
     )
 
 
@@ -167,18 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mode in MODES:
             times = in_turn(calls(size, mode), args.seconds)
 
-            def over(a: str, b: str, times: dict[str, list[float]] = times) -> float:
-                return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-
             row = {
                 "name": size.name,
                 "mode": mode,
                 "ms": {k: statistics.median(v) for k, v in times.items()},
-                "ratio": over("torch compiled", "fused compiled"),
+                "spread": max(spread(times[k]) for k in ("torch compiled", "fused compiled")),
+                **ratio_of_medians(times["torch compiled"], times["fused compiled"]),
             }
             rows.append(row)
             print(row, flush=True)
     run = {"header": machine.header("cpu", []), "rows": rows}
     report.store(args.output, run)
-    args.output.with_suffix(".md").write_text(page(run))
     return 0

@@ -137,10 +137,12 @@ def table(run: dict[str, Any]) -> str:
         row = found.get((case, name))
         if row is None:
             return ""
-        return f"{row['error']:.1e}" if key == "error" else report.digits(1e3 * row["ms"])
+        if key == "error":
+            return f"{row['error']:.1e}"
+        return "~" * report.is_noisy(row) + report.milliseconds(row["ms"])
 
     titles = [report.TITLES[name] for name in names]
-    text = [report.caption(run["header"]), "", "Microseconds:", ""]
+    text = [report.caption(run["header"]), ""]
     body = [[case, *(cell(case, name, "ms") for name in names)] for case in cases]
     text += report.markdown(["case", *titles], body, text_columns=1)
     lossy = [name for name in names if any(s in name for s in ("int8", "bfloat16"))]
@@ -164,7 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="for a case (%(default)s)")
     parser.add_argument("--tagger", type=Path, help="a checkpoint of examples/train_tagger.py")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a JSON file (%(default)s)")
-    parser.add_argument("--page", type=Path, help="a page whose table to rewrite")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="report a stored run instead of measuring"
     )
@@ -187,6 +188,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             run["tagger"] = tagger_rows(args.tagger)
         report.store(args.output, run)
     print(table(run))
-    if args.page:
-        report.write_between(args.page, "frozen", table(run))
     return 0

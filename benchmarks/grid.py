@@ -5,14 +5,17 @@ Subcommands:
   models     models from other packages
   compiled   networks under torch.compile
   training   the tagger example
+  frozen     freeze() beside quantised runtimes
+  variants   each variant beside the plain layer and a loop over its steps
+  publish    the pages' tables, charts and figures from the stored runs
   peaks      a GPU's peaks beside the figures that the issue model assumes
   pass_cost  the cost of a step on a GPU, by pass and algorithm
   step_cost  cuDNN's kernels on a GPU
   profile    kernels and counters in the slowest cases on a GPU
 
-A run over the whole grid is stored in benchmarks/results/, with pictures. A partial run is stored
-only with --output. A GPU has three clocks (measure.py): calls with the wait for their end, calls
-back to back, and a CUDA graph's replay.
+A run over the whole grid is stored in benchmarks/results/, with charts. A partial run is stored
+only with --output. `publish` writes the pages' tables from the stored runs. A GPU has three clocks
+(measure.py): calls with the wait for their end, calls back to back, and a CUDA graph's replay.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,13 +33,13 @@ import torch
 from benchmarks import (
     baselines,
     cases,
+    charts,
     gpu_roofline,
     machine,
     measure,
     report,
     roofline,
     step_cost,
-    training,
 )
 from fusedrnn import _ops
 
@@ -69,9 +71,7 @@ def main(argv: Sequence[str]) -> int:
             report.store(output, run)
     report.summary(run["rows"])
     if output:
-        report.pictures(run, output)
-    if args.readme:
-        _write_tables(run, output, args.readme)
+        charts.draw(charts.of_run(run, output))
     if args.compare:
         old = json.loads(args.compare.read_text())
         worse = report.compare(old["rows"], run["rows"], args.tolerance)
@@ -91,7 +91,6 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=2.0, help="time for a case and mode (%(default)s)"
     )
     parser.add_argument("--output", type=Path, help="a JSON file for the rows")
-    parser.add_argument("--readme", type=Path, help="a page whose tables to rewrite")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="report a stored run instead of measuring"
     )
@@ -102,18 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=0.1, help="how far a ratio may drop (%(default)s)"
     )
     return parser
-
-
-def _write_tables(run: dict[str, Any], output: Path | None, readme: Path) -> None:
-    text = report.table(run)
-    on_gpu = run["header"]["device"] != "cpu"
-    if on_gpu and output:
-        picture = os.path.relpath(report.picture(output, "ratio"), readme.parent)
-        text += f"\n\n![Time of cuDNN over fusedrnn's, by case]({picture})"
-    report.write_between(readme, report.marker("table", run), text)
-    if "training" in run and on_gpu:
-        text = training.table(run["training"])
-        report.write_between(readme, report.marker("training", run), text)
 
 
 def _present(device: str, names: Sequence[str] | None) -> list[baselines.Candidate]:
@@ -178,12 +165,12 @@ def _calm(
     seconds: float,
 ) -> list[dict[str, Any]]:
     """A case's rows; those of the calmest of up to `TRIES` measurements, if rows are noisy."""
-    tries = []
+    tries: list[list[dict[str, Any]]] = []
     while len(tries) < TRIES:
         tries.append(measure.measure(case, mode, present, device, seconds))
-        if not any(map(measure.is_noisy, tries[-1])):
+        if not any(map(report.is_noisy, tries[-1])):
             break
-    return min(tries, key=lambda rows: sum(map(measure.is_noisy, rows)))
+    return min(tries, key=lambda rows: sum(map(report.is_noisy, rows)))
 
 
 def _add_rooflines(

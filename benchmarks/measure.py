@@ -40,8 +40,6 @@ MODES = ("inference", "training")
 ROUNDS = 7
 # Draws of the rounds for a ratio's interval.
 RESAMPLES = 1000
-# A row is noisy if the middle half of a candidate's rounds varies by more than this share.
-NOISY_SPREAD = 0.2
 # Rounds of a GPU's clocks, and the milliseconds that a round's calls of a candidate should take.
 GPU_ROUNDS = 7
 GPU_ROUND_MS = 10.0
@@ -114,11 +112,6 @@ def spread(times: Sequence[float]) -> float:
     """Interquartile range over median: the variation between rounds."""
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / middle
-
-
-def is_noisy(row: Mapping[str, Any]) -> bool:
-    """Whether a row of the grid varies so much that its ratio means little."""
-    return float(max(row["ours_spread"], row["baseline_spread"])) > NOISY_SPREAD
 
 
 def peak_memory(call: Call, device: str = "cpu") -> int | None:

@@ -1,14 +1,12 @@
-"""Reports a run: printed lines, Markdown tables, pictures, and a comparison with an older run."""
+"""Reports a run: printed lines, Markdown tables, and a comparison with an older run."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,8 @@ TITLES = {
 REFERENCES = ("torch", "cudnn")
 # A GPU's clocks besides the call with the wait for its end: keys of a row, columns of a table.
 CLOCKS = {"back_to_back": "back to back", "graph": "by graph"}
+# A row is noisy if the middle half of a candidate's rounds varies by more than this share.
+NOISY_SPREAD = 0.2
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -52,7 +52,7 @@ def results_of(device: str) -> Path:
 
 def slug(name: str) -> str:
     """Turns a device's name into a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def store(output: Path, found: dict[str, Any]) -> None:
@@ -75,10 +75,10 @@ def _has_clocks(row: Row) -> bool:
     return "graph" in row
 
 
-def _ratio(row: Row, clock: str) -> str:
+def _ratio(row: Row, clock: str, unit: str = "") -> str:
     """The ratio by a clock; "-" without one, as where a graph can't be captured."""
     ratio = row.get(clock, {}).get("ratio")
-    return "-" if ratio is None else f"{ratio:.2f}"
+    return "-" if ratio is None else f"{ratio:.2f}{unit}"
 
 
 def lines(rows: Sequence[Row]) -> None:
@@ -112,16 +112,16 @@ def summary(rows: Sequence[Row]) -> None:
     for (baseline, mode), found in _groups(rows).items():
         lowest = min(found, key=lambda row: float(row["ratio"]))
         print(
-            f"{mode} over {baseline}: {_mean(found):.2f} in the geometric mean over "
+            f"{mode} over {baseline}: {mean(found):.2f} in the geometric mean over "
             f"{len(found)} cases, at least {lowest['ratio']:.2f} ({lowest['name']})"
         )
         for clock, title in CLOCKS.items():
             ratios = _ratios(found, clock)
             if ratios:
-                mean, count = statistics.geometric_mean(ratios), len(ratios)
-                print(f"  {title}: {mean:.2f} over {count} cases, at least {min(ratios):.2f}")
-    noisy = [r for r in rows if max(r["ours_spread"], r["baseline_spread"]) > 0.2]
-    print(f"{len(noisy)} of {len(rows)} rows vary by over 20 % between rounds")
+                middle, count = statistics.geometric_mean(ratios), len(ratios)
+                print(f"  {title}: {middle:.2f} over {count} cases, at least {min(ratios):.2f}")
+    noisy = sum(map(is_noisy, rows))
+    print(f"{noisy} of {len(rows)} rows vary by over {NOISY_SPREAD:.0%} between rounds")
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -137,7 +137,7 @@ def _ratios(rows: Sequence[Row], clock: str) -> list[float]:
     return [ratio for ratio in found if ratio is not None]
 
 
-def _mean(rows: Sequence[Row]) -> float:
+def mean(rows: Sequence[Row]) -> float:
     return statistics.geometric_mean([row["ratio"] for row in rows])
 
 
@@ -157,16 +157,6 @@ def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float) -> list[st
     return worse
 
 
-def write_between(page: Path, marker: str, text: str) -> None:
-    """Replaces the text between a page's lines `<!-- marker -->` and `<!-- /marker -->`."""
-    begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
-    before, found, rest = page.read_text().partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found and found_end):
-        raise ValueError(f"{page} lacks the lines {begin.strip()} and {end}")
-    page.write_text(f"{before}{begin}{text}\n{end}{after}")
-
-
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> list[str]:
     """The lines of a Markdown table: the first columns hold text, the others align right."""
     align = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
@@ -183,16 +173,10 @@ def caption(header: dict[str, Any]) -> str:
     return f"{where}; {', '.join(found)}; {header['date'][:10]}."
 
 
-def marker(name: str, run: dict[str, Any]) -> str:
-    """The marker for a part of a page; a GPU's parts have their own."""
-    return name if run["header"]["device"] == "cpu" else f"{name} cuda"
-
-
 def table(run: dict[str, Any]) -> str:
-    """A line for each case: our milliseconds and the ratios over the baselines, in both modes.
+    """A line for each case: our time, the ratios over the baselines, the share of the roofline.
 
-    A GPU's table adds the ratios by the other clocks, the roofline's share, the regime, and both
-    peak memories in MiB.
+    A GPU's table adds the ratios by the other clocks, the regime and both peak memories in MiB.
     """
     rows: list[Row] = run["rows"]
     groups = _groups(rows)
@@ -202,28 +186,34 @@ def table(run: dict[str, Any]) -> str:
             by_mode.setdefault(mode, []).append(name)
     head, means = ["case"], ["geometric mean"]
     on_gpu = run["header"]["device"] != "cpu"
-    more = [*CLOCKS.values(), "of roofline", "regime", "MiB"] if on_gpu else []
+    more = [*CLOCKS.values(), "regime", "MiB"] if on_gpu else []
     for mode, found in by_mode.items():
-        head += [f"{mode}, ms", *(f"over {TITLES[name]}" for name in found), *more]
-        means += ["", *(f"**{_mean(groups[name, mode]):.2f}**" for name in found)]
+        head += [mode, *(f"over {TITLES[name]}" for name in found), *more, "of the limit"]
+        means += ["", *(f"**{mean(groups[name, mode]):.2f}×**" for name in found)]
         if on_gpu:
             first = groups[found[0], mode]
             ratios = [_ratios(first, clock) for clock in CLOCKS]
-            means += [f"**{statistics.geometric_mean(r):.2f}**" if r else "" for r in ratios]
+            means += [f"**{statistics.geometric_mean(r):.2f}×**" if r else "" for r in ratios]
             means += [""] * (len(more) - len(CLOCKS))
+        means.append("")
     body = []
     for name in dict.fromkeys(row["name"] for row in rows):
         cells = [name]
         for mode, found in by_mode.items():
             over = {r["baseline"]: r for r in rows if (r["name"], r["mode"]) == (name, mode)}
-            cells.append(digits(next(iter(over.values()))["ours_ms"]) if over else "")
-            cells += [f"{over[b]['ratio']:.2f}" if b in over else "" for b in found]
+            if not over:
+                cells += [""] * (2 + len(found) + len(more))
+                continue
+            first_row = next(iter(over.values()))
+            cells.append(milliseconds(first_row["ours_ms"]))
+            cells += [ratio_text(over[b]) if b in over else "" for b in found]
             if on_gpu:
-                cells += _gpu_cells(next(iter(over.values()))) if over else [""] * len(more)
+                cells += _gpu_cells(first_row)
+            cells.append(share_text(first_row))
         body.append(cells)
     lines = markdown(head, [*body, means], text_columns=1)
     by_hand = [
-        f"{row['name']} {row['ratio']:.2f} ({row['mode']})"
+        f"{row['name']} {ratio_text(row)} ({row['mode']})"
         for row in rows
         if row["baseline"] == "packing"
     ]
@@ -233,108 +223,65 @@ def table(run: dict[str, Any]) -> str:
     return "\n".join([caption(run["header"]), "", *lines])
 
 
+def side_by_side(runs: dict[str, dict[str, Any]]) -> str:
+    """A line for each case: times and ratios over torch of several runs, by their titles."""
+    over = [
+        {(r["name"], r["mode"]): r for r in run["rows"] if r["baseline"] in REFERENCES}
+        for run in runs.values()
+    ]
+    modes = list(dict.fromkeys(mode for _, mode in over[0]))
+    columns = [(mode, index) for mode in modes for index in range(len(runs))]
+    titles = list(runs)
+    head = ["case", *(f"{mode}, {titles[index]}" for mode, index in columns)]
+    head += [f"over torch, {mode}, {titles[index]}" for mode, index in columns]
+    body = []
+    for name in dict.fromkeys(name for name, _ in over[0]):
+        found = [over[index].get((name, mode)) for mode, index in columns]
+        times = [milliseconds(row["ours_ms"]) if row else "" for row in found]
+        body.append([name, *times, *(ratio_text(row) if row else "" for row in found)])
+    means = [
+        mean([row for (_, of), row in over[index].items() if of == mode]) for mode, index in columns
+    ]
+    last = ["geometric mean", *[""] * len(columns), *(f"**{value:.2f}×**" for value in means)]
+    captions = [f"{title}: {caption(run['header'])}" for title, run in runs.items()]
+    return "\n".join([*"\n\n".join(captions).splitlines(), "", *markdown(head, [*body, last], 1)])
+
+
+def is_noisy(row: Row) -> bool:
+    """Whether a candidate's times vary so much between rounds that their ratio means little."""
+    spreads = [value for key, value in row.items() if key.endswith("spread")]
+    return max(spreads, default=0.0) > NOISY_SPREAD
+
+
+def ratio_text(row: Row) -> str:
+    """A ratio with half of its interval; "~" marks a noisy row."""
+    ratio = row["ratio"]
+    places = 1 if ratio >= 10 else 2
+    mark = "~" if is_noisy(row) else ""
+    half = ""
+    if "ratio_low" in row:  # older runs have no interval
+        width = max(row["ratio_high"] - ratio, ratio - row["ratio_low"])
+        half = f" ±{width:.{places}f}"
+    return f"{mark}{ratio:.{places}f}×{half}"
+
+
+def milliseconds(ms: float) -> str:
+    """A time with its unit: microseconds below 1 ms."""
+    return f"{digits(1e3 * ms)} µs" if ms < 1 else f"{digits(ms)} ms"
+
+
+def share_text(row: Row) -> str:
+    """The roofline's share of our time."""
+    return f"{row['roofline_ms'] / row['ours_ms']:.0%}" if row["roofline_ms"] else ""
+
+
 def _gpu_cells(row: Row) -> list[str]:
     ours, theirs = row["ours_bytes"], row["baseline_bytes"]
     memory = "" if ours is None or theirs is None else f"{ours / 2**20:.1f} / {theirs / 2**20:.1f}"
-    share = f"{row['roofline_ms'] / row['ours_ms']:.0%}" if row["roofline_ms"] else ""
-    clocks = [_ratio(row, clock) if _has_clocks(row) else "" for clock in CLOCKS]
-    return [*clocks, share, row.get("regime", ""), memory]
+    clocks = [_ratio(row, clock, "×") if _has_clocks(row) else "" for clock in CLOCKS]
+    return [*clocks, row.get("regime", ""), memory]
 
 
 def digits(value: float) -> str:
     """Three digits, without an exponent."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
-
-
-_COLORS = {"fusedrnn": "#0072b2", "torch": "#d55e00", "cudnn": "#d55e00"}
-_COLORS |= {"onnxruntime": "#009e73", "openvino": "#cc79a7", "torch.compile": "#e69f00"}
-_COLORS |= {"packing": "#999999"}
-
-
-def picture(output: Path, kind: str) -> Path:
-    """The path of a stored run's picture; `kind` is "ratio" or "roofline"."""
-    return output.with_name(f"{output.stem}_{kind}.png")
-
-
-def pictures(run: dict[str, Any], output: Path) -> None:
-    """Draws OUTPUT_ratio.png and, if the rooflines are known, OUTPUT_roofline.png."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        print(f"no pictures: {error}", file=sys.stderr)
-        return
-    rows, where = run["rows"], caption(run["header"])
-    ratios: dict[str, dict[str, dict[str, float]]] = {}
-    shares: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        name, mode, baseline, bound = (row[k] for k in ("name", "mode", "baseline", "roofline_ms"))
-        ratios.setdefault(mode, {}).setdefault(baseline, {})[name] = row["ratio"]
-        if bound and baseline in REFERENCES:
-            share = shares.setdefault(mode, {})
-            share.setdefault("fusedrnn", {})[name] = 100 * bound / row["ours_ms"]
-            share.setdefault(baseline, {})[name] = 100 * bound / row["baseline_ms"]
-    _bars(
-        ratios,
-        f"A baseline's time over fusedrnn's: right of 1, fusedrnn is faster\n{where}",
-        picture(output, "ratio"),
-        is_ratio=True,
-    )
-    if shares:
-        _bars(
-            shares,
-            f"Roofline from the machine's measured peaks, in % of the measured time\n{where}",
-            picture(output, "roofline"),
-            is_ratio=False,
-        )
-
-
-def _bars(
-    values: dict[str, dict[str, dict[str, float]]], title: str, path: Path, is_ratio: bool
-) -> None:
-    """Draws horizontal bars: a panel for each mode, a color for each series, a group for a case."""
-    figure_module: Any = importlib.import_module("matplotlib.figure")
-    patches_module: Any = importlib.import_module("matplotlib.patches")
-    names = list(dict.fromkeys(n for m in values.values() for s in m.values() for n in s))
-    figure = figure_module.Figure(figsize=(9, 1.5 + 0.32 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
-    for panel, (mode, series) in zip(panels, values.items(), strict=True):
-        for at, name in enumerate(names):
-            found = [s for s in series if name in series[s]]
-            height = min(0.3, 0.8 / max(1, len(found)))
-            for i, s in enumerate(found):
-                value = series[s][name]
-                panel.barh(
-                    at + (i + 0.5 - len(found) / 2) * height,
-                    value - 1 if is_ratio else value,
-                    left=1 if is_ratio else 0,
-                    height=height,
-                    color=_COLORS[s],
-                )
-        panel.set_title(mode, fontsize=11)
-        panel.set_yticks(range(len(names)), names, fontsize=9)
-        panel.set_ylim(len(names) - 0.4, -0.6)
-        panel.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        if is_ratio:
-            _ratio_axis(panel, [v for s in series.values() for v in s.values()])
-        else:
-            panel.set_xlim(0, max(100, *(v for s in series.values() for v in s.values())))
-    shown = [s for s in _COLORS if any(s in series for series in values.values())]
-    patches = [patches_module.Patch(color=_COLORS[s], label=TITLES[s]) for s in shown]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(shown), fontsize=10)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=100)
-
-
-def _ratio_axis(panel: Any, ratios: Sequence[float]) -> None:
-    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
-    low = max((t for t in ticks if t < min(ratios)), default=ticks[0])
-    high = min((t for t in ticks if t > max(ratios)), default=ticks[-1])
-    low, high = min(low, 0.5), max(high, 2)
-    panel.set_xscale("log")
-    panel.set_xlim(low, high)
-    shown = [tick for tick in ticks if low <= tick <= high]
-    panel.set_xticks(shown, [f"{tick:g}" for tick in shown], fontsize=9)
-    panel.set_xticks([], minor=True)
-    panel.axvline(1, color="black", linewidth=1)

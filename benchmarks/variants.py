@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import machine, report
 from benchmarks.cases import Case
-from benchmarks.measure import MODES, in_turn, peak_memory, spread
+from benchmarks.measure import MODES, in_turn, peak_memory, ratio_of_medians, spread
 
 RESULTS = report.RESULTS / "variants.json"
 CASES = (
@@ -240,18 +240,14 @@ def _with_mode(module: nn.Module, forward: Callable[[], Any], mode: str) -> Call
 def measure(case: Case, feature: Feature, mode: str, seconds: float) -> dict[str, Any]:
     """A row: milliseconds of each, our cost over plain, and the loop's time over ours."""
     times = in_turn(calls(case, feature, mode), seconds)
-
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-
     return {
         "name": case.name,
         "variant": feature.name,
         "mode": mode,
         "ms": {name: statistics.median(values) for name, values in times.items()},
         "spread": {name: spread(values) for name, values in times.items()},
-        "over_plain": ratio("variant", "plain"),
-        "loop_over": ratio("loop", "variant"),
+        "over_plain": ratio_of_medians(times["variant"], times["plain"]),
+        "loop_over": ratio_of_medians(times["loop"], times["variant"]),
     }
 
 
@@ -289,16 +285,16 @@ def memory(case: Case) -> dict[str, Any]:
 
 def table(run: dict[str, Any]) -> str:
     """The times, and the bytes."""
-    head = ["case", "variant", "mode", "ms", "over plain", "loop, ms", "loop over ours"]
+    head = ["case", "variant", "mode", "time", "over plain", "loop", "loop over ours"]
     body = [
         [
             row["name"],
             row["variant"],
             row["mode"],
-            report.digits(row["ms"]["variant"]),
-            f"{row['over_plain']:.2f}",
-            report.digits(row["ms"]["loop"]),
-            f"{row['loop_over']:.2f}",
+            report.milliseconds(row["ms"]["variant"]),
+            _ratio(row, "over_plain", "variant", "plain"),
+            report.milliseconds(row["ms"]["loop"]),
+            _ratio(row, "loop_over", "loop", "variant"),
         ]
         for row in run["rows"]
     ]
@@ -317,22 +313,10 @@ def table(run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *report.markdown(head, body, text_columns=1)])
 
 
-def page(run: dict[str, Any]) -> str:
-    """The run as a page."""
-    return "\n".join(
-        [
-            "# Variants",
-            "",
-            "Written by `python -m benchmarks variants`. Over plain: our layer's time with a",
-            "variant over our plain layer's. Loop over ours: over 1, our layer is faster than a",
-            "loop over its steps in torch; for save_memory, than nn's layer under checkpoint. A",
-            "training call is forward and backward to all weights. Saved: for the backward pass",
-            "of one layer, with its input and without parameters.",
-            "",
-            table(run),
-            "",
-        ]
-    )
+def _ratio(row: dict[str, Any], key: str, *candidates: str) -> str:
+    """A ratio of two candidates; it is noisy if one of them is."""
+    noise = max(row["spread"][name] for name in candidates)
+    return report.ratio_text({**row[key], "spread": noise})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -360,12 +344,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     run["rows"].append(row)
                     print(
                         f"{row['name']:18}{row['variant']:20}{mode:10}"
-                        f"{row['ms']['variant']:10.3f} ms{row['over_plain']:7.2f} of plain"
-                        f"{row['loop_over']:8.2f} times as fast as the loop",
+                        f"{row['ms']['variant']:10.3f} ms{row['over_plain']['ratio']:7.2f} of plain"
+                        f"{row['loop_over']['ratio']:8.2f} times as fast as the loop",
                         flush=True,
                     )
     run["memory"] = [memory(case) for case in CASES]
     report.store(args.output, run)
-    args.output.with_suffix(".md").write_text(page(run))
     print(table(run))
     return 0

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,9 @@ pytest.importorskip("benchmarks")  # importable from the checkout's root only
 from benchmarks import (
     baselines,
     cases,
+    charts,
     gpu_roofline,
+    grid,
     latency,
     machine,
     measure,
@@ -65,10 +68,22 @@ def has(*packages: str) -> bool:
     return all(importlib.util.find_spec(package) for package in packages)
 
 
-def row(name: str, ratio: float, mode: str = "inference", over: str = "torch") -> dict[str, Any]:
-    times = {"ours_ms": 1.0, "baseline_ms": ratio, "roofline_ms": 0.5}
-    spreads = {"ours_spread": 0.01, "baseline_spread": 0.3}
-    return {"name": name, "mode": mode, "baseline": over, "ratio": ratio, **times, **spreads}
+def row(
+    name: str, ratio: float, mode: str = "inference", over: str = "torch", noisy: bool = False
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "mode": mode,
+        "baseline": over,
+        "ours_ms": 1.0,
+        "baseline_ms": ratio,
+        "roofline_ms": 0.5,
+        "ratio": ratio,
+        "ratio_low": 0.9 * ratio,
+        "ratio_high": 1.05 * ratio,
+        "ours_spread": 0.01,
+        "baseline_spread": 0.3 if noisy else 0.1,
+    }
 
 
 def stored(path: Path, *rows: dict[str, Any]) -> Path:
@@ -415,7 +430,7 @@ def test_peaks_of_kernels(
 def test_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "pictures", lambda run, output: None)
+    monkeypatch.setattr(charts, "draw", lambda found: None)
     old = stored(tmp_path / "old.json", row("a", 2.0), row("b", 2.0), row("gone", 9.0))
     new = stored(
         *(tmp_path / "new.json", row("a", 1.85), row("b", 1.7), row("b", 0.1, over="openvino")),
@@ -427,89 +442,94 @@ def test_compare(
     assert main(["--report", str(new), "--compare", str(old), "--tolerance", "0.2"]) == 0
 
 
-def test_table_between_markers(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
+def test_table_of_a_cpu(tmp_path: Path) -> None:
     run = stored(
-        *(tmp_path / "run.json", row("a", 2.0), row("a", 8.0, "training")),
-        *(row("a", 3.0, over="openvino"), row("b", 4.5)),
+        *(tmp_path / "run.json", row("a", 2.0), row("a", 12.0, "training")),
+        *(row("a", 3.0, over="openvino"), row("b", 4.5, noisy=True)),
     )
-    for _ in range(2):  # the second table replaces the first
-        assert main(["--report", str(run), "--readme", str(page)]) == 0
-        assert page.read_text().splitlines() == [
-            "above",
-            "<!-- table -->",
-            "some (avx2), 2 threads; torch 2.13, OpenVINO 2026; 2026-01-02.",
-            "",
-            "| case | inference, ms | over torch | over OpenVINO | training, ms | over torch |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-            "| a | 1.00 | 2.00 | 3.00 | 1.00 | 8.00 |",
-            "| b | 1.00 | 4.50 |  |  |  |",
-            "| geometric mean |  | **3.00** | **3.00** |  | **8.00** |",
-            "<!-- /table -->",
-            "below",
-        ]
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match="lacks the lines <!-- table --> and"):
-        main(["--report", str(run), "--readme", str(page)])
+    assert report.table(json.loads(run.read_text())).splitlines() == [
+        "some (avx2), 2 threads; torch 2.13, OpenVINO 2026; 2026-01-02.",
+        "",
+        "| case | inference | over torch | over OpenVINO | of the limit "
+        "| training | over torch | of the limit |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 1.00 ms | 2.00× ±0.20 | 3.00× ±0.30 | 50% | 1.00 ms | 12.0× ±1.2 | 50% |",
+        "| b | 1.00 ms | ~4.50× ±0.45 |  | 50% |  |  |  |",
+        "| geometric mean |  | **3.00×** | **3.00×** |  |  | **12.00×** |  |",
+    ]
+    assert main(["--report", str(run)]) == 0
     if has("matplotlib"):
-        for picture in ("run_ratio.png", "run_roofline.png"):
-            assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        for chart in ("run_ratio.png", "run_roofline.png"):
+            assert (tmp_path / chart).read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_side_by_side(tmp_path: Path) -> None:
+    runs = {
+        title: json.loads(
+            stored(tmp_path / "run.json", row("a", ratio), row("a", 3.0, "training")).read_text()
+        )
+        for title, ratio in (("new", 2.0), ("old", 1.0))
+    }
+    del runs["old"]["rows"][1]  # it measured no training
+    runs["old"]["rows"].append(row("a", 9.0, over="openvino"))
+    where = "some (avx2), 2 threads; torch 2.13, OpenVINO 2026; 2026-01-02."
+    with pytest.raises(statistics.StatisticsError):
+        report.side_by_side(runs)
+    runs["old"]["rows"].append(row("a", 5.0, "training"))
+    assert report.side_by_side(runs).splitlines() == [
+        f"new: {where}",
+        "",
+        f"old: {where}",
+        "",
+        "| case | inference, new | inference, old | training, new | training, old "
+        "| over torch, inference, new | over torch, inference, old "
+        "| over torch, training, new | over torch, training, old |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 1.00 ms | 1.00 ms | 1.00 ms | 1.00 ms "
+        "| 2.00× ±0.20 | 1.00× ±0.10 | 3.00× ±0.30 | 5.00× ±0.50 |",
+        "| geometric mean |  |  |  |  | **2.00×** | **1.00×** | **3.00×** | **5.00×** |",
+    ]
+
+
+def test_table_of_a_gpu(tmp_path: Path) -> None:
     """A GPU's table has regimes, rooflines and memory; the training example has a table too."""
-    monkeypatch.setattr(report, "pictures", lambda run, output: None)
-    page, gpu = (
-        tmp_path / "page.md",
-        {"regime": "grid", "ours_bytes": 3 << 20, "baseline_bytes": 2**21},
-    )
+    gpu = {"regime": "grid", "ours_bytes": 3 << 20, "baseline_bytes": 2**21}
     clocks = {"back_to_back": {"ratio": 2.5}, "graph": {"ratio": 3.0}}
-    parts = ("table", "table cuda", "training cuda")
-    page.write_text("".join(f"<!-- {part} -->\n<!-- /{part} -->\n" for part in parts))
     rows = [row("a", 2.0, over="cudnn") | gpu, row("a", 4.0, "training", "cudnn") | gpu]
     rows[1] |= {"roofline_ms": None, "ours_bytes": None}
     rows[0] |= clocks
     rows[1] |= {"back_to_back": {"ratio": 4.5}, "graph": {"ratio": None}}
     rows += [
         row("old", 2.0, over="cudnn") | {"ours_bytes": None, "baseline_bytes": None}
-    ]  # from a run without these clocks
-    path = stored(tmp_path / "run.json", *rows)
-    run = json.loads(path.read_text())
+    ]  # from a run without these clocks and without intervals
+    del rows[2]["ratio_low"], rows[2]["ratio_high"]
+    run = json.loads(stored(tmp_path / "run.json", *rows).read_text())
     run["header"] |= {"device": "NVIDIA X", "baselines": {"cudnn": "91300"}}
+    caption = "NVIDIA X; torch 2.13, cuDNN 91300; 2026-01-02."
+    columns = "over cuDNN | back to back | by graph | regime | MiB | of the limit |"
+    assert report.table(run).splitlines() == [
+        caption,
+        "",
+        f"| case | inference | {columns} training | {columns}",
+        "| --- " + "| ---: " * 14 + "|",
+        "| a | 1.00 ms | 2.00× ±0.20 | 2.50× | 3.00× | grid | 3.0 / 2.0 | 50% "
+        "| 1.00 ms | 4.00× ±0.40 | 4.50× | - | grid |  |  |",
+        "| old | 1.00 ms | 2.00× |  |  |  |  | 50% |" + "  |" * 7,
+        "| geometric mean |  | **2.00×** | **2.50×** | **3.00×** |  |  |  "
+        "|  | **4.00×** | **4.50×** |  |  |  |  |",
+    ]
     speeds = {"nn.LSTM": 1000.0, "FusedLSTM": 2500.0, "ratio": 2.5}
     both = {"nn.LSTM": 0.25, "FusedLSTM": 0.25}
     way = {"way": "lengths", "tokens_per_second": {"train": speeds, "eval": speeds}}
     way |= {"train_loss": both, "dev_accuracy": both}
-    run["training"] = {"header": run["header"], "arguments": "--hidden 9", "rows": [way]}
-    path.write_text(json.dumps(run))
-    assert main(["--report", str(path), "--readme", str(page)]) == 0
-    caption = "NVIDIA X; torch 2.13, cuDNN 91300; 2026-01-02."
-    columns = "over cuDNN | back to back | by graph | of roofline | regime | MiB |"
-    assert page.read_text().splitlines() == [
-        "<!-- table -->",
-        "<!-- /table -->",
-        "<!-- table cuda -->",
-        caption,
-        "",
-        f"| case | inference, ms | {columns} training, ms | {columns}",
-        "| --- " + "| ---: " * 14 + "|",
-        "| a | 1.00 | 2.00 | 2.50 | 3.00 | 50% | grid | 3.0 / 2.0 "
-        "| 1.00 | 4.00 | 4.50 | - |  | grid |  |",
-        "| old | 1.00 | 2.00 |  |  | 50% |  |  |" + "  |" * 7,
-        "| geometric mean |  | **2.00** | **2.50** | **3.00** |  |  |  "
-        "|  | **4.00** | **4.50** |  |  |  |  |",
-        "",
-        "![Time of cuDNN over fusedrnn's, by case](run_ratio.png)",
-        "<!-- /table cuda -->",
-        "<!-- training cuda -->",
+    found = {"header": run["header"], "arguments": "--hidden 9", "rows": [way]}
+    assert training.table(found).splitlines() == [
         caption,
         "",
         "| examples/train_tagger.py --hidden 9 | nn.LSTM, training tokens/s | FusedLSTM | ratio "
         "| inference | loss | accuracy |",
         "|---|---:|---:|---:|---:|---:|---:|",
         "| lengths | 1,000 | 2,500 | 2.50 | 2.50 | 0.2500 / 0.2500 | 25.00% / 25.00% |",
-        "<!-- /training cuda -->",
     ]
 
 
@@ -597,7 +617,7 @@ def test_measured_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roofline, "probe", FixedPeaks)
-    monkeypatch.setattr(report, "pictures", lambda run, output: None)
+    monkeypatch.setattr(charts, "draw", lambda found: None)
     monkeypatch.setattr(measure, "WARM_SECONDS", 0.002)
     wanted = ["torch"] + (["onnxruntime"] if has("onnx", "onnxruntime") else [])
     output = tmp_path / "run.json"
@@ -612,8 +632,10 @@ def test_measured_run(
     ]
     for r in run["rows"]:
         assert set(r) >= SIZES
-        assert r["rounds"] >= 3
+        assert r["rounds"] >= measure.ROUNDS
         assert min(r["ours_ms"], r["baseline_ms"], r["ratio"]) > 0
+        assert r["ratio"] == r["baseline_ms"] / r["ours_ms"]
+        assert r["ratio_low"] <= r["ratio"] <= r["ratio_high"]
         assert r["roofline_ms"] == roofline.bound_ms(cases.CASES[0], r["mode"], PEAKS)
         assert {"ours_spread", "baseline_spread", "ours_bytes", "baseline_bytes"} <= set(r)
     assert "inference over torch" in capsys.readouterr().out
@@ -681,6 +703,36 @@ def test_in_turn_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     times = measure.in_turn({"a": lambda: None}, 1e-9, order.append)
     assert (len(order), len(times["a"])) == (7, 5)
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    calls = measure.in_turn({"a": lambda: None}, 0.0, least_rounds=9)
+    assert len(calls["a"]) == 9
+
+
+def test_ratio_of_medians() -> None:
+    """Its interval has the ratio, shrinks with the noise, and pairs the rounds."""
+    found = measure.ratio_of_medians([2.0, 4.0, 6.0, 8.0, 2.0], [1.0, 2.0, 3.0, 4.0, 1.0])
+    assert found == {"ratio": 2.0, "ratio_low": 2.0, "ratio_high": 2.0}
+    noise = [1.0, 1.2, 0.9, 1.1, 1.0, 0.8, 1.3]
+    found = measure.ratio_of_medians(noise, [0.5] * 7)
+    assert found["ratio"] == 2.0
+    assert 1.6 <= found["ratio_low"] < 2.0 < found["ratio_high"] <= 2.6
+
+
+@pytest.mark.parametrize(
+    ("spreads", "kept", "measured"),
+    [([0.1, 0.0], 0.1, 1), ([0.5, 0.1, 0.0], 0.1, 2), ([0.5, 0.4, 0.3, 0.0], 0.5, 3)],
+)
+def test_noisy_cases_are_measured_again(
+    spreads: list[float], kept: float, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(spreads)
+
+    def noisy(*args: Any) -> list[dict[str, Any]]:
+        return [row("a", 2.0) | {"baseline_spread": left.pop(0)}]
+
+    monkeypatch.setattr(measure, "measure", noisy)
+    (found,) = grid._calm(cases.CASES[0], "inference", [], "cpu", 0.0)
+    assert found["baseline_spread"] == kept
+    assert len(spreads) - len(left) == measured
 
 
 class FakeGpu:
@@ -892,10 +944,9 @@ def test_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "LONG", Case("long", T=2))
     monkeypatch.setattr(latency, "SCALING", ("tiny",))
     monkeypatch.setattr(latency.OnnxRuntime, "packages", ("no_such_package",))
-    page, output = tmp_path / "page.md", tmp_path / "latency.json"
-    page.write_text("<!-- latency -->\n<!-- /latency -->\n")
+    output = tmp_path / "latency.json"
     chosen = ["--calls", "100", "--seconds", "0.02", "--output", str(output)]
-    assert main(["latency", *chosen, "--readme", str(page)]) == 0
+    assert main(["latency", *chosen]) == 0
     run = json.loads(output.read_text())
     assert len({r["situation"] for r in run["rows"]}) == 7
     keys = ("p50_us", "p90_us", "p99_us", "max_us")
@@ -904,7 +955,7 @@ def test_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (mode, name) for mode in measure.MODES for name in ("fusedrnn", "torch")
     ]
     for case in ("tiny", "LSTMCell B1 H64", "long"):
-        assert f"| {case} | busy neighbour process |" in page.read_text()
+        assert f"| {case} | busy neighbour process |" in latency.table(run)
     for row in run["rows"]:  # as stored by an older version
         del row["p90_us"]
     assert "| tiny | busy neighbour process |" in latency.table(run)
@@ -936,13 +987,12 @@ def test_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     } & (expected)
     for found in run["rows"]:
         assert set(found["ms"]) == set(found["spread"]) == {"variant", "plain", "loop"}
-        assert found["over_plain"] > 0
+        for ratio in (found["over_plain"], found["loop_over"]):
+            assert 0 < ratio["ratio_low"] <= ratio["ratio"] <= ratio["ratio_high"]
     for found in run["memory"]:
         plain, small = found["saved"]
         assert 0 < small < plain
-    page = output.with_suffix(".md").read_text()
-    assert page.startswith("# Variants\n")
-    assert "| small | weight drop | training |" in page
+    assert "| small | weight drop | training |" in variants.table(run)
     assert main(["variants", "--report", str(output)]) == 0
 
 
@@ -983,7 +1033,7 @@ def test_saved_bytes() -> None:
 
 
 def test_a_device_of_its_own(tmp_path: Path) -> None:
-    assert report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert report.slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
     output = tmp_path / "new" / "run.json"
     report.store(output, {"rows": [1], "step_cost": 2})
     report.store(output, {"rows": [3]})
@@ -1126,8 +1176,7 @@ def test_models_are_compared(
     assert found["calls"] == 1
     assert found["difference"] < 1e-5
     assert 0 < found["rounding"] < 1e-5
-    page = output.with_suffix(".md").read_text()
-    assert f"| stand-in | torch {importlib.metadata.version('torch')} |" in page
+    assert f"| torch {importlib.metadata.version('torch')} |" in capsys.readouterr().out
 
     def wrong(swap: Swap) -> Job:
         model = torch.nn.LSTM(3, 4)
@@ -1147,7 +1196,7 @@ def test_models_are_compared(
     asking = dataclasses.replace(stand_in(asks), subclass=True)
     monkeypatch.setattr(models, "MODELS", (asking,))
     assert main(["models", "--seconds", "0.1", "--output", str(output)]) == 0
-    assert "1 LSTM by `fuse(model, subclass=True)`" in output.with_suffix(".md").read_text()
+    assert "1 LSTM by `fuse(model, subclass=True)`" in capsys.readouterr().out
 
     for prepare in (wrong, not_called, asks):
         monkeypatch.setattr(models, "MODELS", (stand_in(prepare),))

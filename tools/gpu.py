@@ -288,7 +288,7 @@ def cpu(results: Path) -> list[Command]:
                 *measure,
                 *cases,
                 "--output",
-                str(results.with_name(f"{results.stem}-cpu-{threads}.json")),
+                str(results.with_name(f"{results.stem}_cpu_{threads}.json")),
             ],
             {"OMP_NUM_THREADS": str(threads)},
         )
@@ -299,10 +299,9 @@ def cpu(results: Path) -> list[Command]:
 
 def profile(results: Path) -> list[Command]:
     measure = [sys.executable, "-m", "benchmarks", "profile", "--run", str(results)]
-    report = [sys.executable, "-m", "benchmarks", "--report", str(results)]
     return [
         Command("profile", measure, share=5),
-        Command("README", [*report, "--readme", "README.md"]),
+        Command("pages", [sys.executable, "-m", "benchmarks", "publish"]),
     ]
 
 

@@ -33,7 +33,7 @@ from benchmarks.models import (
 )
 from benchmarks.models.compare import measure
 from benchmarks.models.job import Model
-from benchmarks.models.page import layers, page, short_table
+from benchmarks.models.tables import layers, table
 
 RESULTS = report.RESULTS / "models.json"
 # In the order of the tables; each file lists its own.
@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = report.parser("models", __doc__)
     parser.add_argument("models", nargs="*", metavar="name", help="names or parts of names")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for a model (%(default)s)")
-    parser.add_argument("--output", type=Path, help="a JSON file; the page goes beside it")
-    parser.add_argument("--readme", type=Path, help="a page whose table to rewrite")
+    parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
     try:
         chosen = pick(args.models)
@@ -100,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output and rows:
         run = {"header": header, "rows": rows}
         report.store(output, run)
-        output.with_suffix(".md").write_text(page(run))
-        if args.readme:
-            report.write_between(args.readme, "models", short_table(run))
+        print(table(run))
     wrong = [row for row in rows if not row["ok"]]
     for row in wrong:
         print(

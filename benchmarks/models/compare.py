@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cells import FUSED
-from benchmarks.measure import in_turn, spread
+from benchmarks.measure import in_turn, ratio_of_medians, spread
 from benchmarks.models.job import RECURRENT, Model, Results, Swap, quiet
 
 # Training accumulates rounding errors over its steps.
@@ -92,7 +92,6 @@ def measure(model: Model, seconds: float) -> dict[str, Any]:
     tolerance = TOLERANCE[model.mode] if model.tolerance is None else model.tolerance
     # A job proves nothing if its own results vary, or if it never calls the fused layers.
     ok = found <= tolerance and repeated == 0 and bool(calls.fused) == bool(swap.swapped)
-    pairs = zip(times["plain"], times["fused"], strict=True)
     return {
         "name": model.name,
         "package": model.versions(),
@@ -110,7 +109,7 @@ def measure(model: Model, seconds: float) -> dict[str, Any]:
         "ok": ok,
         "plain_ms": statistics.median(times["plain"]),
         "fused_ms": statistics.median(times["fused"]),
-        "ratio": statistics.median(plain / fused for plain, fused in pairs),
+        **ratio_of_medians(times["plain"], times["fused"]),
         "plain_spread": spread(times["plain"]),
         "fused_spread": spread(times["fused"]),
         "rounds": len(times["fused"]),
