@@ -8,7 +8,7 @@ import importlib
 import json
 import struct
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,12 @@ def text_of(png: Path) -> dict[str, str]:
     return found
 
 
-def ratios(run: dict[str, Any], path: Path, names: Collection[str] = ()) -> Chart:
-    """Each baseline's time over fusedrnn's, of all cases or of those named."""
+def ratios(run: dict[str, Any], path: Path) -> Chart:
+    """Each baseline's time over fusedrnn's."""
     values: Values = {}
     for row in run["rows"]:
-        if not names or row["name"] in names:
-            mode = values.setdefault(row["mode"], {})
-            mode.setdefault(row["baseline"], {})[row["name"]] = row["ratio"]
+        mode = values.setdefault(row["mode"], {})
+        mode.setdefault(row["baseline"], {})[row["name"]] = row["ratio"]
     title = f"A baseline's time over fusedrnn's: right of 1, fusedrnn is faster\n{_where(run)}"
     return Chart(path, title, values, is_ratio=True)
 

@@ -306,7 +306,7 @@ def measure(
     for their end. The other clocks' results are under their names, as `gpu_clocks` gives them.
 
     Raises:
-        AssertionError: a candidate's output differs from nn's.
+        AssertionError: our output differs from nn's. A baseline's leaves it out, with a message.
     """
     calls: dict[str, Call] = {}
     for candidate in [Fused(device), *baselines]:
@@ -321,8 +321,14 @@ def measure(
     def verify(name: str, output: Any) -> None:
         check(name, case, device, output, expected)
 
-    for name, call in calls.items():
-        verify(name, call())
+    for name, call in list(calls.items()):
+        try:
+            verify(name, call())
+        except AssertionError as error:
+            if name == "fusedrnn":
+                raise
+            print(f"{case.name} {mode}: no {name}: {error}".splitlines()[0], file=sys.stderr)
+            del calls[name]
     memory = {
         name: peak_memory(call, device)
         for name, call in calls.items()

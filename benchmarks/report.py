@@ -29,9 +29,11 @@ TITLES = {
 }
 # nn's own implementation on either device: ratios over it are compared, and its roofline is drawn.
 REFERENCES = ("torch", "cudnn")
+OF_FEW_CASES = ("torch.compile", "packing")
 # A GPU's clocks besides the call with the wait for its end: keys of a row, columns of a table.
 CLOCKS = {"back_to_back": "back to back", "graph": "by graph"}
-# A row is noisy if the middle half of a candidate's rounds varies by more than this share.
+# A row is noisy if the middle half of a candidate's rounds varies by more than this share, or if
+# its ratio's interval is as wide.
 NOISY_SPREAD = 0.2
 RESULTS = Path(__file__).parent / "results"
 
@@ -182,7 +184,7 @@ def table(run: dict[str, Any]) -> str:
     groups = _groups(rows)
     by_mode: dict[str, list[str]] = {}
     for name, mode in sorted(groups, key=lambda group: (group[1], list(TITLES).index(group[0]))):
-        if name not in ("torch.compile", "packing"):  # these run a few cases only
+        if name not in OF_FEW_CASES:
             by_mode.setdefault(mode, []).append(name)
     head, means = ["case"], ["geometric mean"]
     on_gpu = run["header"]["device"] != "cpu"
@@ -248,9 +250,11 @@ def side_by_side(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def is_noisy(row: Row) -> bool:
-    """Whether a candidate's times vary so much between rounds that their ratio means little."""
-    spreads = [value for key, value in row.items() if key.endswith("spread")]
-    return max(spreads, default=0.0) > NOISY_SPREAD
+    """Whether a row's times or its ratio vary so much between rounds that they mean little."""
+    noise = [value for key, value in row.items() if key.endswith("spread")]
+    if "ratio_low" in row:
+        noise.append((row["ratio_high"] - row["ratio_low"]) / row["ratio"])
+    return max(noise, default=0.0) > NOISY_SPREAD
 
 
 def ratio_text(row: Row) -> str:
