@@ -1,4 +1,4 @@
-"""Pages on the code: functions, classes and options named in them are in the sources."""
+"""Pages on the code: what they name is in the sources, and what they print is printed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from tools import cuda_plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "docs/design.md", "docs/cuda.md")]
@@ -42,3 +44,12 @@ def test_names_exist(page: Path) -> None:
 def test_a_wrong_name_is_found() -> None:
     text = "`Layer`, `torch.absent_one`, `AbsentTwo::forward`, `a/file.py`, `make it`"
     assert unknown(text, sources()) == ["torch.absent_one", "AbsentTwo::forward"]
+
+
+def test_printed_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/cuda.md shows what the command that it names prints first."""
+    text = PAGES[-1].read_text(encoding="utf-8")
+    shown = re.search(r"tools\.cuda_plan ([^`]*)`.*?^```text\n(.*?)^```$", text, re.M | re.S)
+    assert shown
+    cuda_plan.main(shown[1].split())
+    assert capsys.readouterr().out.startswith(shown[2])
