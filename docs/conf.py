@@ -31,6 +31,7 @@ myst_heading_anchors = 3
 
 # Docstrings have names in single backticks, as Markdown has.
 default_role = "code"
+smartquotes = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"

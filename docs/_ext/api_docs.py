@@ -7,6 +7,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import logging
 
 import fusedrnn
@@ -23,6 +24,7 @@ ELSEWHERE = {
     "torch.Tensor": f"{TORCH}/tensors.html#torch.Tensor",
     "torch.device": f"{TORCH}/tensor_attributes.html#torch.device",
     "torch.dtype": f"{TORCH}/tensor_attributes.html#torch.dtype",
+    "torch.nn.Module": f"{TORCH}/generated/torch.nn.Module.html",
     "torch.nn.utils.rnn.PackedSequence": (
         f"{TORCH}/generated/torch.nn.utils.rnn.PackedSequence.html"
     ),
@@ -57,8 +59,10 @@ def undocumented(names: dict[str, Any]) -> list[str]:
 def link_names(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Makes links of papers, of our classes and of torch's in a docstring."""
     text = "\n".join(lines)
+    # A size alone, as in "hidden_size: H.", would be the number of a list.
+    text = re.sub(r"^( +\w+: )(?=[A-Z]\.$)", r"\1\\", text, flags=re.M)
     text = re.sub(
-        r"https://docs\.pytorch\.org/\S+?torch\.(nn\.\w+)\.html", r"`torch.\1 <\g<0>>`__", text
+        r"(torch\.nn\.\w+)\s+\((https://docs\.pytorch\.org/[^)]+)\)", r"`\1 <\2>`__", text
     )
     text = re.sub(
         r"(?<![/\w])arXiv:(\d{4}\.\d{5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text
@@ -69,6 +73,33 @@ def link_names(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
         text,
     )
     lines[:] = text.split("\n")
+
+
+def simplify_signature(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    arguments: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None]:
+    """Shows a model's type variable as its bound, and no private constructor."""
+    if name.startswith("fusedrnn.Frozen") and what == "class":
+        return "", None
+
+    def bound(text: str | None) -> str | None:
+        return text and re.sub(r"[~\w.]*\bModel\b", "~torch.nn.Module", text)
+
+    return bound(arguments), bound(returns)
+
+
+def join_overloads(app: Sphinx) -> None:
+    """One signature a method: that of its implementation, which has every argument."""
+    for module in ("fusedrnn.modules", "fusedrnn.functional"):
+        analyzer = ModuleAnalyzer.for_module(module)
+        analyzer.analyze()
+        analyzer.overloads = {}
 
 
 def resolve_elsewhere(
@@ -93,7 +124,9 @@ def check(app: Sphinx, env: BuildEnvironment) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.connect("builder-inited", join_overloads)
     app.connect("autodoc-process-docstring", link_names, priority=400)
+    app.connect("autodoc-process-signature", simplify_signature)
     app.connect("missing-reference", resolve_elsewhere)
     app.connect("env-check-consistency", check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -28,26 +28,25 @@ class RepositoryLinks(SphinxTransform):
 
     def apply(self, **_: Any) -> None:
         """Changes the document's links in place."""
-        links = [
-            node
-            for kind in (addnodes.pending_xref, addnodes.download_reference)
-            for node in self.document.findall(kind)
-            if node.get("reftype") == "myst" and not node.get("refdomain")
-        ]
-        for link in links:
-            self.resolve(link)
+        for kind in (addnodes.pending_xref, addnodes.download_reference):
+            for link in list(self.document.findall(kind)):
+                if link.get("reftype") == "myst" and not link["reftarget"].startswith("#"):
+                    self.resolve(link)
 
     def resolve(self, link: nodes.Element) -> None:
-        """Makes a link to a file an external one; links to anchors are left to MyST."""
+        """Makes a link to a file outside of the pages' folder an external one."""
         name, _, anchor = link["reftarget"].partition("#")
-        if not name:
-            return
-        # The text may be included from a file in another folder.
-        source = link.source or self.env.doc2path(self.env.docname)
-        path = (Path(source).parent / name).resolve()
-        if self.env.path2doc(path) in self.env.found_docs:
-            link["refdomain"], link["reftargetid"] = "doc", anchor or None
-            link["reftarget"] = self.env.path2doc(path)
+        if link.get("refdomain") == "doc":
+            # MyST takes any Markdown file for a page, and drops its suffix.
+            if name in self.env.found_docs:
+                return
+            path, anchor = self.env.doc2path(name), link["reftargetid"] or ""
+        else:
+            # The text may be included from a file in another folder.
+            path = Path(link.source or self.env.doc2path(self.env.docname)).parent / name
+        path = path.resolve()
+        if (page := self.env.path2doc(path)) in self.env.found_docs:
+            link["refdomain"], link["reftarget"], link["reftargetid"] = "doc", page, anchor or None
             return
         if not path.is_relative_to(ROOT) or not path.exists():
             LOG.warning("link to a file that does not exist: %s", name, location=link)
