@@ -24,14 +24,14 @@ extensions = [
     "repository_links",
 ]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_ext", "_static"]
+exclude_patterns = ["_ext"]
 
 # Anchors as on GitHub: a page reads the same there.
 myst_heading_anchors = 3
 
 # Docstrings have names in single backticks, as Markdown has.
 default_role = "code"
-smartquotes = False
+smartquotes_action = "D"  # dashes alone
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
@@ -42,8 +42,6 @@ nitpicky = True
 
 html_theme = "furo"
 html_title = f"fusedrnn {version}"
-html_static_path = ["_static"]
-html_css_files = ["fusedrnn.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

@@ -314,7 +314,7 @@ def test_build(tmp_path: Path) -> None:
     assert 'id="fusedrnn.FusedLSTM.forward"' in reference
     assert "register_forward_hook" not in reference  # nor any other member of nn.Module
     assert "searchindex.js" in (tmp_path / "search.html").read_text()
-    assert '"lengths"' in (tmp_path / "searchindex.js").read_text().replace("lengths:", '"lengths"')
+    assert '"length":' in (tmp_path / "searchindex.js").read_text()  # the stem of `lengths`
 
 
 @pytest.mark.long
