@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -20,9 +21,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import peer_variants as peer
 from torch import nn
 
 import fusedrnn
+from fusedrnn import FusedGRU, FusedLSTM
 from tools import docs_check
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +39,10 @@ SOURCES = [
     for folder in ("benchmarks", "csrc", "docs", "examples", "fusedrnn", "tests", "tools")
     for path in (ROOT / folder).rglob("*")
 ]
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.M | re.S)
 # Commands in shell blocks. What follows `make` and `python` is checked too.
-COMMANDS = {"cd", "git", "make", "pip", "pre-commit", "python", "torchrun"}
+COMMANDS = {"cd", "git", "make", "pip", "pre-commit", "pytest", "python", "torchrun"}
 # A page may take a model of the reader's for granted.
 READERS_OWN: dict[str, Any] = {
     "README.md": lambda: {
@@ -111,9 +115,11 @@ def targets() -> set[str]:
 def problem_of(command: str) -> str | None:
     """Why a shell command of a page can't work, or None."""
     words = [w for w in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", w)]
-    if not words or words[0] not in COMMANDS:
-        return f"unknown command: {command}" if words else None
-    program, *arguments = words
+    if not words:
+        return None
+    program, arguments = Path(words[0]).name.replace("python3", "python"), words[1:]
+    if program not in COMMANDS:
+        return f"unknown command: {command}"
     if program == "make":
         unknown = {a for a in arguments if re.fullmatch("[a-z-]+", a)} - targets()
         return f"no target: {', '.join(sorted(unknown))}" if unknown else None
@@ -128,7 +134,11 @@ def problem_of(command: str) -> str | None:
 @pages()
 def test_commands(page: Path) -> None:
     """Shell blocks, and commands in the text, name targets, modules and scripts that exist."""
-    lines = [line for _, text in blocks(page, "sh", "bash", "console") for line in text.split("\n")]
+    lines = [
+        line
+        for _, text in blocks(page, "sh", "bash", "console")
+        for line in text.replace("\\\n", " ").split("\n")
+    ]
     text = FENCE.sub("", page.read_text())
     lines += re.findall(r"`((?:make|python) [^`]+)`", text)
     assert [p for line in lines if (p := problem_of(line.removeprefix("$ ")))] == []
@@ -141,6 +151,7 @@ def test_commands(page: Path) -> None:
         ("make TORCH=torch==2.11.0 demo  # an older torch", None),
         ("FUSEDRNN_CUDA=1 pip install .", None),
         ("python -m fusedrnn", None),
+        (".venv/bin/python setup.py build_ext --inplace", None),
         ("make tests", "no target: tests"),
         ("python -m fusednn", "no module: fusednn"),
         ("python examples/no_such.py", "no file: examples/no_such.py"),
@@ -285,6 +296,57 @@ def test_environment_variables() -> None:
     of_developers = {"FUSEDRNN_SANITIZE"}
     assert len(read) > 4
     assert {name for name in read - of_developers if name not in text} == set()
+
+
+# --------------------------------------------------------------------------------- the mappings
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "layer_norm"),
+    [
+        *itertools.product(["migrating.md"], [FusedLSTM, FusedGRU], [False, True]),
+        ("recipes.md", FusedLSTM, True),
+    ],
+)
+def test_from_haste(page: str, kind: type[nn.RNNBase], layer_norm: bool) -> None:
+    """The pages' functions give the weights that Haste's formulas take."""
+    T, B, I, H = 5, 3, 4, 6
+    names: dict[str, Any] = {"torch": torch, "FusedLSTM": FusedLSTM, "FusedGRU": FusedGRU}
+    exec(next(text for _, text in blocks(DOCS / page, "python") if "def from_haste" in text), names)
+    order = peer.HASTE_LSTM if kind is FusedLSTM else peer.HASTE_GRU
+    layer = kind(I, H, layer_norm=layer_norm, dtype=torch.float64)
+    own = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+    layer.load_state_dict(own)
+    haste = {name: peer.reorder(own[f"{name}_l0"], order) for name in WEIGHTS}
+    parameters = {"kernel": haste["weight_ih"].t(), "recurrent_kernel": haste["weight_hh"].t()}
+    if kind is FusedLSTM:
+        parameters["bias"] = haste["bias_ih"] + haste["bias_hh"]
+    else:
+        parameters |= {"bias": haste["bias_ih"], "recurrent_bias": haste["bias_hh"]}
+    norms = None
+    if layer_norm:
+        norms = peer.Norms(own["norm_ih_l0"], own["norm_hh_l0"])
+        parameters["gamma"] = torch.stack([peer.reorder(v, order) for v in (norms.ih, norms.hh)])
+        if kind is FusedLSTM:
+            norms = peer.Norms(norms.ih, norms.hh, own["norm_c_l0"], own["norm_c_bias_l0"])
+            parameters |= {"gamma_h": norms.c, "beta_h": norms.c_bias}
+
+    mapped = kind(I, H, layer_norm=layer_norm, dtype=torch.float64)
+    by_name = page == "recipes.md"  # there each parameter is an argument
+    mapped.load_state_dict(
+        names["from_haste"](**parameters) if by_name else names["from_haste"](parameters)
+    )
+    x, h, c = (torch.randn(s, dtype=torch.float64) for s in ((T, B, I), (B, H), (B, H)))
+    weights = [own[f"{name}_l0"] for name in WEIGHTS]
+    if kind is FusedLSTM:
+        found, expected = (
+            mapped(x, (h[None], c[None])),
+            peer.haste_lstm(x, h, c, weights, norms=norms),
+        )
+        torch.testing.assert_close((found[0], found[1][1][0]), (expected[0], expected[1][-1]))
+    else:
+        expected = peer.haste_gru(x, h, weights, norms=norms)
+        torch.testing.assert_close(mapped(x, h[None])[0], expected)
 
 
 # ----------------------------------------------------------------------------------- the build

@@ -59,8 +59,6 @@ def undocumented(names: dict[str, Any]) -> list[str]:
 def link_names(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Makes links of papers, of our classes and of torch's in a docstring."""
     text = "\n".join(lines)
-    # A size alone, as in "hidden_size: H.", would be the number of a list.
-    text = re.sub(r"^( +\w+: )(?=[A-Z]\.$)", r"\1\\", text, flags=re.M)
     text = re.sub(
         r"(torch\.nn\.\w+)\s+\((https://docs\.pytorch\.org/[^)]+)\)", r"`\1 <\2>`__", text
     )
