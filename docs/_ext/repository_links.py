@@ -50,6 +50,7 @@ class RepositoryLinks(SphinxTransform):
             return
         if not path.is_relative_to(ROOT) or not path.exists():
             LOG.warning("link to a file that does not exist: %s", name, location=link)
+            link.replace_self(link.children)  # or MyST would warn once more
             return
         kind = "tree" if path.is_dir() else "blob"
         address = f"{self.config.repository_url}/{kind}/{self.config.repository_branch}"
