@@ -14,7 +14,7 @@ CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CPP)) setup.py tools/cuda_toolkit.py pyproject.toml
 
-.PHONY: help demo test test-full lint format bench models sanitize docs dist cuda-check cuda-cycles cuda-build gpu clean
+.PHONY: help demo test test-full lint format bench models sanitize docs docs-links dist cuda-check cuda-cycles cuda-build gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,8 +37,8 @@ demo: $(VENV)/built  ## train a tagger with nn.LSTM and FusedLSTM side by side
 test: $(VENV)/built  ## run all tests but the long ones
 	$(BIN)/python -m pytest -m 'not long'
 
-# Runs after `test`.
-test-full: test  ## run all tests: many processes, compilers, the emulator, its mutation tests
+# Runs after `test`. One test builds the documentation.
+test-full: test $(VENV)/docs  ## run all tests: many processes, compilers, the emulator, its mutation tests
 	$(BIN)/python -m pytest -m long
 
 # Installs an extra of the installed package, so nothing is built again.
@@ -102,9 +102,14 @@ $(VENV)/docs: $(VENV)/built
 	$(BIN)/pip install -q 'fusedrnn[docs]'
 	touch $@
 
-docs: $(VENV)/docs  ## build the API reference and the pages of docs/ into build/docs
+# Warnings, unknown names, dead links and anchors are errors.
+docs: $(VENV)/docs  ## build the pages of docs/ and the API reference into build/docs
 	rm -rf build/docs
-	$(BIN)/python docs/build.py build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -n -E -d build/doctrees -b html docs build/docs
+	$(BIN)/python -m tools.docs_check build/docs
+
+docs-links: $(VENV)/docs  ## check the links from docs/ to other sites, which needs a network
+	$(BIN)/python -m sphinx -q -W --keep-going -n -E -d build/doctrees -b linkcheck docs build/docs-links
 
 # The wheel is built from the sdist, which shows that the sdist is complete. The wheel is tried
 # outside the source tree; it needs only the torch of .venv.

@@ -192,7 +192,7 @@ def lstm(
         hx: (h_0 `[L*D, B, P]`, c_0 `[L*D, B, H]`); None for zeros.
         weights: for each layer, for each direction: weight_ih `[4H, I or D*P]`, weight_hh [4H, P],
             bias_ih [4H] and bias_hh [4H] or neither, weight_hr [P, H] if projected.
-        num_layers: L.
+        num_layers: L, the layers.
         dropout: probability of zeroing each output of all layers but the last, while training.
         training: whether dropout applies.
         bidirectional: whether each layer also runs from the last step to the first.
@@ -352,7 +352,7 @@ def rnn(
         hx: h_0 `[L*D, B, H]`; None for zeros.
         weights: for each layer, for each direction: weight_ih `[H, I or D*H]`, weight_hh [H, H],
             bias_ih [H] and bias_hh [H] or neither.
-        num_layers: L.
+        num_layers: L, the layers.
         nonlinearity: "tanh" or "relu".
         dropout: as in `lstm`, and so are the rest.
         training: see `lstm`.

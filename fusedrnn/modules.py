@@ -112,9 +112,9 @@ class FusedLSTM(_FusedRNN):
     P = proj_size or H, D directions, L layers.
 
     Args:
-        input_size: I.
-        hidden_size: H.
-        num_layers: L.
+        input_size: I, the features of an input.
+        hidden_size: H, the hidden units.
+        num_layers: L, the layers.
         bias: whether there are bias_ih and bias_hh.
         batch_first: whether input and output are [B, T, ...]; states are not changed by it.
         dropout: probability of zeroing each output of all layers but the last, while training.
@@ -434,9 +434,9 @@ class FusedRNN(_LayerOfH):
     without proj_size, and in the place of `bias` first the nonlinearity.
 
     Args:
-        input_size: I.
-        hidden_size: H.
-        num_layers: L.
+        input_size: I, the features of an input.
+        hidden_size: H, the hidden units.
+        num_layers: L, the layers.
         nonlinearity: "tanh" or "relu".
         bias: as FusedLSTM, and so are the rest.
         batch_first: see FusedLSTM.
@@ -513,8 +513,8 @@ class FusedLSTMCell(_FusedCell):
     """One step of an LSTM; takes the place of torch.nn.LSTMCell.
 
     Args:
-        input_size: I.
-        hidden_size: H.
+        input_size: I, the features of an input.
+        hidden_size: H, the hidden units.
         bias: whether there are bias_ih and bias_hh.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16.
@@ -624,8 +624,8 @@ class FusedRNNCell(_FusedCell):
     """One step of a plain RNN; takes the place of torch.nn.RNNCell.
 
     Args:
-        input_size: I.
-        hidden_size: H.
+        input_size: I, the features of an input.
+        hidden_size: H, the hidden units.
         bias: whether there are bias_ih and bias_hh.
         nonlinearity: "tanh" or "relu".
         device: of the parameters.

@@ -1,4 +1,4 @@
-"""Torch's features with its own layers and with fused layers: the table in README.
+"""Torch's features with its own layers and with fused layers: the table in docs/.
 
 `python tests/test_works_with.py` writes the table. Each function tries the feature in its docstring
 with a layer, and fails if the feature does not work.
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedrnn import FusedLSTM, fuse, unfuse
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 MARKS = ("<!-- works with -->\n", "<!-- /works with -->")
 T, B, I, H = 5, 3, 4, 6
 
@@ -414,11 +414,11 @@ ELSEWHERE = [
 
 def table() -> str:
     """The table in Markdown."""
-    lines = ["| | `nn.LSTM`, `nn.GRU` | fusedrnn | shown by |", "|---|---|---|---|"]
+    lines = ["| feature | `nn.LSTM`, `nn.GRU` | fusedrnn | shown by |", "|---|---|---|---|"]
     for function, (theirs, ours) in FEATURES.items():
-        test = f"`test_works_with.py -k {function.__name__}`"
-        lines.append(f"| {function.__doc__} | {theirs} | {ours} | {test} |")
-    lines += [f"| {what} | {a} | {b} | `{test}` |" for what, a, b, test in ELSEWHERE]
+        lines.append(f"| {function.__doc__} | {theirs} | {ours} | `-k {function.__name__}` |")
+    for what, theirs, ours, test in ELSEWHERE:
+        lines.append(f"| {what} | {theirs} | {ours} | `{test.replace('::test_', ' -k ')}` |")
     return "\n".join(lines) + "\n"
 
 
@@ -471,8 +471,8 @@ def test_the_claims_about_torch(function: Callable[[Make, str], None]) -> None:
         assert not works(function, FusedLSTM, "cpu")
 
 
-def test_readme_has_this_table() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_page_has_this_table() -> None:
+    text = PAGE.read_text(encoding="utf-8")
     assert text.split(MARKS[0])[1].split(MARKS[1])[0] == table(), (
         f"run python {Path(__file__).name}"
     )
@@ -483,6 +483,6 @@ def test_readme_has_this_table() -> None:
 
 
 if __name__ == "__main__":
-    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
-    README.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1])
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1])
     sys.exit()
