@@ -7,9 +7,10 @@ README.md and the pages in docs/ have tables and single figures between markers:
     <!-- /grid -->
 
 A table has a name in `TABLES`. A figure is the geometric mean over a run's cases, or one case's
-ratio: `<!-- n: cpu training over torch in tagger lengths -->`. The charts are drawn again where
-their figures have changed. With --check nothing is written, and the exit status tells whether all
-is as stored.
+ratio: `<!-- n: cpu training over torch in tagger lengths -->`. `cpu machine` is the run's machine.
+No line may begin with a figure: Markdown would take the line for HTML. The charts are drawn again
+where their figures have changed. With --check nothing is written, and the exit status tells
+whether all is as stored.
 """
 
 from __future__ import annotations
@@ -127,6 +128,15 @@ TABLES: dict[str, Callable[[], str]] = {
 _FIGURE = re.compile(r"(\w+) (inference|training) over (\w+)(?: by (\w+))?(?: in (.+))?")
 _TABLE_PART = re.compile(r"<!-- ([a-z][a-z ]*) -->\n(.*?)<!-- /\1 -->", re.S)
 _FIGURE_PART = re.compile(r"<!-- n: (.+?) -->(.*?)<!-- /n -->")
+_AT_LINE_START = re.compile(r"^<!-- n: ", re.M)
+
+
+def machine_of(run: dict[str, Any]) -> str:
+    """The machine of a run on a CPU, in words."""
+    header = run["header"]
+    vectors = {"avx2": "AVX2", "avx512": "AVX-512", "avx512bf16": "AVX-512 and bfloat16"}
+    isa = vectors.get(header["isa"], header["isa"])
+    return f"{header['processor']} with {isa}, {header['threads']} threads"
 
 
 def figure(name: str) -> str:
@@ -135,6 +145,8 @@ def figure(name: str) -> str:
     Raises:
         ValueError: no run has it.
     """
+    if machine := re.fullmatch(r"(\w+) machine", name):
+        return machine_of(stored(machine[1]))
     found = _FIGURE.fullmatch(name)
     if not found:
         raise ValueError(f"{name!r} is no figure")
@@ -154,8 +166,10 @@ def published(text: str) -> str:
     """A page's text with the tables and figures of the stored runs.
 
     Raises:
-        ValueError: the page has a figure that no run has, or no figure at all.
+        ValueError: the page has a figure that no run has, one at the start of a line, or none.
     """
+    if _AT_LINE_START.search(text):
+        raise ValueError("a line begins with a figure")
 
     def table(part: re.Match[str]) -> str:
         name = part[1]

@@ -43,14 +43,6 @@ WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.M | re.S)
 # Commands in shell blocks. What follows `make` and `python` is checked too.
 COMMANDS = {"cd", "git", "make", "pip", "pre-commit", "pytest", "python", "torchrun"}
-# A page may take a model of the reader's for granted.
-READERS_OWN: dict[str, Any] = {
-    "README.md": lambda: {
-        "lstm": nn.LSTM(100, 200, num_layers=2, bidirectional=True),
-        "model": nn.Sequential(nn.Embedding(10, 100), nn.LSTM(100, 200)),
-        "x": torch.randn(7, 4, 100),
-    }
-}
 
 
 def name_of(page: Path) -> str:
@@ -90,7 +82,7 @@ def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pages("```python")
 def test_python_blocks(page: Path) -> None:
     """Runs a page's ```python blocks in order, in one namespace."""
-    names = READERS_OWN.get(page.name, dict)() | {"__name__": page.stem}
+    names: dict[str, Any] = {"__name__": page.stem}
     for block in python_blocks(page):
         exec(block, names)
 

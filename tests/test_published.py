@@ -103,6 +103,7 @@ def test_a_changed_run_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) 
         ("<!-- n: cpu inference over torch in none -->1×<!-- /n -->", "cpu has no case 'none'"),
         ("<!-- n: fast -->1×<!-- /n -->", "'fast' is no figure"),
         ("<!-- fast -->\n<!-- /fast -->", "'fast' is no table"),
+        ("It is\n<!-- n: cpu machine -->old<!-- /n -->", "a line begins with a figure"),
         ("no marker", "a page without a marker"),
     ],
 )
