@@ -96,11 +96,11 @@ def tagger_rows(checkpoint: Path) -> list[dict[str, Any]]:
     """The accuracy of the example's tagger on its development part, frozen and quantised."""
     folder = Path(__file__).parents[1] / "examples"
     sys.path.append(str(folder))
-    example: Any = importlib.import_module("train_tagger")
-    args = example.parse_arguments([])
-    data = example.load_data(args)
-    alone = example.Workers(0, 1, torch.device("cpu"))
-    plain, _ = example.load_tagger(checkpoint, fused=False)
+    parts = ("batches", "data", "model", "workers")
+    batches, data, model, workers = (importlib.import_module(f"tagger.{name}") for name in parts)
+    dev = data.load_data().dev
+    alone = workers.Workers(0, 1, torch.device("cpu"))
+    plain, _ = model.load_tagger(checkpoint, fused=False)
     models: dict[str, nn.Module] = {"torch": plain}
     for dtype in DTYPES:
         name = Frozen(dtype).name
@@ -113,10 +113,10 @@ def tagger_rows(checkpoint: Path) -> list[dict[str, Any]]:
     same = dict.fromkeys(models, 0)
     total = 0
     with torch.no_grad():
-        for part in example.chunks(data.dev, args.batch_size):
-            words, lengths, labels, *_ = example.make_batch(part, alone)
-            real = labels != example.NO_LABEL
-            found = {name: model(words, lengths).argmax(-1) for name, model in models.items()}
+        for part in batches.chunks(dev, 64):
+            words, lengths, labels, *_ = batches.make_batch(part, alone)
+            real = labels != data.NO_LABEL
+            found = {name: m(words, lengths).argmax(-1) for name, m in models.items()}
             total += int(real.sum())
             for name, label in found.items():
                 right[name] += int((label == labels)[real].sum())

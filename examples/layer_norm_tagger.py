@@ -18,11 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import train_tagger
-from curves import draw
-from train_tagger import Data, Side, Tagger, Workers
 
+from curves import draw
 from fusedrnn import FusedLSTM
+from tagger.batches import Batch, chunks, make_batch
+from tagger.data import CMUDICT_TRAIN, Data, Example, load_data
+from tagger.model import Tagger
+from tagger.side import Side
+from tagger.training import steps_per_epoch
+from tagger.workers import Workers
 
 
 def make_side(name: str, args: argparse.Namespace, data: Data, layer_norm: bool) -> Side:
@@ -33,7 +37,7 @@ def make_side(name: str, args: argparse.Namespace, data: Data, layer_norm: bool)
     plain = tagger.rnn.state_dict()
     tagger.rnn = FusedLSTM(*sizes, batch_first=True, bidirectional=True, layer_norm=layer_norm)
     tagger.rnn.load_state_dict(plain, strict=False)  # there are no norms in it
-    steps = args.epochs * train_tagger.steps_per_epoch(args, data)
+    steps = args.epochs * steps_per_epoch(data, args.batch_size)
     return Side(name, tagger, Workers(0, 1, torch.device("cpu")), args.lr, steps)
 
 
@@ -47,12 +51,12 @@ def train(args: argparse.Namespace, data: Data) -> dict[str, list[float]]:
     examples = [x for _ in range(args.epochs) for x in shuffle.sample(data.train, len(data.train))]
     workers = sides[0].workers
 
-    def batches(part: Sequence[train_tagger.Example]) -> list[train_tagger.Batch]:
-        rows = train_tagger.chunks(part, args.batch_size)
-        return [train_tagger.make_batch(row, workers) for row in rows]
+    def batches(part: Sequence[Example]) -> list[Batch]:
+        rows = chunks(part, args.batch_size)
+        return [make_batch(row, workers) for row in rows]
 
     dev = batches(data.dev)
-    for i, part in enumerate(train_tagger.chunks(examples, args.every * args.batch_size), 1):
+    for i, part in enumerate(chunks(examples, args.every * args.batch_size), 1):
         made = batches(part)
         for side in sides:
             side.train(made)
@@ -72,16 +76,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Trains both taggers and draws their losses, which it returns."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"embedding": 64, "hidden": 128, "layers": 2, "batch-size": 64, "seed": 0}
-    sizes |= {"epochs": 2, "every": 50, "limit": train_tagger.CMUDICT_TRAIN}
+    sizes |= {"epochs": 2, "every": 50, "limit": CMUDICT_TRAIN}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=Path("runs/layer_norm_tagger"))
     args = parser.parse_args(argv)
-    data = train_tagger.load_data(
-        train_tagger.parse_arguments(["--limit", str(args.limit), "--seed", str(args.seed)])
-    )
-    curves = train(args, data)
+    curves = train(args, load_data(limit=args.limit))
     labels = {"xlabel": "step", "ylabel": "loss on the development part"}
     draw(args.output / "losses.png", curves, args.every, **labels)
     return curves

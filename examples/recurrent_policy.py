@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import draw
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
+from curves import draw
 from fusedrnn import FusedGRU
 
 SYMBOLS, DISCOUNT = 4, 0.5

