@@ -97,11 +97,14 @@ def test_a_changed_run_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) 
     ("text", "message"),
     [
         (
-            "<!-- n: cpu inference over nothing -->1×<!-- /n -->",
+            "It has <!-- n: cpu inference over nothing -->1×<!-- /n -->",
             "cpu has no inference over nothing",
         ),
-        ("<!-- n: cpu inference over torch in none -->1×<!-- /n -->", "cpu has no case 'none'"),
-        ("<!-- n: fast -->1×<!-- /n -->", "'fast' is no figure"),
+        (
+            "It has <!-- n: cpu inference over torch in none -->1×<!-- /n -->",
+            "cpu has no case 'none'",
+        ),
+        ("It has <!-- n: fast -->1×<!-- /n -->", "'fast' is no figure"),
         ("<!-- fast -->\n<!-- /fast -->", "'fast' is no table"),
         ("It is\n<!-- n: cpu machine -->old<!-- /n -->", "a line begins with a figure"),
         ("no marker", "a page without a marker"),
@@ -157,7 +160,11 @@ def test_runs_have_the_grids_cases() -> None:
         expected = [case.name for case in cases.pick([], device)]
         assert list(dict.fromkeys(row["name"] for row in publish.stored(name)["rows"])) == expected
     first, second = (
-        [(row["name"], row["mode"], row["baseline"]) for row in publish.stored(name)["rows"]]
+        [
+            (row["name"], row["mode"], row["baseline"])
+            for row in publish.stored(name)["rows"]
+            if row["baseline"] not in report.OF_FEW_CASES
+        ]
         for name in GRIDS[:2]
     )
     assert first == second
