@@ -15,7 +15,9 @@ CPP := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CPP)) setup.py tools/cuda_toolkit.py tools/local_version.py \
   pyproject.toml
 # $(call progress,WHAT,LOG) COMMAND: one line of progress instead of the command's output.
-progress = $(PYTHON) -m tools.progress '$(1)' build/logs/$(2).log --
+# torch's build finds ninja on PATH alone, and without ninja compiles one file at a time.
+progress = PATH="$(abspath $(BIN)):$(abspath $(MODELS_VENV)/bin):$$PATH" \
+  $(PYTHON) -m tools.progress '$(1)' build/logs/$(2).log --
 
 .PHONY: help demo test test-full lint workflows format bench models sanitize docs dist wheels \
   cuda-check cuda-cycles cuda-build gpu clean
@@ -23,7 +25,7 @@ progress = $(PYTHON) -m tools.progress '$(1)' build/logs/$(2).log --
 
 # A heading is a line "##@ Heading", a target's help "target: ...  ## what it does (time)".
 help:
-	@echo "make TARGET. The first builds the extension in $(VENV): about 5 minutes. Times are for 2 cores."
+	@echo "make TARGET. The first run builds the extension in $(VENV) (5 min). Times are for 2 cores."
 	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 

@@ -115,6 +115,58 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert "python -m tools.progress NAME LOG -- COMMAND" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_counted(ends: bool) -> None:
+    file = io.StringIO()
+    with progress.Progress("modelling", file, ends=ends) as shown:
+        steps = []
+        for letter in shown.counted("ab", 2, "kernels"):
+            steps.append((letter, shown.step))
+    assert steps == [("a", "1/2 kernels"), ("b", "2/2 kernels")]
+    lines = file.getvalue().splitlines()
+    if ends:
+        assert lines[0] == "modelling ..."
+        assert re.fullmatch(r"modelling: done in \d+ s", lines[-1])
+    else:
+        assert lines == []
+
+
+# A shorter interval, and a sign that the line was written.
+SAID = """
+Heartbeat.EVERY = 1.0
+said = threading.Event()
+say = Heartbeat.say
+
+
+def say_and_tell(self, line):
+    say(self, line)
+    said.set()
+
+
+Heartbeat.say = say_and_tell
+"""
+
+
+def test_a_long_test_is_named(tmp_path: Path) -> None:
+    """A line for the test that runs longer than conftest.py's interval, none for the others."""
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    with (tmp_path / "conftest.py").open("a") as file:
+        file.write(SAID)
+    (tmp_path / "test_it.py").write_text(
+        "from conftest import said\ndef test_long(): assert said.wait(60)\ndef test_short(): pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^test_it\.py::test_long runs for \d+ s$", done.stderr, re.M), done.stderr
+    assert "test_short" not in done.stderr
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_help() -> None:
     """Every target has one aligned line with its time, under a heading."""

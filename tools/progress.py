@@ -13,9 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
 
 # ninja's "[3/14] c++ ...", and pip's lines about a package.
 NINJA = re.compile(r"^\s*\[(\d+/\d+)\]")
@@ -41,12 +43,18 @@ class Progress:
 
     Attributes:
         step: the last step, shown beside the time.
+        ends: whether the begin and the end have lines too.
     """
 
     def __init__(
-        self, name: str, file: TextIO | None = None, least: float = 5, most: float = 30
+        self,
+        name: str,
+        file: TextIO | None = None,
+        least: float = 5,
+        most: float = 30,
+        ends: bool = True,
     ) -> None:
-        self.name, self.least, self.most = name, least, most
+        self.name, self.least, self.most, self.ends = name, least, most, ends
         self.step = ""
         self._file = file or sys.stderr
         self._rewrites = self._file.isatty()
@@ -56,7 +64,8 @@ class Progress:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Progress:
-        self._print(f"{self.name} ...")
+        if self.ends:
+            self._print(f"{self.name} ...")
         self._thread.start()
         return self
 
@@ -64,7 +73,17 @@ class Progress:
         self._stop.set()
         self._thread.join()
         state = "FAILED after" if error[0] else "done in"
-        self._print(f"{self.name}: {state} {self._seconds()}", last=True)
+        if self.ends:
+            self._print(f"{self.name}: {state} {self._seconds()}", last=True)
+        elif self._rewrites:
+            self._file.write("\r\x1b[K")
+
+    def counted(self, values: Iterable[T], count: int, what: str) -> Iterator[T]:
+        """The values; the step tells how many there were."""
+        self.step = f"0/{count} {what}"
+        for i, value in enumerate(values):
+            self.step = f"{i + 1}/{count} {what}"
+            yield value
 
     def _seconds(self) -> str:
         seconds = int(time.monotonic() - self._start)
