@@ -1,7 +1,7 @@
 """Builds fusedrnn against the installed torch. pyproject.toml has the static metadata.
 
 Environment: FUSEDRNN_SANITIZE=1 builds with AddressSanitizer and UBSan, for the CPU only; MAX_JOBS
-limits compilers. CUDA: tools/cuda_toolkit.py.
+limits compilers. CUDA: tools/cuda_toolkit.py. A wheel's version: tools/local_version.py.
 """
 
 import os
@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.egg_info import egg_info
 
 
 def find_torch() -> None:
@@ -56,10 +57,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 
-from tools import cuda_toolkit  # noqa: E402
+from tools import cuda_toolkit, local_version  # noqa: E402
 
 # Before cpp_extension, which on import may find another toolkit or an incomplete one.
 toolkit = cuda_toolkit.find(str(torch.__version__), torch.version.cuda)
+local = local_version.requested(
+    str(torch.__version__), torch.version.cuda, has_cuda_kernels=toolkit is not None
+)
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
@@ -103,6 +107,16 @@ class Build(BuildExtension):
         )
 
 
+class Info(egg_info):
+    """Appends the local version, but not to an sdist's: it builds against any torch."""
+
+    def finalize_options(self) -> None:
+        """tag_build is setuptools' option for the end of a version."""
+        if local and "sdist" not in self.distribution.commands:
+            self.tag_build = f"+{local}"
+        super().finalize_options()
+
+
 def sources(*patterns: str) -> list[str]:
     """Files in csrc with these names, without unbuilt backends."""
     found = [path for pattern in patterns for path in Path("csrc").glob(f"**/{pattern}")]
@@ -119,5 +133,5 @@ setup(
             extra_link_args=link_flags,
         )
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "egg_info": Info},
 )

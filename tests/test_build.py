@@ -1,4 +1,4 @@
-"""The doctor, import and build messages, distributions, the CUDA kernels' check."""
+"""Import and build messages, versions, distributions, the CUDA kernels' check."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import __main__, _build, _ops
-from tools import cuda_check, cuda_toolkit, dist_check
+from tools import cuda_check, cuda_toolkit, dist_check, local_version
 from tools.cuda_check import Kernel
 
 PACKAGE = Path(fusedrnn.__file__).parent
@@ -41,38 +40,6 @@ def copy(tmp_path: Path) -> Path:
 def last_line(process: subprocess.CompletedProcess[str]) -> str:
     assert process.returncode != 0
     return process.stderr.strip().splitlines()[-1]
-
-
-def test_doctor() -> None:
-    report = subprocess.run(
-        [sys.executable, "-m", "fusedrnn"], capture_output=True, text=True, check=False
-    )
-    assert report.returncode == 0, report.stdout + report.stderr
-    assert re.search(rf"^torch +{re.escape(str(torch.__version__))}", report.stdout, re.M)
-    assert re.search(
-        r"^CPU ISA +(baseline|avx2|avx512|avx512vnni|avx512bf16)$", report.stdout, re.M
-    )
-    lower = subprocess.run(
-        [sys.executable, "-m", "fusedrnn"],
-        env={**os.environ, "FUSEDRNN_CPU_ISA": "baseline"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert re.search(r"^CPU ISA +baseline$", lower.stdout, re.M)
-    assert "self-check passed" in report.stdout
-
-
-def test_doctor_tells_the_archs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(_ops, "_DEVICES", frozenset(("cpu", "cuda")))
-    monkeypatch.setattr(_build, "cuda", "13.0")
-    monkeypatch.setattr(_build, "cuda_archs", ["sm_80", "compute_80"])
-    monkeypatch.setattr(torch.version, "cuda", "13.1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert __main__.main() == 0
-    assert "CUDA       13.1, kernels by nvcc 13.0 for sm_80 compute_80\n" in capsys.readouterr().out
 
 
 def test_built_for_another_torch(tmp_path: Path) -> None:
@@ -157,8 +124,12 @@ done
     != 0,
     reason="needs the repository, which knows its files",
 )
-def test_sdist_and_wheel(tmp_path: Path) -> None:
-    """Builds a copy without compilation. A copy, because setuptools keeps files of older sdists."""
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a toolkit for CUDA's torch")
+def test_sdist_and_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds a copy without compilation. A copy, because setuptools keeps files of older sdists.
+
+    FUSEDRNN_LOCAL_VERSION names the torch in the wheel's version, and not in the sdist's.
+    """
     files = dist_check.tracked()
     for name in files:
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -175,17 +146,35 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
     code = (
         "from setuptools import build_meta as b; b.build_sdist('../dist'); b.build_wheel('../dist')"
     )
-    build = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "source",
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert build.returncode == 0, build.stdout + build.stderr
-    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+
+    def build(local: str) -> list[Path]:
+        """The sdist and the wheel."""
+        monkeypatch.setenv("FUSEDRNN_LOCAL_VERSION", local)
+        shutil.rmtree(tmp_path / "dist", ignore_errors=True)
+        process = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path / "source",
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        return sorted((tmp_path / "dist").iterdir(), key=lambda path: path.suffix)
+
+    sdist, wheel = build("1")
+    local = local_version.local_version(str(torch.__version__), None)
+    assert wheel.name.startswith(f"{sdist.name.removesuffix('.tar.gz')}+{local}-")
+    assert dist_check.check_sdist(sdist, files) == []
+    assert dist_check.check_wheel(wheel, files) == []
+    monkeypatch.delenv("FUSEDRNN_LOCAL_VERSION")
+    version = dist_check.expected_version()
+    assert dist_check.check_wheel(wheel, files) == [
+        f"{wheel.name}: Version is {version}+{local}, not {version}"
+    ]
+
+    sdist, wheel = build("")
+    assert wheel.name.startswith(f"{sdist.name.removesuffix('.tar.gz')}-")
     assert dist_check.check_sdist(sdist, files) == []
     assert dist_check.check_wheel(wheel, files) == []
 
@@ -203,14 +192,14 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
     assert [
         problem.removeprefix(f"{pure.name}: ") for problem in dist_check.check_wheel(pure, files)
     ] == [
-        "Version is 0.1.0",
+        f"Version is {dist_check.expected_version()}",
         f"the tag is py3-none-any, and {wheel.stem.split('-', 2)[2]} inside",
     ]
 
 
 def test_wheel_brings_no_torch() -> None:
     """Only extras may require packages."""
-    path, metadata = Path("fusedrnn-0.1.0-cp311-cp311-linux_x86_64.whl"), Message()
+    path, metadata = Path("fusedrnn-0.2.0-cp311-cp311-linux_x86_64.whl"), Message()
     for need in ("torch>=2.11", "numpy", 'gluonts[torch]; extra == "models"'):
         metadata["Requires-Dist"] = need
     assert [
@@ -218,6 +207,85 @@ def test_wheel_brings_no_torch() -> None:
         for problem in dist_check.check_metadata(path, metadata, Message())
         if "pip install" in problem
     ] == [f"{path.name} has pip install {need}" for need in ("torch>=2.11", "numpy")]
+
+
+def test_torch_in_a_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The binary, the file's name and the torch that is installed are of one version."""
+
+    def problems(version: str, **built: object) -> list[str]:
+        name = f"fusedrnn-{version}-cp311-cp311-linux_x86_64.whl"
+        return [p.removeprefix(f"{name} ") for p in dist_check.check_torch(Path(name), built)]
+
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    cpu = "2.13.0+cpu"
+    assert problems("0.2.0", torch_version=cpu, cuda=None) == []
+    assert problems("0.2.0+torch2.13.0cpu", torch_version=cpu, cuda=None) == []
+    unnamed = ["does not name torch 2.13.0+cpu"]
+    assert problems("0.2.0+torch2.11.0cpu", torch_version=cpu, cuda=None) == unnamed
+    assert problems("0.2.0+torch2.13.0cu130", torch_version=cpu, cuda=None) == unnamed
+    other = ["was built for torch 2.11.0+cpu, not 2.13.0+cpu"]
+    assert problems("0.2.0", torch_version="2.11.0+cpu", cuda=None) == other
+    assert problems("0.2.0") == ["was built for torch None, not 2.13.0+cpu"]
+
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    named, cuda = "0.2.0+torch2.13.0cu130", "2.13.0+cu130"
+    assert problems(named, torch_version=cuda, cuda="13.1") == []
+    assert problems(named, torch_version=cuda, cuda=None) == ["names CUDA and has no CUDA kernels"]
+
+
+def test_constants_of_a_module() -> None:
+    text = """'''A docstring.'''\n\na = '2.13'\nb: str | None = None\nc: list[str] = ['sm_80']\n"""
+    assert dist_check.constants(text) == {"a": "2.13", "b": None, "c": ["sm_80"]}
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cuda", "local"),
+    [
+        ("2.13.0+cpu", None, "torch2.13.0cpu"),
+        ("2.13.0", None, "torch2.13.0cpu"),
+        ("2.13.0+cu130", "13.0", "torch2.13.0cu130"),
+        ("2.14.0.dev20261101+cu129", "12.9", "torch2.14.0.dev20261101cu129"),
+        ("2.13.0a0+git0a1b2c3", None, "torch2.13.0a0cpu"),
+    ],
+)
+def test_local_version(
+    torch_version: str, cuda: str | None, local: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert re.fullmatch(r"[a-z0-9]+([-_.][a-z0-9]+)*", local)  # PEP 440's local version
+    assert local_version.local_version(torch_version, cuda) == local
+    for setting in ("", "0"):
+        monkeypatch.setenv("FUSEDRNN_LOCAL_VERSION", setting)
+        assert local_version.requested(torch_version, cuda, has_cuda_kernels=False) is None
+    monkeypatch.setenv("FUSEDRNN_LOCAL_VERSION", "1")
+    assert local_version.requested(torch_version, cuda, has_cuda_kernels=True) == local
+
+
+def test_local_version_that_would_mislead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDRNN_LOCAL_VERSION", "1")
+    assert local_version.requested("2.13.0", None, has_cuda_kernels=False) == "torch2.13.0cpu"
+    with pytest.raises(SystemExit, match=r"torch2\.13\.0cu130, but the build has no CUDA kernels"):
+        local_version.requested("2.13.0+cu130", "13.0", has_cuda_kernels=False)
+    monkeypatch.setenv("FUSEDRNN_LOCAL_VERSION", "torch")
+    with pytest.raises(SystemExit, match=r"^FUSEDRNN_LOCAL_VERSION=torch is neither 1 .* nor 0"):
+        local_version.requested("2.13.0", None, has_cuda_kernels=False)
+
+
+def test_versions_agree() -> None:
+    """pyproject.toml's version is the citation's and the changelog's last, each with its link."""
+    root = dist_check.ROOT
+    (version,) = re.findall(r'^version = "(.+)"', (root / "pyproject.toml").read_text(), re.M)
+    citation, changelog = (root / "CITATION.cff").read_text(), (root / "CHANGELOG.md").read_text()
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [version]
+    headings = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", changelog, re.M)
+    assert headings[0] == ("Unreleased", "")
+    assert headings[1][0] == version
+    assert re.findall(r"^date-released: (.+)$", citation, re.M) == [headings[1][1]]
+    assert all(date for _, date in headings[1:])
+    links = re.findall(r"^\[(.+)\]: https://github\.com/", changelog, re.M)
+    assert links == [name for name, _ in headings]
+    assert changelog.count(f"compare/v{version}...main") == 1
 
 
 def toolkit(

@@ -1189,5 +1189,7 @@ def test_doctor() -> None:
         [sys.executable, "-m", "fusedrnn"], capture_output=True, text=True, check=False
     )
     assert report.returncode == 0, report.stdout + report.stderr
-    assert "kernels    cpu, cuda" in report.stdout
+    assert re.search(r"^  kernels +cpu, cuda$", report.stdout, re.M)
+    assert re.search(r"^  GPU 0 +.*, capability", report.stdout, re.M)
+    assert re.search(r"^  cuda +LSTM ", report.stdout, re.M)
     assert "self-check passed" in report.stdout

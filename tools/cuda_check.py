@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools import cuda_toolkit
+from tools.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm_80", "sm_90a", "sm_100")
@@ -166,8 +167,9 @@ def main() -> int:
         for arch in args.arch
     ]
     runs += [(Path(other), args.arch[-1]) for other in OTHERS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda run: compiled(home / "bin/nvcc", *run), runs))
+    with Progress("cuda-check") as progress, ThreadPoolExecutor(args.jobs) as pool:
+        outputs = pool.map(lambda run: compiled(home / "bin/nvcc", *run), runs)
+        results = list(progress.counted(outputs, len(runs), "compiled"))
     failed: list[str] = []
     kernels: dict[Kernel, None] = {}  # an ordered set: header functions are in many files
     for (source, arch), (succeeded, output) in zip(runs, results, strict=True):

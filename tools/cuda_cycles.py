@@ -27,6 +27,7 @@ from tools.cycles import disassembler, launches, measure
 from tools.cycles.disassembler import MissingError
 from tools.cycles.integers import Launch
 from tools.cycles.launches import Answer, Problem
+from tools.progress import Progress
 
 STORED = cuda_check.ROOT / "benchmarks" / "results" / "cycles.json"
 AGAINST = STORED.with_name("cycles_before_after.md")
@@ -91,8 +92,9 @@ def measured(job: tuple[str, list[Launch], Path]) -> list[measure.Figures | str]
     return measure.measure_all(*job)
 
 
-def rows_of(found: Sequence[Problem], jobs: int) -> tuple[list[Row], list[str]]:
+def rows_of(found: Sequence[Problem], jobs: int, progress: Progress) -> tuple[list[Row], list[str]]:
     """The rows of problems, and what went wrong."""
+    progress.step = "compiling the plan"
     program = launches.build(CACHE, jobs)
     answers = launches.ask(program, found, T, measure.STEPS)
     default = {
@@ -108,6 +110,7 @@ def rows_of(found: Sequence[Problem], jobs: int) -> tuple[list[Row], list[str]]:
     failed = [f"{p.line(T, measure.STEPS)}: {a.error}" for p, a in pairs if a.error]
     texts: dict[tuple[str, str], str] = {}
     for arch in dict.fromkeys(p.arch for p in found):
+        progress.step = f"compiling for {arch}"
         kernels = disassembler.kernels(arch, jobs, CACHE)
         texts.update({(arch, name): text for name, text in kernels.items()})
     work: dict[tuple[str, str], dict[Launch, None]] = {}  # the launches of a kernel
@@ -121,7 +124,8 @@ def rows_of(found: Sequence[Problem], jobs: int) -> tuple[list[Row], list[str]]:
     jobs_ = [(texts[key], list(each), CACHE / "figures") for key, each in work.items()]
     figures: dict[tuple[str, Launch], measure.Figures | str] = {}
     with ProcessPoolExecutor(jobs) as pool:
-        for (arch, _), job, results in zip(work, jobs_, pool.map(measured, jobs_), strict=True):
+        outputs = progress.counted(pool.map(measured, jobs_), len(jobs_), "kernels modelled")
+        for (arch, _), job, results in zip(work, jobs_, outputs, strict=True):
             figures.update({(arch, launch): r for launch, r in zip(job[1], results, strict=True)})
     rows = []
     for p, a in pairs:
@@ -350,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = problems(
             args.arch, args.cells, args.types, args.hidden, args.rows, args.modes, args.algorithm
         )
-        rows, failed = rows_of(asked, args.jobs)
+        with Progress("cuda-cycles") as progress:
+            rows, failed = rows_of(asked, args.jobs, progress)
     except MissingError as why:
         print(f"the kernels' cycles can't be modelled: {why}")
         return MISSING

@@ -1,7 +1,11 @@
-"""Checks the output from `make dist`: the sdist has all files, the wheel only the package."""
+"""Checks the output from `make dist`: the sdist has all files, the wheel only the package.
+
+The wheel's version names the torch that is installed here if FUSEDRNN_LOCAL_VERSION=1.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -11,6 +15,10 @@ from email.message import Message
 from email.parser import Parser
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+
+import torch
+
+from tools import local_version
 
 ROOT = Path(__file__).parent.parent
 # Files added to an sdist by setuptools, and build files.
@@ -47,18 +55,53 @@ def check_wheel(path: Path, files: set[str]) -> list[str]:
         folder = next(n for n in names if n.endswith(".dist-info/METADATA")).rsplit("/", 1)[0]
         metadata = Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
         wheel = Parser().parsestr(archive.read(f"{folder}/WHEEL").decode())
+        built = constants(archive.read("fusedrnn/_build.py").decode()) if names >= BUILT else {}
     notes = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
     problems = compare(path.name, names, package | {f"{folder}/{name}" for name in notes})
-    return problems + check_metadata(path, metadata, wheel)
+    return problems + check_metadata(path, metadata, wheel) + check_torch(path, built)
+
+
+def constants(module: str) -> dict[str, object]:
+    """The constants that a module's text assigns, by name."""
+    found: dict[str, object] = {}
+    for node in ast.parse(module).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found[ast.unparse(target)] = ast.literal_eval(node.value)
+    return found
+
+
+def check_torch(path: Path, built: dict[str, object]) -> list[str]:
+    """The problems of the torch in a wheel, whose _build.py has these constants."""
+    running, problems = str(torch.__version__), []
+    if built.get("torch_version") != running:
+        problems.append(
+            f"{path.name} was built for torch {built.get('torch_version')}, not {running}"
+        )
+    _, named, local = path.name.split("-")[1].partition("+")
+    if named and torch.version.cuda and not built.get("cuda"):
+        problems.append(f"{path.name} names CUDA and has no CUDA kernels")
+    if named and local != local_version.local_version(running, torch.version.cuda):
+        problems.append(f"{path.name} does not name torch {running}")
+    return problems
+
+
+def expected_version() -> str:
+    """pyproject.toml's version, with a local version if the environment asks for it."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    version: str = re.findall(r'^version = "(.+)"', pyproject, re.M)[0]
+    local = local_version.requested(
+        str(torch.__version__), torch.version.cuda, has_cuda_kernels=True
+    )
+    return f"{version}+{local}" if local else version
 
 
 def check_metadata(path: Path, metadata: Message, wheel: Message) -> list[str]:
     """The problems in a wheel's metadata."""
     name, version, python, abi, platform = path.stem.split("-")
-    pyproject = (ROOT / "pyproject.toml").read_text()
     expected = {
         "Name": name,
-        "Version": re.findall(r'^version = "(.+)"', pyproject, re.M)[0],
+        "Version": expected_version(),
         "License-Expression": "Apache-2.0",
         "License-File": "LICENSE",
         "Requires-Python": ">=3.10",

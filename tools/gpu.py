@@ -28,6 +28,7 @@ from pathlib import Path
 
 from benchmarks.report import results_of, store
 from tools import cuda_toolkit
+from tools.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
@@ -110,7 +111,8 @@ def run(command: Command, limit: float, output: Path) -> Outcome:
             print(f"   FAILED: {error}", flush=True)
             return Outcome(command.name, False, 0, [str(error)])
         try:
-            status: int | None = process.wait(max(1, limit))
+            with Progress(f"   {command.name}", ends=False):
+                status: int | None = process.wait(max(1, limit))
         except subprocess.TimeoutExpired:
             status = None
         except KeyboardInterrupt:
