@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import json
 import statistics
@@ -34,7 +35,7 @@ from benchmarks.baselines import (
     values,
 )
 from benchmarks.cases import Case, pick
-from benchmarks.measure import in_turn, spread
+from benchmarks.measure import calmest, in_turn, spread
 
 RESULTS = report.RESULTS / "frozen.json"
 CASES = (
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = candidates()
         run = {"header": machine.header("cpu", chosen[1:]), "rows": []}
         for case in pick(args.cases or CASES):
-            rows = measure(case, chosen, args.seconds)
+            rows = calmest(functools.partial(measure, case, chosen, args.seconds))
             run["rows"] += rows
             for row in rows:
                 print(

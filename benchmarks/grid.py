@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -42,9 +43,6 @@ from benchmarks import (
     step_cost,
 )
 from fusedrnn import _ops
-
-# A noisy case is measured again, up to this many times in all.
-TRIES = 3
 
 
 def main(argv: Sequence[str]) -> int:
@@ -139,7 +137,9 @@ def _measure(
     for case in chosen:
         for mode in modes:
             supporting = [baseline for baseline in present if baseline.supports(case, mode)]
-            found = _calm(case, mode, supporting, device, seconds)
+            found = measure.calmest(
+                functools.partial(measure.measure, case, mode, supporting, device, seconds)
+            )
             if probe and best:
                 best = probe.measure().or_better(best)
             _add_rooflines(found, [case], best, gpu_peaks)
@@ -155,22 +155,6 @@ def _measure(
         _add_regimes(rows, chosen, device)
     run = {"header": header, "rows": rows}
     return run | ({"model": gpu_roofline.compared(gpu_peaks)} if gpu_peaks else {})
-
-
-def _calm(
-    case: cases.Case,
-    mode: str,
-    present: Sequence[baselines.Candidate],
-    device: str,
-    seconds: float,
-) -> list[dict[str, Any]]:
-    """A case's rows; those of the calmest of up to `TRIES` measurements, if rows are noisy."""
-    tries: list[list[dict[str, Any]]] = []
-    while len(tries) < TRIES:
-        tries.append(measure.measure(case, mode, present, device, seconds))
-        if not any(map(report.is_noisy, tries[-1])):
-            break
-    return min(tries, key=lambda rows: sum(map(report.is_noisy, rows)))
 
 
 def _add_rooflines(

@@ -24,6 +24,7 @@ import torch
 from benchmarks.baselines import Call, Candidate, Fused, Torch, Unsupported, check
 from benchmarks.cases import Case
 from benchmarks.machine import Others
+from benchmarks.report import is_noisy
 
 # The workers of ONNX Runtime and OpenMP keep spinning after a call. They occupy the cores that the
 # next candidate needs, so each candidate warms up this long before its timed calls.
@@ -36,6 +37,8 @@ BUSY_CORES = max(0.15, 0.05 * (os.cpu_count() or 1))
 # A case may take this many times as long to find calm rounds.
 PATIENCE = 3
 MODES = ("inference", "training")
+# A noisy case is measured again, up to this many times in all.
+TRIES = 3
 # Rounds of a case of the grid: with fewer, an interval means little.
 ROUNDS = 7
 # Draws of the rounds for a ratio's interval.
@@ -112,6 +115,16 @@ def spread(times: Sequence[float]) -> float:
     """Interquartile range over median: the variation between rounds."""
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / middle
+
+
+def calmest(rows_of: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A case's rows; those of the calmest of up to `TRIES` measurements, if rows are noisy."""
+    tries: list[list[dict[str, Any]]] = []
+    while len(tries) < TRIES:
+        tries.append(rows_of())
+        if not any(map(is_noisy, tries[-1])):
+            break
+    return min(tries, key=lambda rows: sum(map(is_noisy, rows)))
 
 
 def peak_memory(call: Call, device: str = "cpu") -> int | None:

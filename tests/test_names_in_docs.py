@@ -12,7 +12,7 @@ from tools import cuda_plan
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "docs/design.md", "docs/cuda.md")]
 FENCE = re.compile(r"^```\w*\n.*?^```$", re.M | re.S)
-NOT_OURS = {"NVCC_APPEND_FLAGS", "pmaddwd"}
+NOT_OURS = {"NVCC_APPEND_FLAGS", "manylinux", "pmaddwd"}
 IDENTIFIER = re.compile(r"`((?:\w+(?:::|\.))*\w+)(?:\(\))?`")
 
 
@@ -22,9 +22,9 @@ def words(text: str) -> set[str]:
 
 def sources() -> set[str]:
     """Every word of the code, without this file."""
-    suffixes = {".py", ".h", ".cpp", ".cu", ".cuh"}
+    suffixes = {".py", ".h", ".cpp", ".cu", ".cuh", ".yml"}
     files = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "setup.py"]
-    for folder in ("csrc", "fusedrnn", "benchmarks", "tests", "tools"):
+    for folder in (".github", "csrc", "fusedrnn", "benchmarks", "tests", "tools"):
         found = (ROOT / folder).rglob("*")
         files += [f for f in found if f.suffix in suffixes and f != Path(__file__)]
     return set().union(*(words(f.read_text(encoding="utf-8")) for f in files))
