@@ -7,7 +7,8 @@ README.md and the pages in docs/ have tables and single figures between markers:
     <!-- /grid -->
 
 A table has a name in `TABLES`. A figure is the geometric mean over a run's cases, or one case's
-ratio: `<!-- n: cpu training over torch in tagger lengths -->`. `cpu machine` is the run's machine.
+ratio: `<!-- n: cpu training over torch in tagger lengths -->`. With `at least` at its end it is the
+lowest ratio. `cpu machine` is the run's machine.
 No line may begin with a figure: Markdown would take the line for HTML. The charts are drawn again
 where their figures have changed. With --check nothing is written, and the exit status tells
 whether all is as stored.
@@ -125,7 +126,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu_grids,
 }
 
-_FIGURE = re.compile(r"(\w+) (inference|training) over (\w+)(?: by (\w+))?(?: in (.+))?")
+_FIGURE = re.compile(
+    r"(\w+) (inference|training) over (\w+)(?: by (\w+))?(?: in (.+?))?(?P<least> at least)?"
+)
 _TABLE_PART = re.compile(r"<!-- ([a-z][a-z ]*) -->\n(.*?)<!-- /\1 -->", re.S)
 _FIGURE_PART = re.compile(r"<!-- n: (.+?) -->(.*?)<!-- /n -->")
 _AT_LINE_START = re.compile(r"^<!-- n: ", re.M)
@@ -150,7 +153,7 @@ def figure(name: str) -> str:
     found = _FIGURE.fullmatch(name)
     if not found:
         raise ValueError(f"{name!r} is no figure")
-    run, mode, baseline, clock, case = found.groups()
+    run, mode, baseline, clock, case = found.groups()[:5]
     rows = ratios(run, baseline, mode)
     if case:
         if case not in rows:
@@ -159,7 +162,8 @@ def figure(name: str) -> str:
     values = list(rows.values())
     if clock:
         values = [row[clock] for row in values if row[clock]["ratio"] is not None]
-    return f"{report.mean(values):.1f}×"
+    summary = min(row["ratio"] for row in values) if found["least"] else report.mean(values)
+    return f"{summary:.1f}×"
 
 
 def published(text: str) -> str:

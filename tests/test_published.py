@@ -83,6 +83,26 @@ def test_a_figure_changed_by_hand_is_found(
     assert (copy / page).read_text() == text
 
 
+def test_figures(copy: Path) -> None:
+    """A mean, a case, a clock, the least; and the machine."""
+    rows = [
+        {"name": name, "mode": "training", "baseline": "torch", "ratio": ratio}
+        | {"graph": {"ratio": graph}}
+        for name, ratio, graph in (("a b", 2.0, 3.0), ("c", 8.0, None))
+    ]
+    header = {"processor": "Some", "isa": "avx2", "threads": 4}
+    publish.stored("cpu").update(rows=rows, header=header)
+    for name, value in {
+        "cpu training over torch": "4.0×",
+        "cpu training over torch in a b": "2.0×",
+        "cpu training over torch by graph": "3.0×",
+        "cpu training over torch at least": "2.0×",
+        "cpu training over torch in c at least": "8.0×",
+        "cpu machine": "Some with AVX2, 4 threads",
+    }.items():
+        assert publish.figure(name) == value
+
+
 def test_a_changed_run_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tables, figures and charts follow a run."""
     for row in publish.stored("cpu")["rows"]:
