@@ -30,6 +30,8 @@ from fusedrnn.modules import FUSED
 TOLERANCE = 1e-4
 # Seconds for each line of the quick look.
 LOOK_SECONDS = 0.25
+# Share of the cores that others use on average, from which times mean little.
+BUSY_LOAD = 0.3
 VARIABLES = re.compile(
     r"(FUSEDRNN|OMP|MKL|KMP|GOMP|CUDA)_|ATEN_CPU_CAPABILITY$|TORCH_CUDA_ARCH_LIST$"
 )
@@ -135,6 +137,14 @@ class Look:
     fused: float
 
 
+def load_average() -> float | None:
+    """The processes that ran or waited for a core in the last minute; None where unknown."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on Windows
+        return None
+
+
 def quick_look(device: str) -> list[Look]:
     """Times inference and training of one LSTM in turn, for LOOK_SECONDS each."""
     T, B, H = 50, 8, 128
@@ -206,7 +216,7 @@ def usable_cores(count: int) -> int:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(count)
-        return int(torch.ops.fusedrnn._cpu_threads())
+        return _ops.cpu_threads()
     finally:
         torch.set_num_threads(threads)
 
@@ -305,7 +315,7 @@ def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def main() -> int:
     """Prints the page; 1 if the self-check fails."""
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    kernels = torch.ops.fusedrnn._cpu_threads()
+    kernels, load = _ops.cpu_threads(), load_average()
     libc = " ".join(platform.libc_ver()).strip()
     table(
         "Versions",
@@ -323,6 +333,7 @@ def main() -> int:
             ("processor", processor()),
             ("cores", cores()),
             ("threads", f"{torch.get_num_threads()} of torch, {kernels} of the kernels"),
+            ("load", "unknown" if load is None else f"{load:.1f}, the last minute's average"),
             ("CPU ISA", instruction_set()),
         ],
     )
@@ -346,6 +357,8 @@ def main() -> int:
                 f"  {look.device:<6}{look.call:<48}{look.plain:>9.3f}{look.fused:>10.3f}"
                 f"{look.plain / look.fused:>9.1f}x"
             )
+        if load is not None and load > BUSY_LOAD * (os.cpu_count() or 1):
+            print("  Other processes are busy: these times mean little.")
     print()
     for c in failed:
         print(f"self-check FAILED: {c.name} on {c.device}")

@@ -34,6 +34,11 @@ def cpu_isa() -> str:
     return str(torch.ops.fusedrnn._cpu_isa())
 
 
+def cpu_threads() -> int:
+    """The most threads of a call on the CPU."""
+    return int(torch.ops.fusedrnn._cpu_threads())
+
+
 def _load() -> None:
     """Loads the binary, or raises an error with the reason and the command to fix it."""
     where = Path(__file__).parent

@@ -183,6 +183,26 @@ def test_self_check_fails(
     assert "Quick look" not in printed  # of no use beside wrong results
 
 
+@pytest.mark.parametrize(("load", "busy"), [(0.1, False), (64.5, True)])
+def test_busy_machine(
+    load: float, busy: bool, brief: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brief.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    brief.setattr(os, "cpu_count", lambda: 2)
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    assert value(printed, "load") == f"{load}, the last minute's average"
+    assert ("Other processes are busy: these times mean little." in printed) == busy
+
+
+def test_unknown_load(brief: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    brief.delattr(os, "getloadavg")
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    assert value(printed, "load") == "unknown"
+    assert "Other processes are busy" not in printed
+
+
 def test_relative_error() -> None:
     a = torch.tensor([4.0, -2.0])
     assert doctor.relative_error(a, a) == 0
