@@ -119,7 +119,8 @@ def ratios(run: dict[str, Any], path: Path) -> Chart:
     for row in run["rows"]:
         mode = values.setdefault(row["mode"], {})
         mode.setdefault(row["baseline"], {})[row["name"]] = row["ratio"]
-    title = f"A baseline's time over fusedrnn's: right of 1, fusedrnn is faster\n{_where(run)}"
+    title = "A baseline's time over fusedrnn's: right of 1, fusedrnn is faster"
+    title += f" (B rows, T steps, H the hidden size)\n{_where(run)}"
     return Chart(path, title, values, is_ratio=True)
 
 

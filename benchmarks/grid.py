@@ -9,6 +9,7 @@ Subcommands:
   variants   each variant beside the plain layer and a loop over its steps
   publish    the pages' tables, charts and figures from the stored runs
   peaks      a GPU's peaks beside the figures that the issue model assumes
+  plan       the CUDA kernels' plan for each case, with modelled times
   pass_cost  the cost of a step on a GPU, by pass and algorithm
   step_cost  cuDNN's kernels on a GPU
   profile    kernels and counters in the slowest cases on a GPU

@@ -171,6 +171,10 @@ def caption(header: dict[str, Any]) -> str:
     if where == "cpu":
         where = f"{header['processor']} ({header['isa']}), {header['threads']} threads"
     versions = {"torch": header["torch"], **header["baselines"]}
+    if cudnn := versions.get("cudnn"):  # 91900 is 9.19.0
+        versions["cudnn"] = ".".join(
+            str(int(part)) for part in (cudnn[:-4], cudnn[-4:-2], cudnn[-2:])
+        )
     found = [f"{TITLES[name]} {versions[name]}" for name in TITLES if name in versions]
     return f"{where}; {', '.join(found)}; {header['date'][:10]}."
 
@@ -258,14 +262,14 @@ def is_noisy(row: Row) -> bool:
 
 
 def ratio_text(row: Row) -> str:
-    """A ratio with half of its interval; "~" marks a noisy row."""
+    """A ratio with half of its interval, if that means anything; "~" marks a noisy row."""
     ratio = row["ratio"]
     places = 1 if ratio >= 10 else 2
     mark = "~" if is_noisy(row) else ""
     half = ""
     if "ratio_low" in row:  # older runs have no interval
-        width = max(row["ratio_high"] - ratio, ratio - row["ratio_low"])
-        half = f" ±{width:.{places}f}"
+        width = max(row["ratio_high"] - ratio, ratio - row["ratio_low"], 10**-places)
+        half = f" ±{width:.{places}f}" if width < ratio / 2 else ""
     return f"{mark}{ratio:.{places}f}×{half}"
 
 

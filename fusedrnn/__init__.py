@@ -1,6 +1,6 @@
 """Fused layers that take the place of torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN and their cells."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 try:
     import torch as _torch  # noqa: F401
@@ -30,8 +30,8 @@ from fusedrnn.modules import (
 from fusedrnn.swap import fuse, unfuse
 
 try:
-    __version__ = version("fusedrnn")
-except PackageNotFoundError:  # run from a checkout that was built in place
+    __version__ = _metadata.version("fusedrnn")
+except _metadata.PackageNotFoundError:  # run from a checkout that was built in place
     __version__ = "0+unknown"
 
 __all__ = [

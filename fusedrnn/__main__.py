@@ -342,7 +342,7 @@ def main() -> int:
     table("Environment", [(f"{k}={v}", "") for k, v in found] or [("nothing set", "")])
 
     checks = self_check()
-    print("Self-check: the largest error beside torch.nn, relative to a tensor's largest value")
+    print("Self-check: the largest difference from torch.nn, relative to a tensor's largest value")
     print(f"  {'':6}{'':10}{'values':>10}{'gradients':>11}")
     for c in checks:
         numbers = f"{c.values:>10.0e}{c.gradients:>11.0e}" if c.failure is None else ""

@@ -49,6 +49,10 @@ def _load() -> None:
     except ImportError:
         binaries = []
     if not binaries:
+        if (
+            where.parent / "setup.py"
+        ).exists():  # the folder that Python was started in comes first
+            mend += ", then start Python in another folder"
         raise ImportError(f"fusedrnn has no compiled kernels in {where}: {mend}")
     running = str(torch.__version__)
     built = _build.torch_version

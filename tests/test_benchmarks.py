@@ -504,7 +504,7 @@ def test_table_of_a_gpu(tmp_path: Path) -> None:
     del rows[2]["ratio_low"], rows[2]["ratio_high"]
     run = json.loads(stored(tmp_path / "run.json", *rows).read_text())
     run["header"] |= {"device": "NVIDIA X", "baselines": {"cudnn": "91300"}}
-    caption = "NVIDIA X; torch 2.13, cuDNN 91300; 2026-01-02."
+    caption = "NVIDIA X; torch 2.13, cuDNN 9.13.0; 2026-01-02."
     columns = "over cuDNN | back to back | by graph | regime | MiB | of the limit |"
     assert report.table(run).splitlines() == [
         caption,
@@ -588,6 +588,21 @@ def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert main(["profile", "--run", str(tmp_path / "none.json")]) == 1
         assert "finds no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "spread", "text"),
+    [
+        (1.5, 1.46, 1.52, 0.0, "1.50× ±0.04"),
+        (12.5, 12.0, 13.1, 0.0, "12.5× ±0.6"),
+        (1.5, 1.5, 1.5, 0.0, "1.50× ±0.01"),
+        (1.5, 1.3, 1.55, 0.3, "~1.50× ±0.20"),
+        (1.5, 0.7, 1.55, 0.0, "~1.50×"),
+    ],
+)
+def test_ratio_text(ratio: float, low: float, high: float, spread: float, text: str) -> None:
+    found = {"ratio": ratio, "ratio_low": low, "ratio_high": high, "ours_spread": spread}
+    assert report.ratio_text(found) == text
 
 
 @pytest.mark.parametrize(

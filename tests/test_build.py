@@ -59,6 +59,11 @@ def test_not_built(tmp_path: Path) -> None:
     line = last_line(run("import fusedrnn", tmp_path))
     assert line.startswith("ImportError: fusedrnn has no compiled kernels in ")
     assert "pip install" in line
+    assert "another folder" not in line
+    # In a checkout, which Python imports from if it was started there.
+    (tmp_path / "setup.py").touch()
+    line = last_line(run("import fusedrnn", tmp_path))
+    assert line.endswith(" in a checkout of fusedrnn, then start Python in another folder")
 
 
 def test_a_broken_binary(tmp_path: Path) -> None:
