@@ -358,7 +358,7 @@ def main() -> int:
                 f"{look.plain / look.fused:>9.1f}x"
             )
         if load is not None and load > BUSY_LOAD * (os.cpu_count() or 1):
-            print("  Other processes are busy: these times mean little.")
+            print("  The machine was busy in the last minute: these times may mean little.")
     print()
     for c in failed:
         print(f"self-check FAILED: {c.name} on {c.device}")
