@@ -25,7 +25,7 @@ progress = PATH="$(abspath $(BIN)):$(abspath $(MODELS_VENV)/bin):$$PATH" \
 
 # A heading is a line "##@ Heading", a target's help "target: ...  ## what it does (time)".
 help:
-	@echo "make TARGET. The first run builds the extension in $(VENV) (5 min). Times are for 2 cores."
+	@echo "make TARGET. The first run builds the extension in $(VENV) (4 min). Times are for 2 cores."
 	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z-]+:.*## / { printf "  %-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -142,7 +142,7 @@ docs-links: $(VENV)/docs  ## check the links to other sites, which needs a netwo
 
 # The wheel is built from the sdist, which shows that the sdist is complete. The wheel is tried
 # outside the source tree; it needs only the torch of .venv.
-dist: $(VENV)/torch  ## build an sdist and a wheel into dist/ and check them (8 min)
+dist: $(VENV)/torch  ## build an sdist and a wheel into dist/ and check them (4 min)
 	$(BIN)/pip install -q build twine
 	rm -rf dist build/dist fusedrnn.egg-info
 	$(call progress,building the sdist and the wheel,dist) $(BIN)/python -m build --no-isolation
@@ -154,7 +154,7 @@ dist: $(VENV)/torch  ## build an sdist and a wheel into dist/ and check them (8 
 	cd / && PYTHONPATH=$(CURDIR)/build/dist $(abspath $(BIN))/python -m fusedrnn
 
 wheels: export FUSEDRNN_LOCAL_VERSION := 1
-wheels: dist  ## the same, with the torch named in the wheel's version (8 min)
+wheels: dist  ## the same, with the torch named in the wheel's version (4 min)
 
 ##@ CUDA
 
