@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import fusedrnn
+import fusedrnn.__main__ as doctor
 from benchmarks.baselines import Candidate
 from fusedrnn import _ops
 
@@ -36,7 +36,7 @@ def header(device: str, baselines: Sequence[Candidate]) -> dict[str, Any]:
         print(f"other processes use {busy:.1f} cores: times are unreliable", file=sys.stderr)
     found = {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": doctor.processor(),
         "cores": os.cpu_count(),
         "isa": _ops.cpu_isa(),
         "threads": torch.get_num_threads(),
@@ -57,31 +57,17 @@ def _cuda() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": doctor.output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        ),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _commit() -> str | None:
     """The checkout's commit, with -dirty if files differ; None outside a checkout."""
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def _output(*command: str) -> str | None:
-    """The first line a command prints; None if it fails."""
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip().partition("\n")[0]
+    here = str(Path(__file__).parent)
+    options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return doctor.output("git", "-C", here, "describe", *options)
 
 
 class Others:
